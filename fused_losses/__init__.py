@@ -1,0 +1,21 @@
+"""Discriminative losses for classifiers with very many classes."""
+
+from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss, ss_lr_loss
+from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, SSLRLoss
+from .ops import show_config
+
+__all__ = [
+    "CRLLoss",
+    "CrossEntropyLoss",
+    "HSLRLoss",
+    "LRLoss",
+    "NLLRLoss",
+    "SSLRLoss",
+    "crl_loss",
+    "cross_entropy",
+    "hs_lr_loss",
+    "lr_loss",
+    "nllr_loss",
+    "show_config",
+    "ss_lr_loss",
+]

@@ -1,0 +1,318 @@
+"""The losses as functions. Shapes, dtypes and arguments are checked here, once; values of targets inside the CPU doors.
+
+All six take
+
+- ``logits`` (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never modified.
+- ``target``: class indices (N,) of any integer dtype. The logistic family (LR, HS-LR, SS-LR) also takes multi-hot targets (N, C) of
+  any dtype that holds only 0 and 1, told apart by their rank.
+
+and return float32 (float64 for float64 logits): a scalar, or (N,) for ``reduction="none"``. They are differentiable once, by the logits;
+the gradient has the logits' dtype. A row with a NaN logit is NaN, in the loss and in its whole gradient row.
+"""
+
+import math
+import operator
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .autograd import LogisticLoss, SoftmaxLoss
+from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
+
+IGNORE_INDEX = -100
+REDUCTIONS = ("none", "mean", "sum")
+LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+) -> Tensor:
+    """Softmax cross-entropy, over all classes or over the target and its k most confusing negatives.
+
+    Without ``k`` and ``ratio`` it is ``torch.nn.functional.cross_entropy``, with the loss in float32 for 16-bit logits.
+
+    Args:
+        logits: (N, C) or (C,), floating.
+        target: class indices (N,) or (), any integer dtype.
+        k: keep only the k negatives with the largest logits (all, if there are fewer); equal logits at the edge: lowest class
+            index first. Default: all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+        weight: (C,), floating: row i counts weight[target[i]] times, and the mean divides by the sum of these.
+        ignore_index: rows with this target count nothing and get a zero gradient.
+        reduction: "none" | "mean" (over the rows not ignored; NaN if there are none) | "sum".
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked; elsewhere it
+            costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+
+    Raises:
+        TypeError: logits or target of a wrong dtype, an argument that is not a number.
+        ValueError: shapes that do not fit, k, ratio, reduction or weight out of their range.
+        IndexError: a class index outside [0, C), see ``check_targets``.
+        RuntimeError: tensors on different devices.
+    """
+    return apply(CrossEntropy(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+def nllr_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+) -> Tensor:
+    """Negative log likelihood ratio, -log(p_y / (1 - p_y)). Zhu, Yao, Jiang, Yu, arXiv 1804.10690.
+
+    Unbounded below: the pull on the target's logit is 1 however sure the model is. Arguments, defaults and errors as in
+    :func:`cross_entropy`.
+    """
+    return apply(NLLR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+def crl_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = CRL.alpha,
+    beta: float = CRL.beta,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+) -> Tensor:
+    """Competing ratio loss, -log p_y + beta * log(alpha + 1 - p_y). Zhang et al., arXiv 1907.13349, 1912.11642.
+
+    Its least value is beta * log(alpha), at p_y = 1.
+
+    Args:
+        alpha: finite, >= 0; default 1.5, the authors'. Below 1 the loss can be negative; alpha = 0, beta = 1 is NLLR.
+        beta: finite, >= 0; default 1, the authors'. beta = 0 is cross-entropy.
+
+    Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for alpha or beta out of range.
+    """
+    return apply(CRL(alpha, beta), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+def lr_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+) -> Tensor:
+    """Vanilla logistic regression, one-vs-rest: softplus(-z_y) + sum over the negatives of softplus(z_j).
+
+    The sum over classes of ``binary_cross_entropy_with_logits``: it starts at C * log 2, so it wants a smaller learning rate than
+    cross-entropy. The baseline of Dong, Zhu, Gong, AAAI 2019, arXiv 1811.08400.
+
+    Args:
+        target: class indices (N,), or multi-hot (N, C): 0 and 1 of any dtype, any number of positives per row.
+        weight, ignore_index: index targets only.
+
+    Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for a multi-hot entry other than 0 and 1 (checked as
+    class indices are).
+    """
+    return apply(LR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+def hs_lr_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    k: int | None = None,
+    ratio: float | None = None,
+    alpha: float = HSLR.alpha,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+) -> Tensor:
+    """Logistic regression with hard selection: softplus(-z_y) + alpha * mean over the k hardest negatives of softplus(z_j).
+
+    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 5. The gradient touches k + 1 classes.
+    With multi-hot targets the two terms are means over all positives and all chosen negatives of the batch, as in the authors'
+    code; "none" then gives rows whose mean is that.
+
+    Args:
+        k, ratio: one of them is required.
+        alpha: weight of the negatives, finite, >= 0; default 1 (ours: the authors' code has none).
+
+    Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
+    """
+    return apply(HSLR(alpha), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+def ss_lr_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = SSLR.alpha,
+    gamma: float = SSLR.gamma,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+) -> Tensor:
+    """Logistic regression with soft selection: softplus(-z_y) + alpha * mean over the negatives of sigma(z_j)^gamma * softplus(z_j).
+
+    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 6. The gradient flows through the weight
+    sigma^gamma too. Multi-hot targets are normalised as in :func:`hs_lr_loss`.
+
+    Args:
+        alpha: weight of the negatives, finite, >= 0; default 1 (ours: the authors' code has none).
+        gamma: how sharply easy negatives fade, finite, >= 0; default 2 (ours); 0 weighs all alike.
+
+    Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
+    """
+    return apply(SSLR(alpha, gamma), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+def apply(
+    loss: Loss,
+    logits: Tensor,
+    target: Tensor,
+    k: int | None,
+    ratio: float | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    check_targets: bool,
+) -> Tensor:
+    """The one way from a user's arguments to the autograd functions."""
+    check_options(loss, k, ratio, reduction)
+    for name, tensor in (("logits", logits), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    _check_logits(logits)
+    _check_target(loss, logits, target)
+    num_classes = logits.shape[-1]
+    multi_hot = target.dim() == logits.dim()
+    _check_weight(weight, logits, multi_hot)
+    if multi_hot and ignore_index != IGNORE_INDEX:
+        raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
+
+    if not multi_hot:
+        target = target.long()
+    single = logits.dim() == 1
+    if single:
+        logits, target = logits.unsqueeze(0), target.unsqueeze(0)
+    if check_targets and logits.device.type != "cpu":
+        reference.check_target(target, num_classes, ignore_index)
+
+    k = _num_hardest(num_classes, num_classes if multi_hot else num_classes - 1, k, ratio)
+    if loss.family == "softmax":
+        result = SoftmaxLoss.apply(logits, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
+    else:
+        result = LogisticLoss.apply(
+            logits, target, weight, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction
+        )
+    return result.squeeze(0) if single and reduction == "none" else result
+
+
+def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str) -> None:
+    """What can be said of the options before there are logits."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction: expected one of {', '.join(REDUCTIONS)}")
+    if k is not None and ratio is not None:
+        raise ValueError(f"k and ratio exclude each other, got k={k} and ratio={ratio}")
+    if k is None and ratio is None and isinstance(loss, HSLR):
+        raise ValueError("hs_lr_loss needs k or ratio: how many of the most confusing negatives to keep")
+    if k is not None and operator.index(k) < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if ratio is not None and not isinstance(ratio, Real):
+        raise TypeError(f"ratio must be a number, got {type(ratio).__name__}")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+
+
+def _num_hardest(num_classes: int, most_negatives: int, k: int | None, ratio: float | None) -> int:
+    """The doors' k: how many negatives are chosen, 0 for all."""
+    if ratio is not None:
+        k = max(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
+    return 0 if k is None or k >= most_negatives else operator.index(k)
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}")
+    if logits.dim() not in (1, 2):
+        hint = ""
+        if logits.dim() > 2:
+            hint = ": move the classes last and flatten the rest, logits.movedim(1, -1).flatten(0, -2)"
+        raise ValueError(f"expected logits of shape (N, C) or (C,), got {tuple(logits.shape)}{hint}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"expected at least one class, got logits of shape {tuple(logits.shape)}")
+
+
+def _check_target(loss: Loss, logits: Tensor, target: Tensor) -> None:
+    if target.device != logits.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, "
+            f"but got logits on {logits.device} and target on {target.device}"
+        )
+    shapes = f"got logits {tuple(logits.shape)} and target {tuple(target.shape)}"
+    if target.dim() == logits.dim():
+        same = target.shape == logits.shape
+        hint = ""
+        if not same and target.shape == (*logits.shape[:-1], 1):
+            hint = "; for class indices, squeeze the target: target.squeeze(1)"
+        if loss.family == "softmax" and target.dtype.is_floating_point and same:
+            raise TypeError(
+                f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; {shapes}"
+            )
+        if loss.family == "softmax":
+            raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {shapes}{hint}")
+        if not same:
+            raise ValueError(f"multi-hot target size must be the same as logits size: {shapes}{hint}")
+        if target.dtype.is_complex:
+            raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
+        return
+    if target.dim() != logits.dim() - 1:
+        raise ValueError(f"expected class indices of shape {tuple(logits.shape[:-1])}: {shapes}")
+    if logits.dim() == 2 and target.shape[0] != logits.shape[0]:
+        raise ValueError(
+            f"Expected input batch_size ({logits.shape[0]}) to match target batch_size ({target.shape[0]})."
+        )
+    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
+        raise TypeError(f"expected class indices of an integer dtype, got {target.dtype}; {shapes}")
+
+
+def _check_weight(weight: Tensor | None, logits: Tensor, multi_hot: bool) -> None:
+    if weight is None:
+        return
+    if multi_hot:
+        raise ValueError("weight works with class-index targets only, got multi-hot targets")
+    if weight.shape != logits.shape[-1:]:
+        raise ValueError(
+            f"weight tensor should be defined either for all {logits.shape[-1]} classes or no classes "
+            f"but got weight tensor of shape: {list(weight.shape)}"
+        )
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"expected a floating-point weight, got {weight.dtype}")
+    if weight.device != logits.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, "
+            f"but got logits on {logits.device} and weight on {weight.device}"
+        )
+    if weight.requires_grad:
+        raise ValueError("the losses are not differentiable by weight: pass weight.detach()")

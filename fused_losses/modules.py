@@ -1,0 +1,150 @@
+"""The losses as ``nn.Module``: the arguments of the function twin, given once.
+
+``forward(logits, target)`` is the twin's. ``weight`` is a buffer: it moves with ``.to(device)`` and stands in the state dict. Options are
+checked when the module is made.
+"""
+
+from torch import Tensor, nn
+
+from . import functional
+from .functional import IGNORE_INDEX
+from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
+
+
+class _RowLoss(nn.Module):
+    """A loss and its options."""
+
+    weight: Tensor | None
+
+    def __init__(self, loss: Loss, k, ratio, weight, ignore_index, reduction, check_targets):
+        super().__init__()
+        functional.check_options(loss, k, ratio, reduction)
+        self.loss = loss
+        self.k = k
+        self.ratio = ratio
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.check_targets = check_targets
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return functional.apply(
+            self.loss,
+            logits,
+            target,
+            self.k,
+            self.ratio,
+            self.weight,
+            self.ignore_index,
+            self.reduction,
+            self.check_targets,
+        )
+
+    def extra_repr(self) -> str:
+        settings = dict(vars(self.loss), k=self.k, ratio=self.ratio)
+        if self.weight is not None:
+            settings["weight"] = f"<{self.weight.shape[0]} classes>"
+        settings |= {"ignore_index": self.ignore_index, "reduction": self.reduction, "check_targets": self.check_targets}
+        hidden = {"k": None, "ratio": None, "ignore_index": IGNORE_INDEX, "check_targets": False}
+        return ", ".join(f"{name}={value}" for name, value in settings.items() if hidden.get(name, ...) != value)
+
+
+class CrossEntropyLoss(_RowLoss):
+    """Module twin of :func:`fused_losses.cross_entropy`: softmax cross-entropy, over all or the k hardest negatives."""
+
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        ratio: float | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+        check_targets: bool = False,
+    ):
+        super().__init__(CrossEntropy(), k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+class NLLRLoss(_RowLoss):
+    """Module twin of :func:`fused_losses.nllr_loss`: negative log likelihood ratio."""
+
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        ratio: float | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+        check_targets: bool = False,
+    ):
+        super().__init__(NLLR(), k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+class CRLLoss(_RowLoss):
+    """Module twin of :func:`fused_losses.crl_loss`: competing ratio loss."""
+
+    def __init__(
+        self,
+        *,
+        alpha: float = CRL.alpha,
+        beta: float = CRL.beta,
+        k: int | None = None,
+        ratio: float | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+        check_targets: bool = False,
+    ):
+        super().__init__(CRL(alpha, beta), k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+class LRLoss(_RowLoss):
+    """Module twin of :func:`fused_losses.lr_loss`: vanilla logistic regression, one-vs-rest."""
+
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        ratio: float | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+        check_targets: bool = False,
+    ):
+        super().__init__(LR(), k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+class HSLRLoss(_RowLoss):
+    """Module twin of :func:`fused_losses.hs_lr_loss`: logistic regression with hard selection; ``k`` or ``ratio`` required."""
+
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        ratio: float | None = None,
+        alpha: float = HSLR.alpha,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+        check_targets: bool = False,
+    ):
+        super().__init__(HSLR(alpha), k, ratio, weight, ignore_index, reduction, check_targets)
+
+
+class SSLRLoss(_RowLoss):
+    """Module twin of :func:`fused_losses.ss_lr_loss`: logistic regression with soft selection."""
+
+    def __init__(
+        self,
+        *,
+        alpha: float = SSLR.alpha,
+        gamma: float = SSLR.gamma,
+        k: int | None = None,
+        ratio: float | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+        check_targets: bool = False,
+    ):
+        super().__init__(SSLR(alpha, gamma), k, ratio, weight, ignore_index, reduction, check_targets)
