@@ -30,7 +30,7 @@ from bench.data import Dataset
 DATA = {"digits": datasets.digits}
 RESULTS = Path(__file__).parent / "results"
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-TUNING_SEEDS = (100, 101, 102)  # apart from the seeds 0, 1, ... of the reported runs
+TUNING_SEEDS = (100, 101, 102, 103, 104)  # apart from the seeds 0, 1, ... of the reported runs
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ class Run:
     step_ms: float  # median over the steps: network, loss and optimiser
 
 
+def pace(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: up in a straight line for the first twentieth, down along a cosine."""
+    return min(20 * (step + 1) / steps, (1 + math.cos(math.pi * step / steps)) / 2)
+
+
 def fit(data: Dataset, case: Case, settings: dict, seed: int, epochs: int, progress: tqdm) -> Run:
     device = data.train.inputs.device
     arguments = {name: settings[name] for name in case.space}
@@ -96,8 +101,8 @@ def fit(data: Dataset, case: Case, settings: dict, seed: int, epochs: int, progr
     nn.init.constant_(classifier.bias, -math.log(data.num_classes - 1) if settings["prior_bias"] else 0.0)
     model = nn.Sequential(data.network(), classifier).to(device)
     optimizer = torch.optim.SGD(model.parameters(), settings["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
-    steps_per_epoch = math.ceil(len(data.train.target) / data.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
+    steps = epochs * math.ceil(len(data.train.target) / data.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, steps))
 
     def clock() -> float:
         if device.type != "cpu":
@@ -132,7 +137,7 @@ def fit(data: Dataset, case: Case, settings: dict, seed: int, epochs: int, progr
 
 
 def versions() -> dict[str, str]:
-    packages = ("fused_losses", "torch", "numpy", "scikit-learn")
+    packages = ("torch", "numpy", "scikit-learn")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
