@@ -144,6 +144,17 @@ def test_a_step_is_the_plain_training_step():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_the_learning_rate_warms_up_and_comes_to_rest():
+    shares = [train.pace(step, 1000) for step in range(1000)]
+    top = shares.index(max(shares))
+    assert shares[0] == 0.02
+    assert 45 <= top <= 55
+    assert shares[top] > 0.99
+    assert shares[:top] == sorted(shares[:top])
+    assert shares[top:] == sorted(shares[top:], reverse=True)
+    assert shares[-1] < 1e-5
+
+
 def test_the_network_learns():
     data = digits()
     settings = {"lr": 0.1, "prior_bias": False}
