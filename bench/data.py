@@ -46,7 +46,7 @@ def accuracy(model: nn.Module, split: Split) -> dict[str, float]:
 
 
 def digits() -> Dataset:
-    """The 1797 handwritten digits (8 x 8 pixels) inside scikit-learn: 718 train, 360 validate, 719 test, always the same."""
+    """The 1797 handwritten digits (8 x 8 pixels) in scikit-learn: 718 to train, 360 to validate, 719 to test."""
     images, labels = load_digits(return_X_y=True)
     inputs, target = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)  # (1797, 64), (1797,)
     rows, test = train_test_split(torch.arange(len(target)), test_size=719, stratify=target, random_state=0)

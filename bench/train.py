@@ -3,8 +3,8 @@
     python -m bench.train                 table and curves, with the recorded hyper-parameters
     python -m bench.train --tune          choose the hyper-parameters on the validation split and record them
 
-Every loss is given the same network, initial weights, batches, optimiser, schedule and number of tuning trials. The test
-split is read once at the end of each run of the first form, and not at all by the second.
+Every loss is given the same network, initial weights, batches, optimiser, schedule and number of tuning trials. The
+test split is read once at the end of each run of the first form, and not at all by the second.
 """
 
 import argparse
@@ -51,8 +51,8 @@ class Choice:
         return self.options[int(u * len(self.options))]
 
 
-# The prior bias starts the classifier at log-odds 1 : C - 1 for every class. It moves all logits alike, so a softmax loss
-# does not feel it; LR is spared unlearning C - 1 negatives per row. Every loss may choose.
+# The prior bias, -log(C - 1), starts the classifier at probability 1/C for every class. It moves all logits alike, so a
+# softmax loss does not feel it; LR is spared unlearning C - 1 negatives per row. Every loss may choose.
 SHARED_SPACE = {"lr": LogRange(1e-3, 1.0), "prior_bias": Choice((False, True))}
 
 
