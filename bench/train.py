@@ -241,10 +241,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="default: what the data set asks for")
     parser.add_argument("--losses", nargs="+", metavar="NAME", help="rows of the table to run (default: all)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; small networks gain nothing from more")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded hyper-parameters")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the curves (default out)")
     options = parser.parse_args(argv)
 
+    torch.set_num_threads(options.threads)
     data = DATA[options.data]().to(options.device)
     epochs = options.epochs or data.epochs
     known = {case.name: case for case in cases(data)}
