@@ -44,7 +44,11 @@ class _RowLoss(nn.Module):
         settings = dict(vars(self.loss), k=self.k, ratio=self.ratio)
         if self.weight is not None:
             settings["weight"] = f"<{self.weight.shape[0]} classes>"
-        settings |= {"ignore_index": self.ignore_index, "reduction": self.reduction, "check_targets": self.check_targets}
+        settings |= {
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "check_targets": self.check_targets,
+        }
         hidden = {"k": None, "ratio": None, "ignore_index": IGNORE_INDEX, "check_targets": False}
         return ", ".join(f"{name}={value}" for name, value in settings.items() if hidden.get(name, ...) != value)
 
