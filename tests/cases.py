@@ -22,6 +22,9 @@ class Loss:
     hypers: tuple[dict, ...] = ({},)  # the defaults first, then corners
     needs_k: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
     def __call__(self, *args, **kwargs) -> Tensor:
         return getattr(fl, self.name)(*args, **kwargs)
 
@@ -32,10 +35,6 @@ class Loss:
     @property
     def eager(self):
         return getattr(eager, self.name.removesuffix("_loss"))
-
-    @property
-    def multihot(self) -> bool:
-        return self.family == "logistic"
 
     def module_class(self) -> type[torch.nn.Module]:
         return getattr(fl, self.module)
@@ -85,7 +84,12 @@ CLASSES = (1, 2, 3, 10, 751, 1000, 21841)
 
 def each(losses, **kwargs):
     """pytest.mark.parametrize over losses, with readable names."""
-    return pytest.mark.parametrize("loss", losses, ids=lambda loss: loss.name, **kwargs)
+    return pytest.mark.parametrize("loss", losses, ids=str, **kwargs)
+
+
+each_form = pytest.mark.parametrize(
+    "loss, form", [(loss, "index") for loss in LOSSES] + [(loss, "multihot") for loss in LOGISTIC], ids=str
+)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
