@@ -26,7 +26,8 @@ class _SecondDerivative(torch.autograd.Function):
         raise RuntimeError("the losses of fused_losses are differentiable once: second derivatives are not supported")
 
 
-def _once(dlogits: Tensor) -> Tensor:
+def once(dlogits: Tensor) -> Tensor:
+    """A gradient that refuses to be differentiated, under ``create_graph=True``."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiled graph refuses by itself
         return dlogits
     return _SecondDerivative.apply(dlogits.detach().requires_grad_())
@@ -51,7 +52,7 @@ class SoftmaxLoss(torch.autograd.Function):
         with torch.no_grad():
             grad = ctx.reduction.grad_of_values(grad).expand(state.shape[0])
             dlogits = ops.softmax_backward(grad, logits, target, state, *picks, *ctx.door_arguments)
-        return _once(dlogits), *[None] * 7
+        return once(dlogits), *[None] * 7
 
 
 class LogisticLoss(torch.autograd.Function):
@@ -75,4 +76,4 @@ class LogisticLoss(torch.autograd.Function):
         with torch.no_grad():
             grad = ctx.scales.grad_of_sums(ctx.reduction.grad_of_values(grad)).expand(state.shape[0], 2)
             dlogits = ops.logistic_backward(grad, logits, target, state, *picks, *ctx.door_arguments)
-        return _once(dlogits), *[None] * 8
+        return once(dlogits), *[None] * 8
