@@ -206,9 +206,9 @@ def apply(
     if check_targets and logits.device.type != "cpu":  # the CPU doors always check
         reference.check_target(target, rows.shape[1], ignore_index)
     if loss.family == "softmax":
-        result = SoftmaxLoss.apply(rows, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
+        result, _ = SoftmaxLoss.apply(rows, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
     else:
-        result = LogisticLoss.apply(
+        result, _ = LogisticLoss.apply(
             rows, target, weight, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction
         )
     return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
