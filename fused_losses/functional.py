@@ -206,9 +206,9 @@ def apply(
     if check_targets and logits.device.type != "cpu":  # the CPU doors always check
         reference.check_target(target, rows.shape[1], ignore_index)
     if loss.family == "softmax":
-        result = SoftmaxLoss.apply(rows, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
+        result, _ = SoftmaxLoss.apply(rows, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
     else:
-        result = LogisticLoss.apply(
+        result, _ = LogisticLoss.apply(
             rows, target, weight, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction
         )
     return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
@@ -237,6 +237,8 @@ def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str
         raise ValueError(f"k and ratio exclude each other, got k={k} and ratio={ratio}")
     if k is None and ratio is None and isinstance(loss, HSLR):
         raise ValueError("hs_lr_loss needs k or ratio: how many of the most confusing negatives to keep")
+    if k is not None and not hasattr(k, "__index__"):
+        raise TypeError(f"k must be an integer, got {type(k).__name__}")
     if k is not None and operator.index(k) < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if ratio is not None and not isinstance(ratio, Real):
@@ -313,6 +315,8 @@ def _check_target(loss: Loss, shape: torch.Size, device: torch.device, target: T
 
 
 def _check_weight(weight: Tensor, num_classes: int, device: torch.device, multi_hot: bool) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     if multi_hot:
         raise ValueError("weight works with class-index targets only, got multi-hot targets")
     if weight.shape != (num_classes,):
