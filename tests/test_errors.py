@@ -1,11 +1,12 @@
-"""Bad input: which error, and that its message says what was got and what was expected. In torch's words where it has them."""
+"""Bad input: which error, and that it says what was got and what was expected. In torch's words where it has them."""
 
 import math
 
-import fused_losses as fl
 import pytest
 import torch
 import torch.nn.functional as F
+
+import fused_losses as fl
 from cases import CE, CRL, HS_LR, LOGISTIC, LOSSES, LR, SOFTMAX, SS_LR, each, make_index, make_logits, make_multihot
 
 LOGITS, TARGET = make_logits(3, 5, torch.float32), make_index(3, 5)
@@ -112,7 +113,7 @@ def test_multihot_targets_for_a_softmax_loss(loss):
 
 @each(SOFTMAX)
 def test_soft_targets_are_named(loss):
-    with pytest.raises(TypeError, match="soft targets.*not supported"):
+    with pytest.raises(TypeError, match=r"soft targets.*not supported"):
         loss(LOGITS, LOGITS.softmax(1))
 
 
@@ -136,7 +137,9 @@ def test_multihot_entries_other_than_0_and_1(loss, wrong):
 @each(LOGISTIC)
 def test_multihot_targets_of_a_wrong_shape(loss):
     for shape in ((3, 4), (2, 5), (5, 3)):
-        with pytest.raises(ValueError, match=rf"target size must be the same.*got target \({shape[0]}, {shape[1]}\) for"):
+        with pytest.raises(
+            ValueError, match=rf"target size must be the same.*got target \({shape[0]}, {shape[1]}\) for"
+        ):
             loss(LOGITS, torch.zeros(shape), **options(loss))
 
 
@@ -253,7 +256,9 @@ def test_hyper_parameters_that_are_no_numbers(loss, name, wrong):
 @pytest.mark.parametrize("shape", [(4,), (6,), (), (5, 1), (1, 5)])
 @each(LOSSES)
 def test_weight_of_a_wrong_shape(loss, shape):
-    message = rf"either for all 5 classes or no classes but got weight tensor of shape: \[{', '.join(map(str, shape))}\]"
+    message = (
+        rf"either for all 5 classes or no classes but got weight tensor of shape: \[{', '.join(map(str, shape))}\]"
+    )
     with pytest.raises(ValueError, match=message):
         loss(LOGITS, TARGET, weight=torch.ones(shape), **options(loss))
 
@@ -268,7 +273,7 @@ def test_weight_of_wrong_length_in_torchs_words():
 
 @each(LOSSES)
 def test_weight_that_is_not_floating_or_wants_a_gradient(loss):
-    with pytest.raises(TypeError, match="floating-point weight, got torch.int64"):
+    with pytest.raises(TypeError, match=r"floating-point weight, got torch\.int64"):
         loss(LOGITS, TARGET, weight=torch.ones(5, dtype=torch.long), **options(loss))
     with pytest.raises(ValueError, match="not differentiable by weight"):
         loss(LOGITS, TARGET, weight=torch.ones(5, requires_grad=True), **options(loss))
@@ -277,10 +282,10 @@ def test_weight_that_is_not_floating_or_wants_a_gradient(loss):
 @each(LOGISTIC)
 def test_what_multihot_targets_exclude(loss):
     target = make_multihot(3, 5)
-    with pytest.raises(ValueError, match="weight.*multi-hot"):
+    with pytest.raises(ValueError, match=r"weight.*multi-hot"):
         loss(LOGITS, target, weight=torch.ones(5), **options(loss))
     for ignore_index in (0, -1, 255):
-        with pytest.raises(ValueError, match="ignore_index.*multi-hot"):
+        with pytest.raises(ValueError, match=r"ignore_index.*multi-hot"):
             loss(LOGITS, target, ignore_index=ignore_index, **options(loss))
     loss(LOGITS, target, ignore_index=-100, **options(loss))  # the default, spelt out
 
@@ -296,7 +301,9 @@ def test_arguments_not_in_this_version_are_named(loss, name):
         loss.module_class()(**options(loss), **{name: 0.1})
 
 
-@pytest.mark.parametrize("loss, name", [(CE, "alpha"), (CE, "gamma"), (LR, "alpha"), (HS_LR, "gamma"), (CRL, "gamma")], ids=str)
+@pytest.mark.parametrize(
+    "loss, name", [(CE, "alpha"), (CE, "gamma"), (LR, "alpha"), (HS_LR, "gamma"), (CRL, "gamma")], ids=str
+)
 def test_hyper_parameters_of_another_loss_are_named(loss, name):
     with pytest.raises(TypeError, match=name):
         loss(LOGITS, TARGET, **options(loss), **{name: 1.0})
@@ -314,7 +321,7 @@ def test_options_are_keyword_only(loss):
 def test_modules_check_their_options_when_made(loss):
     """Not in the first step of a training run."""
     for wrong in ({"k": 0}, {"ratio": 2.0}, {"k": 1, "ratio": 0.5}, {"reduction": "avg", "k": 1}):
-        with pytest.raises(ValueError, match="k|ratio|reduction"):
+        with pytest.raises(ValueError, match=r"k|ratio|reduction"):
             loss.module_class()(**wrong)
 
 

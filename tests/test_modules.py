@@ -5,11 +5,12 @@ import inspect
 import io
 import pickle
 
-import fused_losses as fl
 import pytest
 import torch
-from cases import CRL, HS_LR, LOSSES, SS_LR, each, each_form, make_index, make_logits, make_target, value_and_grad
 from torch import nn
+
+import fused_losses as fl
+from cases import CRL, HS_LR, LOSSES, SS_LR, each, each_form, make_index, make_logits, make_target, value_and_grad
 
 
 def needed(loss):
@@ -18,7 +19,7 @@ def needed(loss):
 
 def everything(loss, index=True):
     """Every option away from its default."""
-    hyper = {name: 0.7 for name in loss.hypers[0]}
+    hyper = dict.fromkeys(loss.hypers[0], 0.7)
     targets = {"weight": torch.linspace(0.5, 2, 12), "ignore_index": 3} if index else {}
     return hyper | {"k": 5, "reduction": "sum", "check_targets": True} | targets
 
@@ -88,7 +89,9 @@ def test_half_precision_weight_of_a_half_precision_model(loss):
     torch.testing.assert_close(value, loss(logits, target, weight=weight, **needed(loss)))
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "copy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "copy", "pickle"]
+)
 @each(LOSSES)
 def test_copies_do_the_same(loss, clone):
     logits, target = make_logits(6, 12), make_index(6, 12)

@@ -1,12 +1,13 @@
 """Properties that hold for every input, on inputs that hypothesis finds."""
 
-import fused_losses as fl
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CE, LOGISTIC, LOSSES, SOFTMAX, each, value_and_grad
 from hypothesis import given
+
+import fused_losses as fl
+from cases import CE, LOGISTIC, LOSSES, SOFTMAX, each, value_and_grad
 
 finite = st.floats(-60, 60, allow_nan=False, width=32)
 few = st.sampled_from([-2.0, -0.5, -0.0, 0.0, 1.0, 1.0 + 2**-20, 30.0])  # ties and near-ties
@@ -109,7 +110,12 @@ def test_crl_with_alpha_0_and_beta_1_is_nllr(batch, k):
 
 
 @each(LOSSES)
-@given(batch=batches(), k=ks, ignored=st.lists(st.integers(0, 4), max_size=3), junk=st.sampled_from([0.0, 1e30, float("nan")]))
+@given(
+    batch=batches(),
+    k=ks,
+    ignored=st.lists(st.integers(0, 4), max_size=3),
+    junk=st.sampled_from([0.0, 1e30, float("nan")]),
+)
 def test_ignored_rows_change_nothing(loss, batch, k, ignored, junk):
     logits, target = batch
     rows = len(logits)
@@ -117,7 +123,10 @@ def test_ignored_rows_change_nothing(loss, batch, k, ignored, junk):
     for place in ignored:
         keep[(place * 7) % len(keep)] = False
     rows = int(keep.sum())
-    longer, longer_target = torch.full((len(keep), logits.shape[1]), junk, dtype=torch.float64), torch.full((len(keep),), -100)
+    longer, longer_target = (
+        torch.full((len(keep), logits.shape[1]), junk, dtype=torch.float64),
+        torch.full((len(keep),), -100),
+    )
     logits, target = logits.repeat(4, 1)[:rows], target.repeat(4)[:rows]
     longer[keep], longer_target[keep] = logits, target
     for reduction in ("mean", "sum"):
@@ -134,7 +143,10 @@ def test_ignored_rows_change_nothing(loss, batch, k, ignored, junk):
 def test_a_batch_is_the_sum_of_its_parts(loss, batch, k, cut):
     logits, target = batch
     whole = value_and_grad(lambda z: loss(z, target, k=k, reduction="sum"), logits)
-    parts = [value_and_grad(lambda z, t=t: loss(z, t, k=k, reduction="sum"), z) for z, t in ((logits[:cut], target[:cut]), (logits[cut:], target[cut:]))]
+    parts = [
+        value_and_grad(lambda z, t=t: loss(z, t, k=k, reduction="sum"), z)
+        for z, t in ((logits[:cut], target[:cut]), (logits[cut:], target[cut:]))
+    ]
     close(whole, (parts[0][0] + parts[1][0], torch.cat([parts[0][1], parts[1][1]])))
 
 
