@@ -35,7 +35,7 @@ def once(gradient: Tensor, *through: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiled graph refuses by itself
         return gradient
-    return _SecondDerivative.apply(gradient, *through)
+    return _SecondDerivative.apply(gradient.detach(), *through)
 
 
 class SoftmaxLoss(torch.autograd.Function):
@@ -49,15 +49,17 @@ class SoftmaxLoss(torch.autograd.Function):
         ctx.reduction = reduction_of(target, weight, ignore_index, reduction, values.dtype)
         ctx.save_for_backward(None if compact else logits, target, state, *picks)
         ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
+        ctx.set_materialize_grads(False)  # the states have none
         return ctx.reduction.loss(values), state
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 8
         logits, target, state, *picks = ctx.saved_tensors
-        with torch.no_grad():
-            grad_rows = ctx.reduction.grad_of_values(grad).expand(state.shape[0])
-            dlogits = ops.softmax_backward(grad_rows, logits, target, state, *picks, *ctx.door_arguments)
-        return once(dlogits, state, grad), *[None] * 7
+        grad_rows = ctx.reduction.grad_of_values(grad).expand(state.shape[0])
+        dlogits = ops.softmax_backward(grad_rows, logits, target, state, *picks, *ctx.door_arguments)
+        return once(dlogits, state, grad), *(None,) * 7
 
 
 class LogisticLoss(torch.autograd.Function):
@@ -73,12 +75,14 @@ class LogisticLoss(torch.autograd.Function):
         ctx.reduction = reduction_of(target, weight, ignore_index, reduction, sums.dtype)
         ctx.save_for_backward(None if compact and not multi_hot else logits, target, state, *picks)
         ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
+        ctx.set_materialize_grads(False)  # the states have none
         return ctx.reduction.loss(ctx.scales.values(sums)), state
 
     @staticmethod
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 9
         logits, target, state, *picks = ctx.saved_tensors
-        with torch.no_grad():
-            grad_rows = ctx.scales.grad_of_sums(ctx.reduction.grad_of_values(grad)).expand(state.shape[0], 2)
-            dlogits = ops.logistic_backward(grad_rows, logits, target, state, *picks, *ctx.door_arguments)
-        return once(dlogits, state, grad), *[None] * 8
+        grad_rows = ctx.scales.grad_of_sums(ctx.reduction.grad_of_values(grad)).expand(state.shape[0], 2)
+        dlogits = ops.logistic_backward(grad_rows, logits, target, state, *picks, *ctx.door_arguments)
+        return once(dlogits, state, grad), *(None,) * 8

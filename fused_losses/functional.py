@@ -289,29 +289,36 @@ def _check_target(loss: Loss, shape: torch.Size, device: torch.device, target: T
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     check_device("target", target, device)
-    shapes = f"got target {tuple(target.shape)} for logits {tuple(shape)}"
     if target.dim() == len(shape):
-        same = target.shape == shape
-        hint = ""
-        if not same and target.shape == (*shape[:-1], 1):
-            hint = "; for class indices, squeeze the target: target.squeeze(-1)"
-        if loss.family == "softmax" and same and target.dtype.is_floating_point:
-            raise TypeError(
-                f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; {shapes}"
-            )
-        if loss.family == "softmax":
-            raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {shapes}{hint}")
-        if not same:
-            raise ValueError(f"multi-hot target size must be the same as logits size: {shapes}{hint}")
-        if target.dtype.is_complex:
-            raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
-        return
+        return _check_same_rank(loss, shape, target)
     if target.dim() != len(shape) - 1:
-        raise ValueError(f"expected class indices of shape {tuple(shape[:-1])}: {shapes}")
+        raise ValueError(f"expected class indices of shape {tuple(shape[:-1])}: {_shapes(shape, target)}")
     if target.shape != shape[:-1]:
         raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
     if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise TypeError(f"expected class indices of an integer dtype, got {target.dtype}; {shapes}")
+        raise TypeError(f"expected class indices of an integer dtype, got {target.dtype}; {_shapes(shape, target)}")
+
+
+def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
+    """A target of the logits' rank: multi-hot, where the loss takes that."""
+    same = target.shape == shape
+    hint = ""
+    if not same and target.shape == (*shape[:-1], 1):
+        hint = "; for class indices, squeeze the target: target.squeeze(-1)"
+    if loss.family == "softmax" and same and target.dtype.is_floating_point:
+        raise TypeError(
+            f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; {_shapes(shape, target)}"
+        )
+    if loss.family == "softmax":
+        raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {_shapes(shape, target)}{hint}")
+    if not same:
+        raise ValueError(f"multi-hot target size must be the same as logits size: {_shapes(shape, target)}{hint}")
+    if target.dtype.is_complex:
+        raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
+
+
+def _shapes(shape: torch.Size, target: Tensor) -> str:
+    return f"got target {tuple(target.shape)} for logits {tuple(shape)}"
 
 
 def _check_weight(weight: Tensor, num_classes: int, device: torch.device, multi_hot: bool) -> None:
