@@ -69,7 +69,7 @@ EXACT = [(CE, {}), (NLLR, {})] + [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("loss, hyper", EXACT, ids=lambda x: x.name if hasattr(x, "name") else str(list(x.values())))
 def test_every_margin_to_full_precision(loss, hyper, dtype):
-    """Two classes: the margin is z_0 - z_1 exactly. Each value and slope right to its own last digits, in the tails too."""
+    """Two classes: the margin is z_0 - z_1 exactly. Value and slope right to their own last digits, in both tails."""
     margins = torch.tensor(MARGINS, dtype=dtype)
     logits = torch.stack([margins, torch.zeros_like(margins)], dim=1)
     value, grad = rows_and_grad(loss, logits, torch.zeros(len(MARGINS), dtype=torch.long), **hyper)
