@@ -119,7 +119,7 @@ def test_soft_targets_are_named(loss):
 
 @each(LOGISTIC)
 def test_soft_targets_for_a_logistic_loss(loss):
-    with pytest.raises(ValueError, match=r"0 or 1, got 0\.25.*row 1, class 2.*soft targets are not supported"):
+    with pytest.raises(ValueError, match=r"must be 0 or 1.*row 1, class 2.*soft targets are not supported"):
         target = make_multihot(3, 5).float()
         target[1, 2] = 0.25
         loss(LOGITS, target, **options(loss))
@@ -130,7 +130,7 @@ def test_soft_targets_for_a_logistic_loss(loss):
 def test_multihot_entries_other_than_0_and_1(loss, wrong):
     target = make_multihot(3, 5).long()
     target[2, 4] = wrong
-    with pytest.raises(ValueError, match=f"0 or 1, got {wrong}.*row 2, class 4"):
+    with pytest.raises(ValueError, match=r"must be 0 or 1.*row 2, class 4"):
         loss(LOGITS, target, **options(loss))
 
 

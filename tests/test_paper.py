@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import eager
 import paper
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden.npz")
@@ -24,6 +25,13 @@ def test_golden_has_every_published_loss():
         "ss_lr",
         "ss_lr_multilabel",
     }
+
+
+@pytest.mark.parametrize("module", [paper, eager], ids=["paper", "eager"])
+def test_judges_share_nothing_with_the_judged(module):
+    imports = [line for line in Path(module.__file__).read_text().splitlines() if line.startswith(("import", "from"))]
+    assert imports
+    assert not any("fused_losses" in line for line in imports)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -164,6 +164,16 @@ def test_logistic_state_is_target_logit_and_number_of_positives(wing, k, compact
     assert torch.equal(count, multihot.sum(1).double())
 
 
+@every_form
+def test_a_nan_row_still_counts_its_positives(wing, k, compact):
+    """They stand in the batch's normaliser, which is every other row's too."""
+    logits, multihot = make_logits(5, 33), make_multihot(5, 33)
+    logits[2, 7] = NAN
+    z_y, count = forward(wing, SS_LR, logits, multihot, k, compact).state.unbind(1)
+    assert z_y.isnan().tolist() == [False, False, True, False, False]
+    assert torch.equal(count, multihot.sum(1).double())
+
+
 # --- rows without a target of their own -------------------------------------------------------------------------------
 
 
