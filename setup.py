@@ -25,7 +25,7 @@ def give_up(why: BaseException) -> None:
 
 
 def extension() -> dict:
-    """What setup() is told of the extension: nothing where it is not wanted, or where there is no torch to build against."""
+    """What setup() is told of the extension; nothing where it is not wanted or torch is not there to build against."""
     if MODE == "0":
         return {}
     try:
@@ -52,9 +52,9 @@ def extension() -> dict:
     if sys.platform == "win32":
         flags = ["/O2"]
     else:
-        # Never -ffast-math: infinities and NaN have their meaning here. No contraction: left to its choice, the compiler
-        # fuses a sum in one copy of an inlined function and not in another, and bits would depend on which thread does
-        # what.
+        # Never -ffast-math: infinities and NaN have their meaning here. No contraction: left to its choice, the
+        # compiler fuses a sum in one copy of an inlined function and not in another, and bits would depend on which
+        # thread does what.
         flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     module = CppExtension(
         "fused_losses._C",

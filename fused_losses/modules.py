@@ -117,7 +117,7 @@ class LRLoss(RowLoss):
 
 
 class HSLRLoss(RowLoss):
-    """Module twin of :func:`fused_losses.hs_lr_loss`: logistic regression with hard selection, ``k`` or ``ratio`` given."""
+    """Module twin of :func:`fused_losses.hs_lr_loss`: hard selection; ``k`` or ``ratio`` is required."""
 
     def __init__(
         self,
