@@ -1,16 +1,16 @@
 """What each loss is: family, hyper-parameters and their defaults, paper, formula.
 
-Notation: z logits of one row, y the target, S the chosen negatives (all of them, or the k most confusing), sigma the sigmoid,
-softplus(x) = log(1 + e^x). The softmax family sees a row through its margin
+Notation: z logits of one row, y the target, S the chosen negatives (all of them, or the k most confusing), sigma the
+sigmoid, softplus(x) = log(1 + e^x). The softmax family sees a row through its margin
 
     d = z_y - log sum over S of exp(z_j),        the log-odds of the target among {y} + S,
 
-the logistic family through two sums, pos over the positives P and neg over S. How a formula is evaluated stands once per
-backend: ``reference.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
+the logistic family through two sums, pos over the positives P and neg over S. How a formula is evaluated stands once
+per backend: ``reference.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
@@ -22,15 +22,15 @@ class Loss:
     name: ClassVar[str]
     family: ClassVar[str]  # "softmax" or "logistic": which doors serve it
     formula: ClassVar[str]  # the name that the doors know; HS-LR is LR's formula over the k hardest
+    alpha = None  # logistic family: the weight of the negatives' mean, None for plain sums
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if not isinstance(value, Real):
-                raise TypeError(f"{self.name}: {field.name} must be a number, got {type(value).__name__}")
+                raise TypeError(f"{self.name}: {name} must be a number, got {type(value).__name__}")
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{self.name}: {field.name} must be finite and >= 0, got {value}")
-            object.__setattr__(self, field.name, float(value))
+                raise ValueError(f"{self.name}: {name} must be finite and >= 0, got {value}")
+            object.__setattr__(self, name, float(value))
 
     @property
     def params(self) -> list[float]:
@@ -81,7 +81,6 @@ class LR(Loss):
     name = "lr_loss"
     family = "logistic"
     formula = "lr"
-    alpha: ClassVar[None] = None  # plain sums: no means to balance
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """The raw ops: schema, shapes, and who serves which device.
 
-Four ops, ``torch.ops.fused_losses.{softmax,logistic}_{forward,backward}``, are the doors of every wing; ``reference.py`` states
-their contract. PyTorch's dispatcher picks the wing by device: the C++ extension serves the CPU where it was built, the reference
-serves every other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
+Four ops, ``torch.ops.fused_losses.{softmax,logistic}_{forward,backward}``, are the doors of every wing;
+``reference.py`` states their contract. PyTorch's dispatcher picks the wing by device: the C++ extension serves the CPU
+where it was built, the reference every other device. They are not differentiable by themselves: ``autograd.py`` pairs
+them.
 """
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,71 +18,87 @@ from . import reference
 
 _library = torch.library.Library("fused_losses", "DEF")
 
-_FORWARD = "(Tensor logits, Tensor target, str loss, float[] params, int k, int ignore_index, bool compact) -> {}"
-_BACKWARD = (
-    "(Tensor grad, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, Tensor pick_logit, "
-    "str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) -> Tensor"
-)
-_library.define(
-    "softmax_forward" + _FORWARD.format("(Tensor value, Tensor state, Tensor pick_index, Tensor pick_logit)")
-)
-_library.define(
-    "logistic_forward" + _FORWARD.format("(Tensor sums, Tensor state, Tensor pick_index, Tensor pick_logit)")
-)
-_library.define("softmax_backward" + _BACKWARD)
-_library.define("logistic_backward" + _BACKWARD)
 
-for _door in ("softmax_forward", "softmax_backward", "logistic_forward", "logistic_backward"):
-    _library.impl(_door, getattr(reference, _door), "CompositeExplicitAutograd")
+def define(schema: str, implementation: Callable, fake: Callable):
+    """Registers an op for every device without a kernel of its own; fake gives the shapes of its results."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    # no_grad: an op below autograd must not record what its implementation does inside
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_losses::{name}", fake, lib=_library)
+    return getattr(torch.ops.fused_losses, name).default
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _fake_picks(logits: Tensor, k: int, compact: bool) -> tuple[Tensor, Tensor]:
-    pick_logit = logits.new_empty((logits.shape[0], k if compact else min(k, 1)))
+def empty_picks(like: Tensor, k: int, compact: bool) -> tuple[Tensor, Tensor]:
+    """pick_index and pick_logit for the rows and the dtype of like."""
+    pick_logit = like.new_empty((like.shape[0], k if compact else min(k, 1)))
     return torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
 
 
-@torch.library.register_fake("fused_losses::softmax_forward", lib=_library)
-def _(logits, target, loss, params, k, ignore_index, compact):
-    dtype = reference.compute_dtype(logits.dtype)
-    rows = logits.shape[0]
-    return (
-        logits.new_empty((rows,), dtype=dtype),
-        logits.new_empty((rows, 3), dtype=dtype),
-        *_fake_picks(logits, k, compact),
-    )
+def _softmax_forward_shapes(logits, target, loss, params, k, ignore_index, compact):
+    value = logits.new_empty((logits.shape[0],), dtype=reference.compute_dtype(logits.dtype))
+    return value, value.new_empty((logits.shape[0], 3)), *empty_picks(logits, k, compact)
 
 
-@torch.library.register_fake("fused_losses::logistic_forward", lib=_library)
-def _(logits, target, loss, params, k, ignore_index, compact):
+def _logistic_forward_shapes(logits, target, loss, params, k, ignore_index, compact):
     sums = logits.new_empty((logits.shape[0], 2), dtype=reference.compute_dtype(logits.dtype))
-    return sums, torch.empty_like(sums), *_fake_picks(logits, k, compact)
+    return sums, torch.empty_like(sums), *empty_picks(logits, k, compact)
 
 
-@torch.library.register_fake("fused_losses::softmax_backward", lib=_library)
-@torch.library.register_fake("fused_losses::logistic_backward", lib=_library)
-def _(grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact):
+def _backward_shapes(
+    grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
+):
     return pick_logit.new_empty((pick_logit.shape[0], num_classes))
 
 
-# --- form -------------------------------------------------------------------------------------------------------------
+# --- doors ------------------------------------------------------------------------------------------------------------
+
+_FORWARD = (
+    "(Tensor logits, Tensor target, str loss, float[] params, int k, int ignore_index, bool compact) "
+    "-> (Tensor {}, Tensor state, Tensor pick_index, Tensor pick_logit)"
+)
+_BACKWARD = (
+    "(Tensor grad, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, Tensor pick_logit, "
+    "str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) -> Tensor"
+)
+softmax_forward = define(
+    "softmax_forward" + _FORWARD.format("value"), reference.softmax_forward, _softmax_forward_shapes
+)
+softmax_backward = define("softmax_backward" + _BACKWARD, reference.softmax_backward, _backward_shapes)
+logistic_forward = define(
+    "logistic_forward" + _FORWARD.format("sums"), reference.logistic_forward, _logistic_forward_shapes
+)
+logistic_backward = define("logistic_backward" + _BACKWARD, reference.logistic_backward, _backward_shapes)
 
 
 def keeps_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
     """Whether the compact form serves: then backward needs no logits, and autograd keeps none alive.
 
-    Scattered stores cost more than reading the logits once more as soon as the picks are no small share of the classes. With
-    multi-hot targets backward reads the positives' logits anyway.
+    Scattered stores cost more than reading the logits once more as soon as the picks are no small share of the classes.
+    With multi-hot targets backward reads the positives' logits anyway.
     """
     return 0 < k <= num_classes // 32 and not multi_hot
 
 
-softmax_forward = torch.ops.fused_losses.softmax_forward.default
-softmax_backward = torch.ops.fused_losses.softmax_backward.default
-logistic_forward = torch.ops.fused_losses.logistic_forward.default
-logistic_backward = torch.ops.fused_losses.logistic_backward.default
+# --- who serves the CPU -----------------------------------------------------------------------------------------------
+
+
+def _load_extension() -> str:
+    """Loads the C++ kernels, which register themselves for the CPU. Returns why that failed, or nothing."""
+    path = next(Path(__file__).parent.glob("_C.*"), None)
+    if path is None:
+        return "the C++ extension was not built"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the C++ extension does not load: {error}"
+    return ""
+
+
+_extension_failure = _load_extension()
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -94,12 +113,17 @@ def _version(package: str) -> str:
 
 def show_config() -> None:
     """Prints the versions in use and which backend serves which device, with the reason where it is the reference."""
+    reference_because = "reference (plain PyTorch): {}".format
+    if _extension_failure:
+        cpu = reference_because(_extension_failure)
+    else:
+        cpu = f"C++ kernels, {torch.ops.fused_losses._cpu_isa('')}, {torch.get_num_threads()} threads"
     print(
         f"fused_losses {_version('fused_losses')}\n"
         f"  python     {platform.python_version()}, {platform.system()} {platform.machine()}\n"
         f"  torch      {torch.__version__}\n"
         f"  triton     {_version('triton')}\n"
-        f"  CPU        reference (plain PyTorch): the C++ extension is not part of this version\n"
-        f"  CUDA       reference (plain PyTorch): the Triton kernels are not part of this version\n"
+        f"  CPU        {cpu}\n"
+        f"  CUDA       {reference_because('the Triton kernels are not part of this version')}\n"
         f"  others     reference (plain PyTorch)"
     )

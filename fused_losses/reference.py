@@ -4,18 +4,19 @@ Contract of the four doors, shared by all wings, z = logits, (rows, classes):
 
 - Arithmetic and row outputs are float64 for float64 logits, else float32 (the compute dtype).
 - target: int64 (rows,), or multi-hot (rows, classes) for the logistic doors, where every entry != 0 is a positive.
-  An index is ``ignore_index`` (checked first: an ignored row), ``NO_TARGET`` (a row whose positive is elsewhere: another
-  shard has it), or a class. Anything else raises on the CPU; on other devices its row becomes NaN.
+  An index is ``ignore_index`` (checked first: an ignored row), ``NO_TARGET`` (a row whose positive is elsewhere:
+  another shard has it), or a class. Anything else raises on the CPU; on other devices its row becomes NaN.
 - k = 0: S is all negatives. k >= 1: the k largest z_j with j not positive, the lowest class index first among equals.
-- Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, in any order; the threshold form
-  keeps one, the last taken, the *edge*; k = 0 keeps none.
+- Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, in any order; the threshold
+  form keeps one, the last taken, the *edge*; k = 0 keeps none.
 - softmax state (rows, 3) = m, l, z_y: m the largest logit of S (0 if that is -inf), l = log sum over S of exp(z_j - m).
-  m + l is never one number: at offset 1000 that would cost two digits in fp32. A row with a NaN, a +inf or a bad target has
-  NaN among them.
-- logistic sums (rows, 2) = pos, neg; state (rows, 2) = z_y (0 for multi-hot, NaN for a row with a NaN or a bad target), number of positives.
-- backward takes d(objective)/d(value) or d(objective)/d(sums), any strides, and writes every element of (rows, classes).
-  A row whose coefficient is NaN becomes NaN as a whole; an ignored row becomes literal zeros. ``logits`` is None in the
-  compact form with index targets: the picks and the state hold all that it needs.
+  m + l is never one number: at offset 1000 that would cost two digits in fp32. A row with a NaN, a +inf or a bad target
+  has NaN among them.
+- logistic sums (rows, 2) = pos, neg; state (rows, 2) = z_y (0 for multi-hot, NaN for a row with a NaN or a bad target),
+  number of positives.
+- backward takes d(objective)/d(value) or d(objective)/d(sums), any strides, and writes every element of (rows,
+  classes). A row whose coefficient is NaN becomes NaN as a whole; an ignored row becomes literal zeros. ``logits`` is
+  None in the compact form with index targets: the picks and the state hold all that it needs.
 """
 
 import math
@@ -78,6 +79,20 @@ def phi_slope(loss: str, z: Tensor, params: list[float]) -> Tensor:
     gamma = params[0]
     finite = z.clamp(max=torch.finfo(z.dtype).max)  # sigma(-z) * softplus(z) -> 0 at +inf, not 0 * inf
     return sigma.pow(gamma) * (sigma + gamma * torch.sigmoid(-z) * softplus(finite))
+
+
+def softmax_gradient(grad: Tensor, state: Tensor, z: Tensor, loss: str, params: list[float]) -> tuple[Tensor, Tensor]:
+    """dz_y (rows,) and dz of the negatives z (rows, any number), from grad (rows,) and state (rows, 3)."""
+    m, l, z_y = state.unbind(1)
+    coefficient = grad * slope(loss, (z_y - m) - l, params)
+    share = ((z - m[:, None]) - l[:, None]).exp().masked_fill(z == -INF, 0)
+    return coefficient, -coefficient[:, None] * share
+
+
+def logistic_gradient(grad: Tensor, z_p: Tensor, z: Tensor, loss: str, params: list[float]) -> tuple[Tensor, Tensor]:
+    """dz of positives z_p and of negatives z, both (rows, any number), from grad (rows, 2)."""
+    grad_pos, grad_neg = grad.unsqueeze(2).unbind(1)  # (rows, 1) each
+    return -grad_pos * torch.sigmoid(-z_p), grad_neg * phi_slope(loss, z, params)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -200,12 +215,8 @@ def softmax_backward(
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows,)."""
     positive, ignored, _ = read_target(target, num_classes, ignore_index)
-    m, l, z_y = state.unbind(1)
-    coefficient = grad * slope(loss, (z_y - m) - l, params)
-
     z = (pick_logit if compact else logits).to(state.dtype)
-    share = ((z - m[:, None]) - l[:, None]).exp().masked_fill(z == -INF, 0)
-    dz = -coefficient[:, None] * share
+    coefficient, dz = softmax_gradient(grad, state, z, loss, params)
     if compact:
         dlogits = scatter_picks(pick_index, dz, num_classes)
     else:
@@ -249,15 +260,13 @@ def logistic_backward(
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
     positive, ignored, _ = read_target(target, num_classes, ignore_index)
-    grad_pos, grad_neg = grad.unsqueeze(2).unbind(1)  # (rows, 1) each
-    z_y, _ = state.unbind(1)
-
+    z_y = state[:, 0]
     z = (pick_logit if compact else logits).to(state.dtype)
-    dz = grad_neg * phi_slope(loss, z, params)
+    z_p = z_y[:, None] if logits is None else logits.to(state.dtype)
+    dz_p, dz = logistic_gradient(grad, z_p, z, loss, params)
     if compact:
         dlogits = scatter_picks(pick_index, dz, num_classes)
     else:
         dlogits = torch.where(chosen_negatives(z, positive, pick_index, pick_logit, k), dz, 0)
-    z_p = z_y[:, None] if logits is None else logits.to(state.dtype)
-    dlogits = torch.where(positive, -grad_pos * torch.sigmoid(-z_p), dlogits)
+    dlogits = torch.where(positive, dz_p, dlogits)
     return finish(dlogits, z_y, ignored, pick_logit.dtype)
