@@ -1,12 +1,15 @@
-// The k hardest negatives of a row: the k largest logits that are not positives, equal logits in the order of their class
-// index. Exact for every input.
+// The k hardest negatives of a row: the k largest logits that are not positives, equal logits in the order of their
+// class index. Exact for every input.
 //
 // 1. block_maxima   one pass over the row keeps the maximum of every block of logits (and looks for NaN);
-// 2. find_cut       the w-th largest of those maxima is a proven lower bound of the w-th largest logit, w = k + positives;
-// 3. collect        a second pass, over a row that is now in cache, keeps what reaches that bound: little more than w logits;
+// 2. find_cut       the w-th largest of those maxima is a proven lower bound of the w-th largest logit, w = k +
+// positives;
+// 3. collect        a second pass, over a row that is now in cache, keeps what reaches that bound: little more than w
+// logits;
 // 4. keep_largest   positives leave, and the same search among the few that are left finds the edge exactly.
 //
-// Logits are compared as floating-point numbers, so +0 = -0. The search works on integers in the same order, so it ends.
+// Logits are compared as floating-point numbers, so +0 = -0. The search works on integers in the same order, so it
+// ends.
 #pragma once
 
 #include "simd.h"
@@ -33,10 +36,12 @@ inline uint32_t lowest_bits(uint32_t word, int64_t n) {
   return lowest;
 }
 
-// Integers in the order of the numbers of storage type S: neighbours differ by 1, and -0 has the key of +0. Numbers that were
-// widened from 16 bits end in zeros, which the key leaves out.
+// Integers in the order of the numbers of storage type S: neighbours differ by 1, and -0 has the key of +0. Numbers
+// that were widened from 16 bits end in zeros, which the key leaves out.
 template <class S>
-constexpr int kUnusedBits = std::is_same_v<S, BFloat16> ? 16 : std::is_same_v<S, Half> ? 13 : 0;
+constexpr int kUnusedBits = std::is_same_v<S, BFloat16> ? 16
+                            : std::is_same_v<S, Half>   ? 13
+                                                        : 0;
 template <class S>
 using Key = std::conditional_t<sizeof(S) == 8, int64_t, int32_t>;
 
@@ -50,7 +55,7 @@ inline Key<S> key_of(Compute<S> value) {
 }
 template <class S>
 inline Compute<S> value_of(Key<S> key) {
-  constexpr Key<S> unused = (Key<S>(1) << kUnusedBits<S>) - 1;
+  constexpr Key<S> unused = (Key<S>(1) << kUnusedBits<S>)-1;
   return bit_cast<Compute<S>>(fold_sign(key * (unused + 1) + (key < 0 ? unused : 0)));
 }
 // z >= next_above(t) says z > t; next_above(inf) is a NaN, which nothing reaches.
@@ -85,8 +90,8 @@ inline int64_t count_reaching(const T* value, int64_t n, T threshold) {
   return count;
 }
 
-// Cuts n numbers of storage type S, none of them NaN, so that at least w and at most w + slack are kept; n >= w >= 1. With
-// slack 0, exactly w.
+// Cuts n numbers of storage type S, none of them NaN, so that at least w and at most w + slack are kept; n >= w >= 1.
+// With slack 0, exactly w.
 template <class S, class T = Compute<S>, class V = VecOf<S>>
 inline Cut<T> find_cut(T* value, int64_t n, int64_t w, int64_t slack) {
   V largest(-kInfinity<T>), smallest(kInfinity<T>);
@@ -165,8 +170,8 @@ inline void drop_positives(Candidates<T>& candidates, Positives positives) {
   candidates.count = kept;
 }
 
-// Writes the maxima of the blocks of row[begin, end), and says whether a NaN was met. A block is `length` vectors long and
-// one lane wide, so every group of `length` vectors gives V::lanes maxima; a block with no logits has -inf.
+// Writes the maxima of the blocks of row[begin, end), and says whether a NaN was met. A block is `length` vectors long
+// and one lane wide, so every group of `length` vectors gives V::lanes maxima; a block with no logits has -inf.
 template <class S, class V = VecOf<S>>
 inline bool block_maxima(const S* row, int64_t begin, int64_t end, int64_t length, Compute<S>* maxima) {
   const V lowest(-kInfinity<Compute<S>>);
@@ -194,7 +199,8 @@ constexpr int64_t kChunk = 4096;   // classes that collect looks through at a ti
 
 // Appends the logits of row[begin, end) that reach the threshold. Once there are well over `enough` of them, keeps the
 // `enough` largest and raises the threshold: so ties, or a threshold that says little, cost a bounded amount each.
-// Which logits reach it cannot be predicted, so nothing branches on that; `dense` says that most vectors will have some.
+// Which logits reach it cannot be predicted, so nothing branches on that; `dense` says that most vectors will have
+// some.
 template <class S, class V = VecOf<S>>
 inline void collect(const S* row, int64_t begin, int64_t end, Compute<S> threshold, int64_t enough, bool dense,
                     Candidates<Compute<S>>& candidates) {

@@ -1,4 +1,5 @@
-// Vectors of floating-point lanes: what every instruction set must offer, and the elementary functions written on top of it.
+// Vectors of floating-point lanes: what every instruction set must offer, and the elementary functions written on top
+// of it.
 //
 // A vector type V has V::Scalar, V::Mask and V::lanes, the operators + - *, and
 //     V(s)                       s in every lane
@@ -45,7 +46,7 @@ template <class S>
 using VecOf = std::conditional_t<std::is_same_v<S, double>, DoubleVec, FloatVec>;
 
 // e^v within 2 ulp, subnormal results included; exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN.
-inline FloatVec exp(FloatVec v) {
+FUSED_LOSSES_INLINE FloatVec exp(FloatVec v) {
   // Cody and Waite: v = n ln2 + r with |r| <= ln2 / 2. The high part of ln2 has few bits, so that n * high is exact.
   v = min(FloatVec(89.0f), max(FloatVec(-105.0f), v));
   const FloatVec n = round(v * FloatVec(1.44269504088896341f));
@@ -62,7 +63,7 @@ inline FloatVec exp(FloatVec v) {
 }
 
 // log(1 + e) for e in [0, 1] within 3 ulp; NaN for NaN.
-inline FloatVec log1p(FloatVec e) {
+FUSED_LOSSES_INLINE FloatVec log1p(FloatVec e) {
   // (log(1 + e) / e - 1) / e, weighted minimax
   FloatVec q = FloatVec(0.005364812833188255f);
   q = fma(q, e, FloatVec(-0.030065750054055436f));

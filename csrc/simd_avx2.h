@@ -102,7 +102,8 @@ inline Float16 select(Float16::Mask m, Float16 a, Float16 b) {
   return {_mm256_blendv_ps(b.low, a.low, m.low), _mm256_blendv_ps(b.high, a.high, m.high)};
 }
 
-// The permutation that brings the lanes of the 8 set bits to the front: their numbers are picked from a word of nibbles.
+// The permutation that brings the lanes of the 8 set bits to the front: their numbers are picked from a word of
+// nibbles.
 inline __m256i to_front(uint32_t chosen) {
   const uint32_t nibbles = _pdep_u32(chosen, 0x11111111) * 0xf;
   const __m256i numbers = _mm256_set1_epi32(static_cast<int32_t>(_pext_u32(0x76543210, nibbles)));
@@ -133,7 +134,8 @@ inline void compress_numbers(uint32_t chosen, int32_t first, int32_t* to) {
 
 // The bits of 16 words: which are not zero.
 inline uint32_t nonzero(const uint16_t* word) {
-  const __m256i zero = _mm256_cmpeq_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(word)), _mm256_setzero_si256());
+  const __m256i zero =
+      _mm256_cmpeq_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(word)), _mm256_setzero_si256());
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(zero, zero), 0xd8);
   return ~static_cast<uint32_t>(_mm256_movemask_epi8(packed)) & 0xffff;
 }

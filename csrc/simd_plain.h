@@ -57,12 +57,24 @@ struct Plain {
     return m;
   }
 
-  friend Plain operator+(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x + y; }); }
-  friend Plain operator-(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x - y; }); }
-  friend Plain operator*(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x * y; }); }
-  friend Plain max(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x > y ? x : y; }); }
-  friend Plain min(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x < y ? x : y; }); }
-  friend Plain reciprocal(const Plain& a) { return map(a, a, [](T x, T) { return 1 / x; }); }
+  friend Plain operator+(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x + y; });
+  }
+  friend Plain operator-(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x - y; });
+  }
+  friend Plain operator*(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x * y; });
+  }
+  friend Plain max(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x > y ? x : y; });
+  }
+  friend Plain min(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x < y ? x : y; });
+  }
+  friend Plain reciprocal(const Plain& a) {
+    return map(a, a, [](T x, T) { return 1 / x; });
+  }
   friend Plain fma(const Plain& a, const Plain& b, const Plain& c) {
 #if defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
     Plain v;
@@ -73,9 +85,15 @@ struct Plain {
 #endif
   }
 
-  friend Mask operator>=(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x >= y; }); }
-  friend Mask operator>(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x > y; }); }
-  friend Mask unordered(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x != x || y != y; }); }
+  friend Mask operator>=(const Plain& a, const Plain& b) {
+    return test(a, b, [](T x, T y) { return x >= y; });
+  }
+  friend Mask operator>(const Plain& a, const Plain& b) {
+    return test(a, b, [](T x, T y) { return x > y; });
+  }
+  friend Mask unordered(const Plain& a, const Plain& b) {
+    return test(a, b, [](T x, T y) { return x != x || y != y; });
+  }
 
   friend Plain select(const Mask& m, const Plain& a, const Plain& b) {
     Plain v;

@@ -82,7 +82,7 @@ class SoftmaxBackward {
     T target_gradient;
     V minus_gradient, max, log_sum;
 
-    V negative(V z) const { return minus_gradient * exp((z - max) - log_sum); }
+    FUSED_LOSSES_INLINE V negative(V z) const { return minus_gradient * exp((z - max) - log_sum); }
     T positive(T) const { return target_gradient; }
   };
 
