@@ -142,7 +142,7 @@ class Walk:
     device: Device
     tile: Tile
     parts: int
-    constexprs: dict  # of every walk
+    shape: dict[str, int]  # ROWS and LANES of a tile
 
 
 def plan(logits: Tensor) -> Walk:
@@ -151,7 +151,7 @@ def plan(logits: Tensor) -> Walk:
     tile = tile_for(device, num_classes, logits.element_size())
     lanes = 16 // logits.element_size() * device.threads_per_warp * tile.warps
     parts = parts_for(device, num_rows, triton.cdiv(num_classes, tile.rows * lanes))
-    return Walk(device, tile, parts, {"FAST": device.fast, "ROWS": tile.rows, "LANES": lanes})
+    return Walk(device, tile, parts, {"ROWS": tile.rows, "LANES": lanes})
 
 
 def launch(kernel, grid: tuple[int, ...], warps: int, *arguments, **constexprs) -> None:
@@ -176,22 +176,22 @@ def softmax_forward(
     if num_rows == 0:
         return value, state, *_no_picks(logits)
 
-    value_formula, _, a, b = formulas(loss, params)
+    formula, _, a, b = formulas(loss, params)
     z, walk = as_matrix(logits), plan(logits)
+    value_of = {"VALUE": formula, "FAST": walk.device.fast}
     rows = z.base, z.phase, z.stride, target, target.stride(0), num_classes, ignore_index
-    formula = {"VALUE": value_formula, "FAST": walk.device.fast}
     with torch.cuda.device_of(logits):
         if walk.parts == 1:
             launch(
                 softmax.softmax_forward_kernel, (num_rows,), walk.tile.warps, value, state, *rows, a, b,
-                VALUE=value_formula, **walk.constexprs,
+                **value_of, **walk.shape,
             )  # fmt: skip
         else:
             partial = logits.new_empty((num_rows, walk.parts, 2), dtype=torch.float32)
-            launch(softmax.softmax_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows, **walk.constexprs)
+            launch(softmax.softmax_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows, **walk.shape)
             launch(
                 softmax.softmax_merge_kernel, (num_rows,), 1, value, state, partial, walk.parts, *rows, a, b,
-                PARTS=triton.next_power_of_2(walk.parts), **formula,
+                PARTS=triton.next_power_of_2(walk.parts), **value_of,
             )  # fmt: skip
     return value, state, *_no_picks(logits)
 
@@ -221,7 +221,7 @@ def softmax_backward(
         launch(
             softmax.softmax_backward_kernel, (logits.shape[0], walk.parts), walk.tile.warps,
             dz.base, dz.stride, grad, grad.stride(0), state.contiguous(), z.base, z.phase, z.stride,
-            target, target.stride(0), num_classes, ignore_index, a, b, SLOPE=slope, **walk.constexprs,
+            target, target.stride(0), num_classes, ignore_index, a, b, SLOPE=slope, FAST=walk.device.fast, **walk.shape,
         )  # fmt: skip
     return dlogits
 
@@ -247,13 +247,13 @@ def logistic_forward(
         if walk.parts == 1:
             launch(
                 logistic.logistic_forward_kernel, (num_rows,), walk.tile.warps, sums, state, *rows,
-                ROW=row, VALUE=value, **walk.constexprs,
+                ROW=row, VALUE=value, FAST=walk.device.fast, **walk.shape,
             )  # fmt: skip
         else:
             partial = logits.new_empty((num_rows, walk.parts, 4), dtype=torch.float32)
             launch(
                 logistic.logistic_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows,
-                ROW=row, VALUE=value, **walk.constexprs,
+                ROW=row, VALUE=value, FAST=walk.device.fast, **walk.shape,
             )  # fmt: skip
             launch(
                 logistic.logistic_merge_kernel, (num_rows,), 1, sums, state, partial, walk.parts,
@@ -290,11 +290,11 @@ def logistic_backward(
             y = multi_hot_beside(z, target)
             launch(
                 logistic.multi_hot_backward_kernel, grid, walk.tile.warps, *rows, y.base, y.phase, y.stride,
-                num_classes, a, b, SLOPE=slope, **walk.constexprs,
+                num_classes, a, b, SLOPE=slope, FAST=walk.device.fast, **walk.shape,
             )  # fmt: skip
         else:
             launch(
                 logistic.index_backward_kernel, grid, walk.tile.warps, *rows, target, target.stride(0),
-                num_classes, ignore_index, a, b, SLOPE=slope, **walk.constexprs,
+                num_classes, ignore_index, a, b, SLOPE=slope, FAST=walk.device.fast, **walk.shape,
             )  # fmt: skip
     return dlogits

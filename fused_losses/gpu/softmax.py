@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .formulas import exp
 from .rows import last_tile, load_tile, open_row, part_of, read_index, rim_classes, tile_lanes, write_gradient
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a finite start keeps -inf - top from being NaN
@@ -15,7 +16,7 @@ def _online(top, total, x):
     A NaN or +inf turns the sum to NaN and stays there; the maximum alone would lose a NaN.
     """
     higher = tl.maximum(top, tl.max(x, axis=0))
-    return higher, total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[None, :]), axis=0)
+    return higher, total * exp(top - higher) + tl.sum(exp(x - higher[None, :]), axis=0)
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def _negatives(logits_ptr, phase, row, row_stride, num_classes, target, ROWS: tl
     rim, inside = rim_classes(head, body, num_classes, VECTOR)
     x = tl.load(row_ptr + rim, mask=inside & (rim != target), other=float("-inf")).to(tl.float32)
     highest = tl.maximum(tl.max(top, axis=0), tl.max(x, axis=0))
-    return highest, tl.sum(total * tl.exp(top - highest), axis=0) + tl.sum(tl.exp(x - highest), axis=0)
+    return highest, tl.sum(total * exp(top - highest), axis=0) + tl.sum(exp(x - highest), axis=0)
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def softmax_merge_kernel(
     tops = tl.load(partial_ptr + slot, mask=part < parts, other=_LOWEST)
     totals = tl.load(partial_ptr + slot + 1, mask=part < parts, other=0.0)
     top = tl.max(tops, axis=0)
-    total = tl.sum(totals * tl.exp(tops - top), axis=0)
+    total = tl.sum(totals * exp(tops - top), axis=0)
     _finish(
         value_ptr, state_ptr, logits_ptr, phase, row, row_stride, target, live, dead, top, total, a, b, VALUE, FAST
     )  # fmt: skip
@@ -127,7 +128,7 @@ def softmax_merge_kernel(
 @triton.jit
 def share_of_negatives(z, top, log_total, FAST: tl.constexpr):
     """exp(z) over the sum of exp over the negatives; never top + log_total in one number, which would lose digits."""
-    return tl.exp((z - top) - log_total)
+    return exp((z - top) - log_total)
 
 
 @triton.jit(do_not_specialize=["phase", "row_stride", "dlogits_stride", "target_stride", "grad_stride", "num_classes", "ignore_index"])
