@@ -1,45 +1,13 @@
 """One ``torch.autograd.Function`` per family: a door forward, the reduction on N values, a door backward.
 
-Only state per row crosses from forward to backward, and the logits where the form needs them. The reductions stand here and
-not in the kernels: they are the same for every loss and device and touch N numbers.
+Only state per row crosses from forward to backward, and the logits where the form needs them.
 """
 
 import torch
 from torch import Tensor
 
 from . import ops
-
-
-def _row_weight(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor | None:
-    """w[y] of each row, (rows,), 0 where ignored."""
-    if weight is None:
-        return None
-    inside = target.clamp(0, weight.shape[0] - 1)  # a bad target's row is NaN already: only never read outside
-    return weight.to(dtype)[inside].masked_fill(target == ignore_index, 0)
-
-
-def _divisor(target: Tensor, row_weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor | int | None:
-    """What mean divides by: the weights, or the number of rows, not ignored."""
-    if reduction != "mean":
-        return None
-    if row_weight is not None:
-        return row_weight.sum()
-    return (target != ignore_index).sum() if target.dim() == 1 else target.shape[0]
-
-
-def _reduce(values: Tensor, row_weight: Tensor | None, divisor: Tensor | int | None, reduction: str) -> Tensor:
-    if row_weight is not None:
-        values = values * row_weight
-    if reduction == "none":
-        return values
-    return values.sum() if divisor is None else values.sum() / divisor
-
-
-def _grad_of_values(grad: Tensor, row_weight: Tensor | None, divisor: Tensor | int | None) -> Tensor:
-    """What ``_reduce`` passes on to the values: (rows,), or a scalar that holds for every row."""
-    if divisor is not None:
-        grad = grad / divisor
-    return grad if row_weight is None else grad * row_weight
+from .reductions import reduction_of, term_scales
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -58,7 +26,8 @@ class _SecondDerivative(torch.autograd.Function):
         raise RuntimeError("the losses of fused_losses are differentiable once: second derivatives are not supported")
 
 
-def _once(dlogits: Tensor) -> Tensor:
+def once(dlogits: Tensor) -> Tensor:
+    """A gradient that refuses to be differentiated, under ``create_graph=True``."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiled graph refuses by itself
         return dlogits
     return _SecondDerivative.apply(dlogits.detach().requires_grad_())
@@ -71,65 +40,40 @@ class SoftmaxLoss(torch.autograd.Function):
     def forward(ctx, logits, target, weight, formula, params, k, ignore_index, reduction):
         num_classes = logits.shape[1]
         compact = ops.keeps_picks(num_classes, k, multi_hot=False)
-        value, state, *picks = ops.softmax_forward(logits, target, formula, params, k, ignore_index, compact)
-        row_weight = _row_weight(target, weight, ignore_index, value.dtype)
-        divisor = _divisor(target, row_weight, ignore_index, reduction)
-
+        values, state, *picks = ops.softmax_forward(logits, target, formula, params, k, ignore_index, compact)
+        ctx.reduction = reduction_of(target, weight, ignore_index, reduction, values.dtype)
         ctx.save_for_backward(None if compact else logits, target, state, *picks)
-        ctx.reduction = row_weight, divisor
         ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
-        return _reduce(value, row_weight, divisor, reduction)
+        return ctx.reduction.loss(values)
 
     @staticmethod
     def backward(ctx, grad):
         logits, target, state, *picks = ctx.saved_tensors
         with torch.no_grad():
-            grad = _grad_of_values(grad, *ctx.reduction).expand(state.shape[0])
+            grad = ctx.reduction.grad_of_values(grad).expand(state.shape[0])
             dlogits = ops.softmax_backward(grad, logits, target, state, *picks, *ctx.door_arguments)
-        return _once(dlogits), *[None] * 7
+        return once(dlogits), *[None] * 7
 
 
 class LogisticLoss(torch.autograd.Function):
-    """LR, HS-LR, SS-LR: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss.
-
-    alpha None takes plain sums over positives and negatives; a number takes means: over the row for index targets, over the
-    batch for multi-hot targets, as the authors normalise.
-    """
+    """LR, HS-LR, SS-LR: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss."""
 
     @staticmethod
     def forward(ctx, logits, target, weight, formula, params, alpha, k, ignore_index, reduction):
-        rows, num_classes = logits.shape
+        num_classes = logits.shape[1]
         multi_hot = target.dim() == 2
         compact = ops.keeps_picks(num_classes, k, multi_hot)
         sums, state, *picks = ops.logistic_forward(logits, target, formula, params, k, ignore_index, compact)
-        pos, neg = sums.unbind(1)
-
-        scale_pos, scale_neg = 1.0, 1.0
-        if alpha is not None and multi_hot:
-            num_positives = state[:, 1]
-            num_negatives = num_classes - num_positives
-            chosen = num_negatives.clamp(max=k) if k > 0 else num_negatives
-            scale_pos = rows / num_positives.sum().clamp(min=1)
-            scale_neg = alpha * rows / chosen.sum().clamp(min=1)
-            pos = pos * scale_pos
-        elif alpha is not None:
-            scale_neg = alpha / max(1, min(k or num_classes, num_classes - 1))
-        values = pos + neg * scale_neg
-        row_weight = _row_weight(target, weight, ignore_index, values.dtype)
-        divisor = _divisor(target, row_weight, ignore_index, reduction)
-
+        ctx.scales = term_scales(alpha, state[:, 1] if multi_hot else None, num_classes, k)
+        ctx.reduction = reduction_of(target, weight, ignore_index, reduction, sums.dtype)
         ctx.save_for_backward(None if compact and not multi_hot else logits, target, state, *picks)
-        ctx.reduction = row_weight, divisor
-        ctx.scales = scale_pos, scale_neg
         ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
-        return _reduce(values, row_weight, divisor, reduction)
+        return ctx.reduction.loss(ctx.scales.values(sums))
 
     @staticmethod
     def backward(ctx, grad):
         logits, target, state, *picks = ctx.saved_tensors
-        scale_pos, scale_neg = ctx.scales
         with torch.no_grad():
-            grad = _grad_of_values(grad, *ctx.reduction)
-            grad_sums = torch.stack((grad * scale_pos, grad * scale_neg), dim=-1).expand(state.shape[0], 2)
-            dlogits = ops.logistic_backward(grad_sums, logits, target, state, *picks, *ctx.door_arguments)
-        return _once(dlogits), *[None] * 8
+            grad = ctx.scales.grad_of_sums(ctx.reduction.grad_of_values(grad)).expand(state.shape[0], 2)
+            dlogits = ops.logistic_backward(grad, logits, target, state, *picks, *ctx.door_arguments)
+        return once(dlogits), *[None] * 8

@@ -23,7 +23,7 @@ from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 
 IGNORE_INDEX = -100
 REDUCTIONS = ("none", "mean", "sum")
-LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cross_entropy(
@@ -200,33 +200,33 @@ def apply(
 ) -> Tensor:
     """The one way from a user's arguments to the autograd functions."""
     check_options(loss, k, ratio, reduction)
-    for name, tensor in (("logits", logits), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     _check_logits(logits)
-    _check_target(loss, logits, target)
-    num_classes = logits.shape[-1]
-    multi_hot = target.dim() == logits.dim()
-    _check_weight(weight, logits, multi_hot)
-    if multi_hot and ignore_index != IGNORE_INDEX:
-        raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
-
-    if not multi_hot:
-        target = target.long()
-    single = logits.dim() == 1
-    if single:
-        logits, target = logits.unsqueeze(0), target.unsqueeze(0)
-    if check_targets and logits.device.type != "cpu":
-        reference.check_target(target, num_classes, ignore_index)
-
-    k = _num_hardest(num_classes, num_classes if multi_hot else num_classes - 1, k, ratio)
+    check_batch(loss, logits.shape, logits.device, target, weight, ignore_index)
+    rows, target, k = as_rows(logits, target, logits.shape[-1], k, ratio)
+    if check_targets and logits.device.type != "cpu":  # the CPU doors always check
+        reference.check_target(target, rows.shape[1], ignore_index)
     if loss.family == "softmax":
-        result = SoftmaxLoss.apply(logits, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
+        result = SoftmaxLoss.apply(rows, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
     else:
         result = LogisticLoss.apply(
-            logits, target, weight, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction
+            rows, target, weight, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction
         )
-    return result.squeeze(0) if single and reduction == "none" else result
+    return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
+
+
+def as_rows(
+    x: Tensor, target: Tensor, num_classes: int, k: int | None, ratio: float | None
+) -> tuple[Tensor, Tensor, int]:
+    """What the doors take: x and target with a row dimension, int64 class indices, k = 0 for all negatives."""
+    multi_hot = target.dim() == x.dim()
+    if not multi_hot:
+        target = target.long()
+    if x.dim() == 1:
+        x, target = x.unsqueeze(0), target.unsqueeze(0)
+    if ratio is not None:
+        k = max(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
+    most_negatives = num_classes if multi_hot else num_classes - 1
+    return x, target, 0 if k is None or k >= most_negatives else operator.index(k)
 
 
 def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str) -> None:
@@ -245,15 +245,10 @@ def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
 
 
-def _num_hardest(num_classes: int, most_negatives: int, k: int | None, ratio: float | None) -> int:
-    """The doors' k: how many negatives are chosen, 0 for all."""
-    if ratio is not None:
-        k = max(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
-    return 0 if k is None or k >= most_negatives else operator.index(k)
-
-
 def _check_logits(logits: Tensor) -> None:
-    if logits.dtype not in LOGITS_DTYPES:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in FLOATING:
         raise TypeError(f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}")
     if logits.dim() not in (1, 2):
         hint = ""
@@ -264,19 +259,41 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"expected at least one class, got logits of shape {tuple(logits.shape)}")
 
 
-def _check_target(loss: Loss, logits: Tensor, target: Tensor) -> None:
-    if target.device != logits.device:
+def check_batch(
+    loss: Loss,
+    shape: torch.Size,
+    device: torch.device,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """Whether target and weight fit logits of this shape on this device."""
+    _check_target(loss, shape, device, target)
+    multi_hot = target.dim() == len(shape)
+    if weight is not None:
+        _check_weight(weight, shape[-1], device, multi_hot)
+    if multi_hot and ignore_index != IGNORE_INDEX:
+        raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
         raise RuntimeError(
-            "Expected all tensors to be on the same device, "
-            f"but got logits on {logits.device} and target on {target.device}"
+            f"Expected all tensors to be on the same device, but got {name} on {tensor.device} and others on {device}"
         )
-    shapes = f"got logits {tuple(logits.shape)} and target {tuple(target.shape)}"
-    if target.dim() == logits.dim():
-        same = target.shape == logits.shape
+
+
+def _check_target(loss: Loss, shape: torch.Size, device: torch.device, target: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    check_device("target", target, device)
+    shapes = f"got target {tuple(target.shape)} for logits {tuple(shape)}"
+    if target.dim() == len(shape):
+        same = target.shape == shape
         hint = ""
-        if not same and target.shape == (*logits.shape[:-1], 1):
-            hint = "; for class indices, squeeze the target: target.squeeze(1)"
-        if loss.family == "softmax" and target.dtype.is_floating_point and same:
+        if not same and target.shape == (*shape[:-1], 1):
+            hint = "; for class indices, squeeze the target: target.squeeze(-1)"
+        if loss.family == "softmax" and same and target.dtype.is_floating_point:
             raise TypeError(
                 f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; {shapes}"
             )
@@ -287,32 +304,24 @@ def _check_target(loss: Loss, logits: Tensor, target: Tensor) -> None:
         if target.dtype.is_complex:
             raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
         return
-    if target.dim() != logits.dim() - 1:
-        raise ValueError(f"expected class indices of shape {tuple(logits.shape[:-1])}: {shapes}")
-    if logits.dim() == 2 and target.shape[0] != logits.shape[0]:
-        raise ValueError(
-            f"Expected input batch_size ({logits.shape[0]}) to match target batch_size ({target.shape[0]})."
-        )
+    if target.dim() != len(shape) - 1:
+        raise ValueError(f"expected class indices of shape {tuple(shape[:-1])}: {shapes}")
+    if target.shape != shape[:-1]:
+        raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
     if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
         raise TypeError(f"expected class indices of an integer dtype, got {target.dtype}; {shapes}")
 
 
-def _check_weight(weight: Tensor | None, logits: Tensor, multi_hot: bool) -> None:
-    if weight is None:
-        return
+def _check_weight(weight: Tensor, num_classes: int, device: torch.device, multi_hot: bool) -> None:
     if multi_hot:
         raise ValueError("weight works with class-index targets only, got multi-hot targets")
-    if weight.shape != logits.shape[-1:]:
+    if weight.shape != (num_classes,):
         raise ValueError(
-            f"weight tensor should be defined either for all {logits.shape[-1]} classes or no classes "
+            f"weight tensor should be defined either for all {num_classes} classes or no classes "
             f"but got weight tensor of shape: {list(weight.shape)}"
         )
-    if not weight.dtype.is_floating_point:
+    if weight.dtype not in FLOATING:
         raise TypeError(f"expected a floating-point weight, got {weight.dtype}")
-    if weight.device != logits.device:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, "
-            f"but got logits on {logits.device} and weight on {weight.device}"
-        )
+    check_device("weight", weight, device)
     if weight.requires_grad:
         raise ValueError("the losses are not differentiable by weight: pass weight.detach()")

@@ -22,6 +22,7 @@ class Loss:
     name: ClassVar[str]
     family: ClassVar[str]  # "softmax" or "logistic": which doors serve it
     formula: ClassVar[str]  # the name that the doors know; HS-LR is LR's formula over the k hardest
+    alpha = None  # logistic family: the weight of the negatives' mean, None for plain sums
 
     def __post_init__(self):
         for field in fields(self):
@@ -81,7 +82,6 @@ class LR(Loss):
     name = "lr_loss"
     family = "logistic"
     formula = "lr"
-    alpha: ClassVar[None] = None  # plain sums: no means to balance
 
 
 @dataclass(frozen=True)

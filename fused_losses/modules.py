@@ -11,7 +11,7 @@ from .functional import IGNORE_INDEX
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 
 
-class _RowLoss(nn.Module):
+class RowLoss(nn.Module):
     """A loss and its options."""
 
     weight: Tensor | None
@@ -27,29 +27,30 @@ class _RowLoss(nn.Module):
         self.check_targets = check_targets
         self.register_buffer("weight", weight)
 
+    @property
+    def options(self) -> dict:
+        """The arguments that the function twins of all losses share."""
+        return {
+            "k": self.k,
+            "ratio": self.ratio,
+            "weight": self.weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "check_targets": self.check_targets,
+        }
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return functional.apply(
-            self.loss,
-            logits,
-            target,
-            self.k,
-            self.ratio,
-            self.weight,
-            self.ignore_index,
-            self.reduction,
-            self.check_targets,
-        )
+        return functional.apply(self.loss, logits, target, **self.options)
 
     def extra_repr(self) -> str:
-        settings = dict(vars(self.loss), k=self.k, ratio=self.ratio)
+        settings = vars(self.loss) | self.options
         if self.weight is not None:
             settings["weight"] = f"<{self.weight.shape[0]} classes>"
-        settings |= {"ignore_index": self.ignore_index, "reduction": self.reduction, "check_targets": self.check_targets}
-        hidden = {"k": None, "ratio": None, "ignore_index": IGNORE_INDEX, "check_targets": False}
-        return ", ".join(f"{name}={value}" for name, value in settings.items() if hidden.get(name, ...) != value)
+        usual = {"k": None, "ratio": None, "weight": None, "ignore_index": IGNORE_INDEX, "check_targets": False}
+        return ", ".join(f"{name}={value}" for name, value in settings.items() if usual.get(name, ...) != value)
 
 
-class CrossEntropyLoss(_RowLoss):
+class CrossEntropyLoss(RowLoss):
     """Module twin of :func:`fused_losses.cross_entropy`: softmax cross-entropy, over all or the k hardest negatives."""
 
     def __init__(
@@ -65,7 +66,7 @@ class CrossEntropyLoss(_RowLoss):
         super().__init__(CrossEntropy(), k, ratio, weight, ignore_index, reduction, check_targets)
 
 
-class NLLRLoss(_RowLoss):
+class NLLRLoss(RowLoss):
     """Module twin of :func:`fused_losses.nllr_loss`: negative log likelihood ratio."""
 
     def __init__(
@@ -81,7 +82,7 @@ class NLLRLoss(_RowLoss):
         super().__init__(NLLR(), k, ratio, weight, ignore_index, reduction, check_targets)
 
 
-class CRLLoss(_RowLoss):
+class CRLLoss(RowLoss):
     """Module twin of :func:`fused_losses.crl_loss`: competing ratio loss."""
 
     def __init__(
@@ -99,7 +100,7 @@ class CRLLoss(_RowLoss):
         super().__init__(CRL(alpha, beta), k, ratio, weight, ignore_index, reduction, check_targets)
 
 
-class LRLoss(_RowLoss):
+class LRLoss(RowLoss):
     """Module twin of :func:`fused_losses.lr_loss`: vanilla logistic regression, one-vs-rest."""
 
     def __init__(
@@ -115,7 +116,7 @@ class LRLoss(_RowLoss):
         super().__init__(LR(), k, ratio, weight, ignore_index, reduction, check_targets)
 
 
-class HSLRLoss(_RowLoss):
+class HSLRLoss(RowLoss):
     """Module twin of :func:`fused_losses.hs_lr_loss`: logistic regression with hard selection; ``k`` or ``ratio`` required."""
 
     def __init__(
@@ -132,7 +133,7 @@ class HSLRLoss(_RowLoss):
         super().__init__(HSLR(alpha), k, ratio, weight, ignore_index, reduction, check_targets)
 
 
-class SSLRLoss(_RowLoss):
+class SSLRLoss(RowLoss):
     """Module twin of :func:`fused_losses.ss_lr_loss`: logistic regression with soft selection."""
 
     def __init__(

@@ -7,6 +7,7 @@ serves every other device. They are not differentiable by themselves: ``autograd
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,56 +16,60 @@ from . import reference
 
 _library = torch.library.Library("fused_losses", "DEF")
 
-_FORWARD = "(Tensor logits, Tensor target, str loss, float[] params, int k, int ignore_index, bool compact) -> {}"
-_BACKWARD = (
-    "(Tensor grad, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, Tensor pick_logit, "
-    "str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) -> Tensor"
-)
-_library.define(
-    "softmax_forward" + _FORWARD.format("(Tensor value, Tensor state, Tensor pick_index, Tensor pick_logit)")
-)
-_library.define(
-    "logistic_forward" + _FORWARD.format("(Tensor sums, Tensor state, Tensor pick_index, Tensor pick_logit)")
-)
-_library.define("softmax_backward" + _BACKWARD)
-_library.define("logistic_backward" + _BACKWARD)
 
-for _door in ("softmax_forward", "softmax_backward", "logistic_forward", "logistic_backward"):
-    _library.impl(_door, getattr(reference, _door), "CompositeExplicitAutograd")
+def define(schema: str, implementation: Callable, fake: Callable):
+    """Registers an op for every device without a kernel of its own; fake gives the shapes of its results."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    # no_grad: an op below autograd must not record what its implementation does inside
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_losses::{name}", fake, lib=_library)
+    return getattr(torch.ops.fused_losses, name).default
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _fake_picks(logits: Tensor, k: int, compact: bool) -> tuple[Tensor, Tensor]:
-    pick_logit = logits.new_empty((logits.shape[0], k if compact else min(k, 1)))
+def empty_picks(like: Tensor, k: int, compact: bool) -> tuple[Tensor, Tensor]:
+    """pick_index and pick_logit for the rows and the dtype of like."""
+    pick_logit = like.new_empty((like.shape[0], k if compact else min(k, 1)))
     return torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
 
 
-@torch.library.register_fake("fused_losses::softmax_forward", lib=_library)
-def _(logits, target, loss, params, k, ignore_index, compact):
-    dtype = reference.compute_dtype(logits.dtype)
-    rows = logits.shape[0]
-    return (
-        logits.new_empty((rows,), dtype=dtype),
-        logits.new_empty((rows, 3), dtype=dtype),
-        *_fake_picks(logits, k, compact),
-    )
+def _softmax_forward_shapes(logits, target, loss, params, k, ignore_index, compact):
+    value = logits.new_empty((logits.shape[0],), dtype=reference.compute_dtype(logits.dtype))
+    return value, value.new_empty((logits.shape[0], 3)), *empty_picks(logits, k, compact)
 
 
-@torch.library.register_fake("fused_losses::logistic_forward", lib=_library)
-def _(logits, target, loss, params, k, ignore_index, compact):
+def _logistic_forward_shapes(logits, target, loss, params, k, ignore_index, compact):
     sums = logits.new_empty((logits.shape[0], 2), dtype=reference.compute_dtype(logits.dtype))
-    return sums, torch.empty_like(sums), *_fake_picks(logits, k, compact)
+    return sums, torch.empty_like(sums), *empty_picks(logits, k, compact)
 
 
-@torch.library.register_fake("fused_losses::softmax_backward", lib=_library)
-@torch.library.register_fake("fused_losses::logistic_backward", lib=_library)
-def _(grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact):
+def _backward_shapes(
+    grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
+):
     return pick_logit.new_empty((pick_logit.shape[0], num_classes))
 
 
-# --- form -------------------------------------------------------------------------------------------------------------
+# --- doors ------------------------------------------------------------------------------------------------------------
+
+_FORWARD = (
+    "(Tensor logits, Tensor target, str loss, float[] params, int k, int ignore_index, bool compact) "
+    "-> (Tensor {}, Tensor state, Tensor pick_index, Tensor pick_logit)"
+)
+_BACKWARD = (
+    "(Tensor grad, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, Tensor pick_logit, "
+    "str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) -> Tensor"
+)
+softmax_forward = define(
+    "softmax_forward" + _FORWARD.format("value"), reference.softmax_forward, _softmax_forward_shapes
+)
+softmax_backward = define("softmax_backward" + _BACKWARD, reference.softmax_backward, _backward_shapes)
+logistic_forward = define(
+    "logistic_forward" + _FORWARD.format("sums"), reference.logistic_forward, _logistic_forward_shapes
+)
+logistic_backward = define("logistic_backward" + _BACKWARD, reference.logistic_backward, _backward_shapes)
 
 
 def keeps_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
@@ -74,12 +79,6 @@ def keeps_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
     multi-hot targets backward reads the positives' logits anyway.
     """
     return 0 < k <= num_classes // 32 and not multi_hot
-
-
-softmax_forward = torch.ops.fused_losses.softmax_forward.default
-softmax_backward = torch.ops.fused_losses.softmax_backward.default
-logistic_forward = torch.ops.fused_losses.logistic_forward.default
-logistic_backward = torch.ops.fused_losses.logistic_backward.default
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

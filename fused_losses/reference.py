@@ -80,6 +80,20 @@ def phi_slope(loss: str, z: Tensor, params: list[float]) -> Tensor:
     return sigma.pow(gamma) * (sigma + gamma * torch.sigmoid(-z) * softplus(finite))
 
 
+def softmax_gradient(grad: Tensor, state: Tensor, z: Tensor, loss: str, params: list[float]) -> tuple[Tensor, Tensor]:
+    """dz_y (rows,) and dz of the negatives z (rows, any number), from grad (rows,) and state (rows, 3)."""
+    m, l, z_y = state.unbind(1)
+    coefficient = grad * slope(loss, (z_y - m) - l, params)
+    share = ((z - m[:, None]) - l[:, None]).exp().masked_fill(z == -INF, 0)
+    return coefficient, -coefficient[:, None] * share
+
+
+def logistic_gradient(grad: Tensor, z_p: Tensor, z: Tensor, loss: str, params: list[float]) -> tuple[Tensor, Tensor]:
+    """dz of positives z_p and of negatives z, both (rows, any number), from grad (rows, 2)."""
+    grad_pos, grad_neg = grad.unsqueeze(2).unbind(1)  # (rows, 1) each
+    return -grad_pos * torch.sigmoid(-z_p), grad_neg * phi_slope(loss, z, params)
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -200,12 +214,8 @@ def softmax_backward(
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows,)."""
     positive, ignored, _ = read_target(target, num_classes, ignore_index)
-    m, l, z_y = state.unbind(1)
-    coefficient = grad * slope(loss, (z_y - m) - l, params)
-
     z = (pick_logit if compact else logits).to(state.dtype)
-    share = ((z - m[:, None]) - l[:, None]).exp().masked_fill(z == -INF, 0)
-    dz = -coefficient[:, None] * share
+    coefficient, dz = softmax_gradient(grad, state, z, loss, params)
     if compact:
         dlogits = scatter_picks(pick_index, dz, num_classes)
     else:
@@ -249,15 +259,13 @@ def logistic_backward(
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
     positive, ignored, _ = read_target(target, num_classes, ignore_index)
-    grad_pos, grad_neg = grad.unsqueeze(2).unbind(1)  # (rows, 1) each
-    z_y, _ = state.unbind(1)
-
+    z_y = state[:, 0]
     z = (pick_logit if compact else logits).to(state.dtype)
-    dz = grad_neg * phi_slope(loss, z, params)
+    z_p = z_y[:, None] if logits is None else logits.to(state.dtype)
+    dz_p, dz = logistic_gradient(grad, z_p, z, loss, params)
     if compact:
         dlogits = scatter_picks(pick_index, dz, num_classes)
     else:
         dlogits = torch.where(chosen_negatives(z, positive, pick_index, pick_logit, k), dz, 0)
-    z_p = z_y[:, None] if logits is None else logits.to(state.dtype)
-    dlogits = torch.where(positive, -grad_pos * torch.sigmoid(-z_p), dlogits)
+    dlogits = torch.where(positive, dz_p, dlogits)
     return finish(dlogits, z_y, ignored, pick_logit.dtype)

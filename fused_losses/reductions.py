@@ -1,0 +1,75 @@
+"""From one value per row to the loss, and back: class weights, reductions, the normalisers of the logistic family. N numbers each."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Reduction(NamedTuple):
+    """How the values of the rows become the loss: none, sum, or mean with its divisor; w[y] per row, if there are weights."""
+
+    kind: str
+    row_weight: Tensor | None  # (rows,), 0 where ignored
+    divisor: Tensor | int | None  # scalar, for mean: the weights, or the rows, not ignored
+
+    def loss(self, values: Tensor) -> Tensor:
+        if self.row_weight is not None:
+            values = values * self.row_weight
+        if self.kind == "none":
+            return values
+        total = values.sum()
+        return total if self.divisor is None else total / self.divisor
+
+    def grad_of_values(self, grad: Tensor) -> Tensor:
+        """d(objective)/d(values) from d(objective)/d(loss): (rows,), or a scalar that holds for every row."""
+        if self.divisor is not None:
+            grad = grad / self.divisor
+        return grad if self.row_weight is None else grad * self.row_weight
+
+
+def reduction_of(target: Tensor, weight: Tensor | None, ignore_index: int, kind: str, dtype: torch.dtype) -> Reduction:
+    """The reduction of a batch, known from its targets alone; dtype is that of the values."""
+    row_weight = divisor = None
+    if weight is not None:
+        inside = target.clamp(0, weight.shape[0] - 1)  # a bad target's row is NaN already: only never read outside
+        row_weight = weight.to(dtype)[inside].masked_fill(target == ignore_index, 0)
+    if kind == "mean":
+        if row_weight is not None:
+            divisor = row_weight.sum()
+        else:
+            divisor = (target != ignore_index).sum() if target.dim() == 1 else target.shape[0]
+    return Reduction(kind, row_weight, divisor)
+
+
+class TermScales(NamedTuple):
+    """What the sums pos and neg of the logistic rows are multiplied by to become their values."""
+
+    pos: Tensor | float
+    neg: Tensor | float
+
+    def values(self, sums: Tensor) -> Tensor:
+        pos, neg = sums.unbind(1)
+        if isinstance(self.neg, Tensor):
+            return pos * self.pos + neg * self.neg
+        return torch.add(pos, neg, alpha=self.neg)
+
+    def grad_of_sums(self, grad: Tensor) -> Tensor:
+        """(rows, 2), or (2,) that holds for every row, from d(objective)/d(values)."""
+        return torch.stack((grad * self.pos, grad * self.neg), dim=-1)
+
+
+def term_scales(alpha: float | None, num_positives: Tensor | None, num_classes: int, k: int) -> TermScales:
+    """alpha None: plain sums. A number: means over the terms of a row for index targets (num_positives None), over those of the
+    batch for multi-hot targets (num_positives per row), as the FRLR authors normalise. A term without members is 0.
+
+    k as at the doors: 0 for all negatives.
+    """
+    if alpha is None:
+        return TermScales(1.0, 1.0)
+    if num_positives is None:
+        return TermScales(1.0, alpha / max(1, min(k or num_classes, num_classes - 1)))
+    num_negatives = num_classes - num_positives  # (rows,)
+    chosen = num_negatives.clamp(max=k) if k > 0 else num_negatives
+    rows = num_positives.shape[0]
+    return TermScales(rows / num_positives.sum().clamp(min=1), alpha * rows / chosen.sum().clamp(min=1))
