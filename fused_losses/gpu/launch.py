@@ -187,7 +187,9 @@ def softmax_forward(
             )  # fmt: skip
         else:
             partial = logits.new_empty((num_rows, walk.parts, 2), dtype=torch.float32)
-            launch(softmax.softmax_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows, **walk.shape)
+            launch(
+                softmax.softmax_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows, **walk.shape
+            )
             launch(
                 softmax.softmax_merge_kernel, (num_rows,), 1, value, state, partial, walk.parts, *rows, a, b,
                 PARTS=triton.next_power_of_2(walk.parts), VALUE=formula,

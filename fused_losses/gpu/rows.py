@@ -115,4 +115,6 @@ def write_gradient(
         fill = tl.full((ROWS, LANES), 0.0, tl.float32) + dead
         for tile in range(first, behind):
             store_tile(dbody_ptr, tile, body, fill, ROWS, LANES)
-        tl.store(drow_ptr + rim, (tl.zeros((2 * VECTOR,), tl.float32) + dead).to(dlogits_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            drow_ptr + rim, (tl.zeros((2 * VECTOR,), tl.float32) + dead).to(dlogits_ptr.dtype.element_ty), mask=inside
+        )

@@ -49,7 +49,9 @@ def _finish(
 ):  # fmt: skip
     """Value and state of a row from the statistics of its negatives."""
     nan = float("nan")
-    z_y = tl.load(logits_ptr + (phase + row * row_stride + target), mask=target >= 0, other=float("-inf")).to(tl.float32)
+    z_y = tl.load(logits_ptr + (phase + row * row_stride + target), mask=target >= 0, other=float("-inf")).to(
+        tl.float32
+    )
     z_y = tl.where(z_y == float("inf"), nan, z_y)
     empty = total == 0.0  # no negative above -inf
     top = tl.where(empty, 0.0, top)
@@ -130,7 +132,17 @@ def share_of_negatives(z, top, log_total, FAST: tl.constexpr):
     return exp((z - top) - log_total, True)
 
 
-@triton.jit(do_not_specialize=["phase", "row_stride", "dlogits_stride", "target_stride", "grad_stride", "num_classes", "ignore_index"])
+@triton.jit(
+    do_not_specialize=[
+        "phase",
+        "row_stride",
+        "dlogits_stride",
+        "target_stride",
+        "grad_stride",
+        "num_classes",
+        "ignore_index",
+    ]
+)
 def softmax_backward_kernel(
     dlogits_ptr, dlogits_stride,  # (rows, classes)
     grad_ptr, grad_stride,  # (rows,)

@@ -1,20 +1,11 @@
-"""The GPU doors on a CUDA device if there is one, else on CPU tensors in Triton's interpreter.
+"""Fixtures of the GPU wing's tests. They need a process of their own, ``pytest tests/gpu``: see gpu_doors.py."""
 
-The interpreter must be asked for before Triton is imported, so these files run in their own process: ``pytest tests/gpu``.
-"""
-
-import os
-
+import pytest
 import torch
+from gpu_doors import INTERPRETED  # first: it decides how Triton is imported
+from triton.runtime import interpreter
 
-INTERPRETED = not torch.cuda.is_available()
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import pytest  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-from fused_losses.gpu import launch  # noqa: E402
+from fused_losses.gpu import launch
 
 
 @pytest.fixture(scope="session")
@@ -105,4 +96,3 @@ def shuffled_grid(monkeypatch):
 
     monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-
