@@ -1,9 +1,10 @@
 """What the GPU kernels compile to, on a machine without a GPU: ``python -m bench.machine_code``.
 
-The doors are called with a recorder in the place of the launch, so every kernel is compiled with exactly the tile, warps and
-arguments that the launcher gives it; Triton's own ptxas and disassembler do the rest. The table counts, for every loop that walks
-a row, the instructions per logit and thread, and the widths of its loads and stores. With ``--gates`` the run fails where a loop
-spills, an access of a loop is narrower than 16 bytes, a row base is computed in 32 bits, or cross-entropy is above its budget.
+The doors are called with a recorder in the place of the launch, so every kernel is compiled with exactly the tile,
+warps and arguments that the launcher gives it; Triton's own ptxas and disassembler do the rest. The table counts, for
+every loop that walks a row, the instructions per logit and thread, and the widths of its loads and stores. With
+``--gates`` the run fails where a loop spills, an access of a loop is narrower than 16 bytes, a row base is computed in
+32 bits, or cross-entropy is above its budget.
 """
 
 import argparse
@@ -173,9 +174,7 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
         file.write(cubin)
         file.flush()
         run = lambda option: (
-            subprocess.run(  # noqa: E731
-                [_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
-            ).stdout
+            subprocess.run([_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
         )
         usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED):(\d+)", run("-res-usage"))}
         code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", run("-sass"))]
@@ -281,8 +280,8 @@ def row_of_table(report: Report) -> str:
         for loop in report.loops
     )
     cells = (
-        report.kernel, report.loss, report.dtype, report.target, f"{min(report.classes)}-{max(report.classes)}", report.warps,
-        report.registers, report.spills, report.shared, loops or "-",
+        report.kernel, report.loss, report.dtype, report.target, f"{min(report.classes)}-{max(report.classes)}",
+        report.warps, report.registers, report.spills, report.shared, loops or "-",
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -299,9 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     print(f"Triton {triton.__version__}\n")
-    print(
-        "| kernel | loss | dtype | target | classes | warps | registers | spills | shared | loops: instructions per logit |"
-    )
+    print("| kernel | loss | dtype | target | classes | warps | registers | spills | shared | loops: instr./logit |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     reports = []
     for target in options.targets:

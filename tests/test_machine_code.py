@@ -1,4 +1,4 @@
-"""The gates of bench/machine_code.py: what the GPU kernels compile to. Needs Triton, no GPU; ``make machine-code`` has it all."""
+"""The gates of bench/machine_code.py: what the GPU kernels compile to. Needs Triton, but no GPU."""
 
 import os
 import subprocess

@@ -52,8 +52,8 @@ def create_inline_asm(self, assembly, constraints, values, *_):
 
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch):
-    """An NVIDIA device of one small multiprocessor: tiles of 64 classes, so that short rows have several, whole ones, a cut one
-    and a rim. Whole rows, unless split."""
+    """An NVIDIA device of one small multiprocessor: tiles of 64 classes, so that short rows have several, whole ones, a
+    cut one and a rim. Whole rows, unless split."""
     if INTERPRETED:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
         monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4, nvidia=True))

@@ -1,6 +1,7 @@
 """Calls to the GPU doors beside the reference's, and how close they must be.
 
-On a CUDA device if there is one, else on CPU tensors in Triton's interpreter, which must be asked for before Triton is imported.
+On a CUDA device if there is one, else on CPU tensors in Triton's interpreter, which must be asked for before Triton is
+imported.
 """
 
 import os
@@ -81,7 +82,7 @@ class Unchecked:
 def compare(
     formula: str, logits: Tensor, target: Tensor, grad: Tensor | None = None, ignore_index: int = IGNORED
 ) -> Tensor:
-    """One step through the GPU doors, held against the reference in the same precision and in float64; gives dlogits."""
+    """One step through the GPU doors, held against the reference in the same precision and in float64: dlogits."""
     grad = make_grad(formula, logits.shape[0]).to(logits.device) if grad is None else grad
     before = logits.clone(), target.clone(), grad.clone()
     rows, state, dlogits = step(launch, formula, logits, target, grad, ignore_index)
@@ -108,8 +109,9 @@ def compare(
 
 
 def assert_as_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, what: str) -> None:
-    """Row by row: NaN and infinities where the reference has them, and an error against float64 within twice PyTorch's own in
-    the same precision plus a few rounding units of the row's scale: an exponential by exp2 rounds its argument once more."""
+    """Row by row: NaN and infinities where the reference has them, and an error against float64 within twice PyTorch's
+    own in the same precision plus a few rounding units of the row's scale: an exponential by exp2 rounds its argument
+    once more."""
     ours, theirs, truth = (x.detach().cpu().reshape(-1, *x.shape[1:] or (1,)) for x in (ours, theirs, truth))
     assert ours.shape == theirs.shape
     special = ~theirs.isfinite()

@@ -111,8 +111,8 @@ def test_offsets(formula, dtype, device):
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 2.5])
 def test_soft_selection_is_as_accurate_as_torch(gamma, device, monkeypatch):
-    """Loss and gradient in float32 against float64, relative to the largest of the row: at most twice the error of PyTorch's own
-    functions. Untrained heads (around 0), trained one-vs-rest heads (far below 0), saturated ones."""
+    """Loss and gradient in float32 against float64, relative to the largest of the row: at most twice the error of
+    PyTorch's own functions. Untrained heads (around 0), trained one-vs-rest heads (far below 0), saturated ones."""
     monkeypatch.setitem(FORMULAS, "ss_lr, swept", ("ss_lr", [gamma]))
     centres = torch.tensor([0.0, 0.0, -3.0, -7.0, -12.0, -20.0, 5.0, 30.0]).repeat(6)
     logits = (torch.randn((48, 99), generator=torch.Generator().manual_seed(1)) + centres[:, None]).to(device)

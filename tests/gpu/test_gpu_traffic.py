@@ -67,7 +67,7 @@ def both_doors(formula, logits, target, launches, moved):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("formula", ["crl", "lr", "lr, multi-hot"])
 def test_bytes_and_launches(formula, dtype, split, traffic, request):
-    """Forward reads every logit once, backward reads and writes every one once: 3 U, and the targets' logits once more."""
+    """Forward reads every logit once, backward reads and writes every one once; the targets' logits once more."""
     if split:
         request.getfixturevalue("split_rows")
     logits, target = make(ROWS, CLASSES, dtype)
