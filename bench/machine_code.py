@@ -173,11 +173,12 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda option: (
+        resources, listing = (
             subprocess.run([_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
         )
-        usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED):(\d+)", run("-res-usage"))}
-        code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", run("-sass"))]
+        usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED):(\d+)", resources)}
+        code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", listing)]
     return usage, code
 
 
@@ -211,9 +212,8 @@ def _amd_code(text: str) -> tuple[dict[str, int], list[tuple[int, str]], dict[st
     code, labels = [], {}
     for line in text.splitlines():
         line = line.split(";")[0].strip()
-        if line.startswith(".amdgcn_target") or line.startswith(".section"):
-            if code:
-                break
+        if code and line.startswith(".section"):
+            break
         if re.match(r"^\.?LBB\d+_\d+:", line):
             labels[line.rstrip(":")] = len(code)
         elif re.match(r"^[a-z]+_\w+", line):

@@ -1,7 +1,7 @@
 """The logistic losses: two sums per row in one pass over the logits, the gradient in one more. A walk knows no formula.
 
-A row's positives are one class index or the entries != 0 of a multi-hot row. What differs in forward stands in two jitted
-functions, which the kernels take as constexpr.
+A row's positives are one class index or the entries != 0 of a multi-hot row. What differs in forward stands in two
+jitted functions, which the kernels take as constexpr.
 """
 
 import triton

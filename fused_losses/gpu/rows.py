@@ -2,8 +2,8 @@
 
 A row of logits rarely begins or ends at a 16-byte boundary (class counts are odd). It is cut into the *body*, the whole
 16-byte vectors inside it, and the *rim*, the fewer than VECTOR classes at either end. The body is walked in tiles of
-(ROWS, LANES), one vector per thread and tile row, by loads and stores of 16 bytes with int32 offsets from an int64 base;
-the rim is one access of 2 * VECTOR lanes. Nothing outside the row is ever touched.
+(ROWS, LANES), one vector per thread and tile row, by loads and stores of 16 bytes with int32 offsets from an int64
+base; the rim is one access of 2 * VECTOR lanes. Nothing outside the row is ever touched.
 
 One tile of every walk holds the target: it is left out of the loop and comes last, so that the loop tests no positions.
 """
@@ -103,7 +103,7 @@ def write_gradient(
     dlogits_ptr, dlogits_stride, logits_ptr, phase, row, row_stride, num_classes, target, at_target, live, dead, scale,
     NEGATIVE: tl.constexpr, a, b, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """This program's part of a gradient row: at_target at the target, scale * NEGATIVE(z) elsewhere; a dead row is filled.
+    """This program's part of a gradient row: at_target at the target, scale * NEGATIVE(z) elsewhere. Fills a dead row.
 
     dlogits has the logits' phase and a row stride of the same remainder by 16 bytes: both bodies are the same classes.
     """
