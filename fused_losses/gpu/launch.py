@@ -104,34 +104,38 @@ def as_matrix(x: Tensor) -> Matrix:
         x = x.contiguous()
     phase = x.data_ptr() % 16 // x.element_size()
     if phase > x.storage_offset():  # foreign memory that begins between two vectors
-        x, phase = x.clone(memory_format=torch.contiguous_format), 0
+        return _copied(x, 0, gradient_row_stride(x.shape[1], x.stride(), x.element_size()))
     base = x.as_strided((1,), (1,), x.storage_offset() - phase) if phase else x
     return Matrix(base, phase, x.stride(0))
 
 
-def empty_beside(matrix: Matrix, shape: torch.Size, stride: int, dtype: torch.dtype) -> tuple[Tensor, Matrix]:
-    """An uninitialised (rows, classes) tensor with the phase of ``matrix``."""
-    buffer = torch.empty(matrix.phase + shape[0] * stride, dtype=dtype, device=matrix.base.device)
-    return buffer.as_strided(shape, (stride, 1), matrix.phase), Matrix(buffer, matrix.phase, stride)
-
-
-def _empty_gradient(logits: Tensor, z: Matrix) -> tuple[Tensor, Matrix]:
-    stride = gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size())
-    return empty_beside(z, logits.shape, stride, logits.dtype)
-
-
-def multi_hot_beside(matrix: Matrix, target: Tensor) -> Matrix:
+def multi_hot_beside(z: Matrix, target: Tensor) -> Matrix:
     """A multi-hot target whose rows begin at the same remainders by vector as the logits' rows: if need be a copy."""
     if target.dtype == torch.bool:
         target = target.view(torch.uint8)
-    vector = 16 // matrix.base.element_size()
+    vector = 16 // z.base.element_size()
     found = as_matrix(target)
-    if (found.phase - matrix.phase) % vector == 0 and (found.stride - matrix.stride) % vector == 0:
+    if (found.phase - z.phase) % vector == 0 and (found.stride - z.stride) % vector == 0:
         return found
-    stride = target.shape[1] + (matrix.stride - target.shape[1]) % vector
-    copy, beside = empty_beside(matrix, target.shape, stride, target.dtype)
-    copy.copy_(target)
-    return beside
+    return _copied(target, z.phase, target.shape[1] + (z.stride - target.shape[1]) % vector)
+
+
+def _empty(shape: torch.Size, phase: int, stride: int, like: Tensor) -> tuple[Tensor, Matrix]:
+    """An uninitialised (rows, classes) tensor."""
+    buffer = like.new_empty((phase + shape[0] * stride,))
+    return buffer.as_strided(shape, (stride, 1), phase), Matrix(buffer, phase, stride)
+
+
+def _copied(x: Tensor, phase: int, stride: int) -> Matrix:
+    copy, matrix = _empty(x.shape, phase, stride, x)
+    copy.copy_(x)
+    return matrix
+
+
+def _empty_gradient(logits: Tensor, z: Matrix) -> tuple[Tensor, Matrix]:
+    """dlogits, its rows beginning at the same remainders by 16 bytes as the rows of z."""
+    stride = gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size())
+    return _empty(logits.shape, z.phase, stride, logits)
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,8 @@ def _finish(
 ):  # fmt: skip
     """Value and state of a row from the statistics of its negatives."""
     nan = float("nan")
-    z_y = tl.load(logits_ptr + (phase + row * row_stride + target), mask=target >= 0, other=float("-inf")).to(
-        tl.float32
-    )
+    z_y_ptr = logits_ptr + (phase + row * row_stride + target)
+    z_y = tl.load(z_y_ptr, mask=target >= 0, other=float("-inf")).to(tl.float32)
     z_y = tl.where(z_y == float("inf"), nan, z_y)
     empty = total == 0.0  # no negative above -inf
     top = tl.where(empty, 0.0, top)

@@ -218,6 +218,21 @@ def test_layouts_of_logits(formula, dtype, device):
         compare(formula, logits, target[: logits.shape[0]] % logits.shape[1])
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs memory of the host")
+@one_of_each
+def test_foreign_memory_that_begins_between_two_vectors(formula, device):
+    """Such logits are copied, rows and all: the gradient's layout follows the layout that the caller sees."""
+    memory = torch.empty(400, dtype=torch.uint8)
+    start = (4 - memory.data_ptr()) % 16
+    wide = torch.frombuffer(memoryview(memory.numpy())[start : start + 320], dtype=torch.float32).view(4, 20)
+    assert wide.data_ptr() % 16 == 4 and wide.storage_offset() == 0
+    logits, target = make(4, 20, torch.float32)
+    wide.copy_(logits)
+    compare(formula, wide, target)
+    compare(formula, wide[:, :17], target % 17)
+    compare(formula, wide.flatten()[:76].view(4, 19), target % 19)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_rows_begin_as_the_logits_rows_do(dtype, device):
     """By 16 bytes: only then are loads and stores of 16 bytes both aligned. The gaps between rows stay untouched."""

@@ -58,15 +58,6 @@ def test_gradient_rows():
                 assert (found - stride) * itemsize % 16 == 0
 
 
-def test_foreign_memory_that_begins_between_two_vectors():
-    buffer = torch.empty(64, dtype=torch.uint8)
-    start = (4 - buffer.data_ptr()) % 16
-    x = torch.frombuffer(memoryview(buffer.numpy())[start : start + 32], dtype=torch.float32).view(2, 4)
-    assert x.data_ptr() % 16 == 4 and x.storage_offset() == 0
-    matrix = launch.as_matrix(x)
-    assert matrix.base.data_ptr() % 16 == 0 and matrix.phase == 0
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_who_is_served(dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
