@@ -45,10 +45,6 @@ def extension() -> dict:
             except (Exception, SystemExit) as error:
                 give_up(error)
 
-        def copy_extensions_to_source(self):  # the editable install: nothing to copy after a build that failed
-            if all(os.path.exists(self.get_ext_fullpath(e.name)) for e in self.extensions) or MODE == "1":
-                super().copy_extensions_to_source()
-
     if sys.platform == "win32":
         flags = ["/O2"]
     else:
