@@ -68,5 +68,26 @@ inline Float16::Mask operator>(Float16 a, Float16 b) { return {_mm512_cmp_ps_mas
 inline Float16::Mask unordered(Float16 a, Float16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
 inline Float16 select(Float16::Mask mask, Float16 a, Float16 b) { return _mm512_mask_mov_ps(b.v, mask.m, a.v); }
 
+// What the set bits choose, written one after another. These write, and may read, 16 elements whatever the bits.
+inline void compress(uint32_t chosen, Float16 v, float* to) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(chosen), v.v));
+}
+inline void compress(uint32_t chosen, const int32_t* from, int32_t* to) {
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(chosen), _mm512_loadu_si512(from)));
+}
+
+// first + the number of every set bit.
+inline void compress_numbers(uint32_t chosen, int32_t first, int32_t* to) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i number = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(chosen), number));
+}
+
+// The bits of 16 words: which are not zero.
+inline uint32_t nonzero(const uint16_t* word) {
+  const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(word));
+  return _mm256_test_epi16_mask(w, w);
+}
+
 }  // namespace FUSED_LOSSES_ISA
 }  // namespace fused_losses
