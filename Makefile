@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-plain lint format clean
+.PHONY: help demo test test-plain bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,6 +25,12 @@ test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
 	cd out/plain && ../../$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark), write out/bench.json, draw out/bench.png
+	mkdir -p out
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 $(BIN)/python -m pytest bench --benchmark-json=out/bench.json \
+		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name -q $(ARGS)
+	$(BIN)/python -m bench.chart out/bench.json out/bench.png
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""What is particular to the C++ kernels: instruction sets, threads, their own exp and log1p, selection at its edges, memory.
+"""What is particular to the C++ kernels: instruction sets, threads, their own exp and log1p, selection at its edges,
+memory.
 
-That they give what the losses are is tested elsewhere, through the doors and through the functions, for all wings alike.
+That they give what the losses are is tested elsewhere, through the doors and through the functions, for all wings
+alike.
 """
 
 import math
@@ -12,7 +14,6 @@ import time
 import pytest
 import torch
 
-import cases
 import doors
 from fused_losses import ops, reference
 
