@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-plain test-sanitized bench lint format clean
+.PHONY: help demo test test-plain test-sanitized machine-code bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -21,6 +21,10 @@ demo: $(INSTALLED) ## train a small network with every loss, print the table, dr
 
 test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
+	$(BIN)/python -m bench.machine_code --gates $(ARGS)
 
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
