@@ -36,7 +36,7 @@ class SoftmaxForward {
     for_each_negative(row, begin, end, positives, [&](V z) { largest = max(largest, z); });
     partial.max = max_lane(largest);
     const V shift(partial.max == -kInfinity<T> ? T(0) : partial.max);
-    for_each_negative(row, begin, end, positives, [&](V z) { sum = sum + exp(z - shift); });
+    for_each_negative<kPiece>(row, begin, end, positives, [&](V z) { sum = sum + exp(z - shift); });
     partial.sum = sum_lanes(sum);
     return partial;
   }

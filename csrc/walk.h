@@ -15,16 +15,28 @@ namespace FUSED_LOSSES_ISA {
 constexpr int64_t kPiece = 4096;   // classes: 16 KB of float32 stay in the first cache, and no lane adds up over 256 terms
 constexpr int64_t kGrain = 16384;  // logits: less than this is not worth waking a thread
 
+inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);  // never faults: the address may lie behind the last row
+#else
+  (void)p;
+#endif
+}
+
 // Calls visit(vector) for the negatives among row[begin, end). Lanes of positives and past the end hold -inf, a masked
 // class, which adds nothing to any statistic.
-template <class S, class Visit>
+// kAhead: fetch what lies that many classes ahead, for a second look at a piece while the next one is still in memory.
+template <int64_t kAhead = 0, class S, class Visit>
 inline void for_each_negative(const S* row, int64_t begin, int64_t end, Positives positives, const Visit& visit) {
   using V = VecOf<S>;
   int64_t p = 0, i = begin;
   while (p < positives.count && positives.index[p] < begin) ++p;
   while (i < end) {
     const int64_t stop = p < positives.count && positives.index[p] < end ? positives.index[p] : end;
-    for (; i + V::lanes <= stop; i += V::lanes) visit(V::load(row + i));
+    for (; i + V::lanes <= stop; i += V::lanes) {
+      if (kAhead > 0) prefetch(row + i + kAhead);
+      visit(V::load(row + i));
+    }
     if (i >= end) return;
     // A vector with a positive or with the end in it
     typename V::Scalar lane[V::lanes];
@@ -208,13 +220,14 @@ class BackwardWalk {
     if (edge_index < 0) return constant(row, begin, end, T(0));
     const V zero(0), edge(to_compute(static_cast<const S*>(door_.pick_logit)[row]));
     const int64_t middle = edge_index + 1 < begin ? begin : edge_index + 1 < end ? edge_index + 1 : end;
+    const bool sparse = problem_.k < problem_.classes / 32;  // else a branch on a vector without picks costs more than it saves
     transform(row, begin, middle, [&](V z) {
       const auto picked = z >= edge;
-      return bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
+      return sparse && bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
     });
     transform(row, middle, end, [&](V z) {
       const auto picked = z > edge;
-      return bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
+      return sparse && bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
     });
   }
 

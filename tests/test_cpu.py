@@ -1,8 +1,6 @@
-"""What is particular to the C++ kernels: instruction sets, threads, their own exp and log1p, selection at its edges,
-memory.
+"""What is particular to the C++ kernels: instruction sets, threads, their own exp and log1p, selection, memory.
 
-That they give what the losses are is tested elsewhere, through the doors and through the functions, for all wings
-alike.
+That they give what the losses are is tested elsewhere, through the doors and the functions, for all wings alike.
 """
 
 import math
