@@ -51,7 +51,7 @@ def extension() -> dict:
         # Never -ffast-math: infinities and NaN have their meaning here. No contraction: left to its choice, the
         # compiler fuses a sum in one copy of an inlined function and not in another, and bits would depend on which
         # thread does what.
-        flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+        flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
     module = CppExtension(
         "fused_losses._C",
         sorted(glob.glob("csrc/*.cpp")),
