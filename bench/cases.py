@@ -38,9 +38,29 @@ GPU_SHAPES = (
     Shape(256, 1000000),
     Shape(8192, 32768),
 )
-CPU_SHAPES = (Shape(256, 1000), Shape(256, 21841), Shape(128, 100003))
 TINY_SHAPES = (Shape(2, 40), Shape(3, 131))  # to test the commands themselves
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape with the k of its losses over the k hardest."""
+
+    shape: Shape
+    dtype: str
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}, k = {self.k}"
+
+
+CPU_CASES = (
+    Case(Shape(256, 21841), "fp32", 218),
+    Case(Shape(256, 21841), "bf16", 218),
+    Case(Shape(128, 100000), "fp32", 100),
+    Case(Shape(256, 1000), "fp32", 100),
+    Case(Shape(256, 21841), "fp32", 2184),
+)
 
 ALPHA, BETA = 1.5, 1.0  # of CRL
 GAMMA = 2.0  # of SS-LR
@@ -163,3 +183,22 @@ def peers() -> dict[str, Provider]:
     except ImportError:
         pass
     return found
+
+
+NAMES = {
+    "cross_entropy": "CE",
+    "nllr_loss": "NLLR",
+    "crl_loss": "CRL",
+    "lr_loss": "LR",
+    "hs_lr_loss": "HS-LR",
+    "ss_lr_loss": "SS-LR",
+}
+
+
+def contenders(k: int) -> dict[str, Provider]:
+    """Everyone on every loss, by "loss, provider": "HS-LR, authors"; HS-LR and "CRL, k hardest" over the k hardest."""
+    everyone: dict[str, Provider] = {}
+    for loss, name in NAMES.items():
+        everyone |= {f"{name}, {provider}": function for provider, function in providers(loss, k).items()}
+    everyone["CRL over the k hardest, ours"] = lambda logits, target: fl.crl_loss(logits, target, k=k)
+    return everyone

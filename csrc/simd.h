@@ -36,7 +36,7 @@ using FloatVec = Float16;
 #else
 using FloatVec = Plain<float, 16>;
 #endif
-using DoubleVec = Plain<double, 8>;
+using DoubleVec = Plain<double, 16>;
 
 // The dtype that the arithmetic on logits of dtype S is done in, and its vector.
 template <class S>
@@ -52,11 +52,12 @@ inline FloatVec exp(FloatVec v) {
   FloatVec r = fma(n, FloatVec(-0.693359375f), v);
   r = fma(n, FloatVec(2.12194440054690583e-4f), r);
   // (e^r - 1) / r, weighted minimax
-  FloatVec q = FloatVec(0.00829026454503922f);
-  q = fma(q, r, FloatVec(0.04189816019289234f));
-  q = fma(q, r, FloatVec(0.16667638217379274f));
-  q = fma(q, r, FloatVec(0.49999147837778296f));
-  q = fma(q, r, FloatVec(0.9999997062951098f));
+  FloatVec q = FloatVec(0.0013843607830347768f);
+  q = fma(q, r, FloatVec(0.008374195905824212f));
+  q = fma(q, r, FloatVec(0.041668004723608584f));
+  q = fma(q, r, FloatVec(0.1666643079707156f));
+  q = fma(q, r, FloatVec(0.4999999419159436f));
+  q = fma(q, r, FloatVec(1.0000000322592943f));
   return scale(fma(q, r, FloatVec(1.0f)), n);
 }
 
