@@ -49,8 +49,16 @@ def _finish(
     FAST: tl.constexpr,
 ):  # fmt: skip
     """Value and state of a row from the statistics of its negatives."""
-    nan = float("nan")
     z_y = tl.load(logits_ptr + (phase + row * row_stride + target), mask=target >= 0, other=float("-inf")).to(tl.float32)
+    finish_row(value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE, FAST)
+
+
+@triton.jit
+def finish_row(
+    value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Value and state of a row from its target's logit, and maximum and sum of exp(z - maximum) of its negatives."""
+    nan = float("nan")
     z_y = tl.where(z_y == float("inf"), nan, z_y)
     empty = total == 0.0  # no negative above -inf
     top = tl.where(empty, 0.0, top)
