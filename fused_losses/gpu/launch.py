@@ -116,7 +116,7 @@ def empty_beside(matrix: Matrix, shape: torch.Size, stride: int, dtype: torch.dt
     return buffer.as_strided(shape, (stride, 1), matrix.phase), Matrix(buffer, matrix.phase, stride)
 
 
-def _empty_gradient(logits: Tensor, z: Matrix) -> tuple[Tensor, Matrix]:
+def empty_gradient(logits: Tensor, z: Matrix) -> tuple[Tensor, Matrix]:
     stride = gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size())
     return empty_beside(z, logits.shape, stride, logits.dtype)
 
@@ -213,7 +213,7 @@ def softmax_backward(
     """dlogits (rows, classes) from grad (rows,)."""
     _, slope, a, b = formulas(loss, params)
     z = as_matrix(logits)
-    dlogits, dz = _empty_gradient(logits, z)
+    dlogits, dz = empty_gradient(logits, z)
     if logits.shape[0] == 0:
         return dlogits
     walk = plan(logits)
@@ -279,7 +279,7 @@ def logistic_backward(
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
     _, slope, a, b = formulas(loss, params)
     z = as_matrix(logits)
-    dlogits, dz = _empty_gradient(logits, z)
+    dlogits, dz = empty_gradient(logits, z)
     if logits.shape[0] == 0:
         return dlogits
     walk = plan(logits)
