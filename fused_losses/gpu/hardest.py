@@ -48,21 +48,34 @@ _TARGETS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How a forward pass finds the picks: ``width`` is the length of a block, 0 where rows are searched as a whole."""
+    """How a forward pass finds the picks of a row."""
 
-    held: bool
-    width: int
-    parts: int  # programs that share a row's reading
     warps: int
-    rows: int  # vectors of 16 bytes in each thread at a time, reading or counting
-    emitted: int  # the same, where elements are ranked
+    rows: int  # vectors of 16 bytes in each thread at a time, where elements are read or counted
+    emitted: int  # the same, where they are ranked
+    held: bool = False  # the row is one tile and stays in registers
+    width: int = 0  # logits per block; 0: no blocks, the row is searched as a whole
+    parts: int = 1  # programs that share the reading of a row
 
 
 def plan(device: wing.Device, num_rows: int, num_classes: int, k: int, itemsize: int, multi_hot: bool) -> Plan:
     if num_classes <= _HELD_CLASSES:
         lanes = 16 // itemsize * device.threads_per_warp
-        return Plan(True, 0, 1, 1, max(1, triton.next_power_of_2(num_classes) // lanes), 1)
-    return Plan(False, 0, 1, 8, 4, 1)
+        return Plan(1, max(1, triton.next_power_of_2(num_classes) // lanes), 1, held=True)
+    width = block_width(num_classes, k)
+    if multi_hot or width == 0:
+        return Plan(8, 4, 1)
+    return Plan(8, 4, 1, width=width)
+
+
+def block_width(num_classes: int, k: int) -> int:
+    """Logits per block, 0 where blocks do not pay.
+
+    The maxima of C / width blocks are searched and listed, then the logits of k winners are ranked, at about the same cost each,
+    which is smallest where both are equal; narrow blocks would save little, wide ones read too much again.
+    """
+    width = 2 ** round(math.log2(num_classes / k) / 2)
+    return min(width, 64) if width >= 8 and 4 * k * width <= num_classes else 8 if 32 * k <= num_classes else 0
 
 
 @functools.cache
@@ -103,20 +116,45 @@ def _forward(
         kind, y = "index", wing.Matrix(target, 0, target.stride(0))
     threads = device.threads_per_warp * how.warps
     lanes = 16 // logits.element_size() * threads
+    rows = z.base, z.phase, z.stride, y.base, y.phase, y.stride, num_classes, ignore_index, k
     functions = {
-        **_TARGETS[kind],
-        **(_HELD if how.held else _WALKED)[kind],
         "EMIT": select.emit_compact if compact else select.emit_threshold,
         **_FAMILIES[family]["forward"],
         "VALUE": value,
     }
     tiles = {"FAST": device.fast, "ROWS": how.rows, "LANES": lanes, "GROUPS": how.emitted * threads}
+    grid = (num_rows,)
     with torch.cuda.device_of(logits):
-        wing.launch(
-            picks.row_kernel, (num_rows,), how.warps, *outputs, pick_index.shape[1], z.base, z.phase, z.stride,
-            y.base, y.phase, y.stride, num_classes, ignore_index, k, *upper_tail(k, num_classes), a, b, **functions, **tiles,
-        )  # fmt: skip
+        if how.width == 0:
+            functions |= _TARGETS[kind] | (_HELD if how.held else _WALKED)[kind]
+            wing.launch(
+                picks.row_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k, num_classes), a, b,
+                **functions, **tiles,
+            )  # fmt: skip
+        else:
+            scratch = _scratch(logits, how, lanes, k)
+            blocks = triton.cdiv(num_classes, how.width)
+            wing.launch(
+                picks.blocks_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k + 1, blocks), a, b,
+                *scratch, **functions, **tiles, WIDTH=how.width,
+            )  # fmt: skip
     return outputs
+
+
+def _scratch(logits: Tensor, how: Plan, lanes: int, k: int) -> tuple[Tensor, Tensor, int, int]:
+    """Memory for block maxima and candidates' logits, winning blocks and candidates' classes; how many blocks and candidates.
+
+    The search for winners may stop when there are an eighth too many. Candidates are few more than k unless equal logits abound.
+    """
+    num_rows, num_classes = logits.shape
+    tile, vector = how.rows * lanes, 16 // logits.element_size()
+    row_maxima = triton.cdiv(num_classes, tile) * (tile // how.width)
+    max_blocks = k + 1 + (k + 1) // 8
+    capacity = max(2 * k, 64)
+    room = capacity // vector * vector + vector
+    scratch = logits.new_empty((num_rows * (row_maxima + room),))
+    index = logits.new_empty((num_rows * (max_blocks + capacity),), dtype=torch.int32)
+    return scratch, index, max_blocks, capacity
 
 
 def softmax_forward(

@@ -13,7 +13,6 @@ from .rows import load_tile, open_row, part_of, read_index, store_tile, tile_lan
 from .select import rim_positions
 from .softmax import share_of_negatives
 
-_NAN = tl.constexpr(float("nan"))
 _SCALARS = [
     "dlogits_phase", "dlogits_stride", "grad_row_stride", "grad_stride", "phase", "row_stride", "target_phase", "target_stride",
     "num_classes", "ignore_index", "k", "pick_stride",
@@ -32,7 +31,7 @@ def softmax_coefficients(
     log_total = tl.load(state_ptr + row * 3 + 1)
     margin = (tl.load(state_ptr + row * 3 + 2) - top) - log_total
     coefficient = tl.load(grad_ptr + row * grad_row_stride).to(tl.float32) * SLOPE(margin, a, b, FAST)
-    coefficient = tl.where(margin == margin, coefficient, _NAN)
+    coefficient = tl.where(margin == margin, coefficient, float("nan"))
     log_total = tl.where(log_total == float("-inf"), 0.0, log_total)  # every pick is -inf: exp gives 0, not NaN
     return coefficient, 0.0, -coefficient, top, log_total, coefficient == coefficient
 
@@ -137,21 +136,21 @@ def scatter_kernel(
     at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(
         grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE, FAST
     )
-    fill = tl.where(live, tl.where(sound, 0.0, _NAN), dead)
+    fill = tl.where(live, tl.where(sound, 0.0, float("nan")), dead)
     first, behind = part_of(body, TILE)
     for tile in range(first, behind):
         positions = tile * TILE + tile_lanes(ROWS, LANES)
-        values = FILL(fill, target_body_ptr, body_ptr, positions, positions < body, grad_pos, FAST)
-        store_tile(dbody_ptr, tile, body, values, ROWS, LANES)
+        tile_fill = FILL(fill, target_body_ptr, body_ptr, positions, positions < body, grad_pos, FAST)
+        store_tile(dbody_ptr, tile, body, tile_fill, ROWS, LANES)
     rim, inside = rim_positions(head, body, num_classes, VECTOR)
     inside = inside & _filled_here(rim, first * TILE, behind * TILE, body)
-    values = FILL(fill, target_body_ptr, body_ptr, rim, inside, grad_pos, FAST)
-    tl.store(dbody_ptr + rim, values.to(element), mask=inside)
+    rim_fill = FILL(fill, target_body_ptr, body_ptr, rim, inside, grad_pos, FAST)
+    tl.store(dbody_ptr + rim, rim_fill.to(element), mask=inside)
 
     tl.debug_barrier()
     sound = live & sound
-    here = _filled_here(target - head, first * TILE, behind * TILE, body)
-    tl.store(drow_ptr + target, at_target.to(element), mask=sound & (target >= 0) & here)
+    has_target = (target >= 0) & _filled_here(target - head, first * TILE, behind * TILE, body)
+    tl.store(drow_ptr + target, at_target.to(element), mask=sound & has_target)
     for start in range(0, tl.where(sound, k, 0), LANES):
         slot = start + tl.arange(0, LANES)
         classes = tl.load(pick_index_ptr + row * k + slot, mask=slot < k, other=-1)
@@ -159,6 +158,16 @@ def scatter_kernel(
         here = _filled_here(classes - head, first * TILE, behind * TILE, body)
         values = scale * NEGATIVE(z, p, q, SLOPE, FAST)
         tl.store(drow_ptr + classes, values.to(element), mask=(classes >= 0) & here)
+
+
+@triton.jit
+def _gradient(
+    z, positions, inside, head, target, at_target, target_body_ptr, edge, edge_class, scale, p, q, grad_pos,
+    POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, SLOPE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    picked = (z > edge) | ((z == edge) & (positions <= edge_class - head))
+    positive, gradient = POSITIVE(z, target, at_target, target_body_ptr, head, positions, inside, grad_pos, FAST)
+    return tl.where(positive, gradient, tl.where(picked, scale * NEGATIVE(z, p, q, SLOPE, FAST), 0.0))
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -195,19 +204,19 @@ def threshold_kernel(
         for tile in range(first, behind):
             positions = tile * TILE + tile_lanes(ROWS, LANES)
             z = load_tile(body_ptr, tile, body, ROWS, LANES)
-            picked = (z > edge) | ((z == edge) & (positions <= edge_class - head))
-            values = tl.where(picked, scale * NEGATIVE(z, p, q, SLOPE, FAST), 0.0)
-            positive, gradient = POSITIVE(
-                z, target, at_target, target_body_ptr, head, positions, positions < body, grad_pos, FAST
-            )
-            store_tile(dbody_ptr, tile, body, tl.where(positive, gradient, values), ROWS, LANES)
-        z = tl.load(body_ptr + rim, mask=inside, other=0.0).to(tl.float32)
-        picked = (z > edge) | ((z == edge) & (rim <= edge_class - head))
-        values = tl.where(picked, scale * NEGATIVE(z, p, q, SLOPE, FAST), 0.0)
-        positive, gradient = POSITIVE(z, target, at_target, target_body_ptr, head, rim, inside, grad_pos, FAST)
-        tl.store(dbody_ptr + rim, tl.where(positive, gradient, values).to(element), mask=inside)
+            values = _gradient(
+                z, positions, positions < body, head, target, at_target, target_body_ptr, edge, edge_class, scale, p, q, grad_pos,
+                POSITIVE, NEGATIVE, SLOPE, FAST,
+            )  # fmt: skip
+            store_tile(dbody_ptr, tile, body, values, ROWS, LANES)
+        rim_z = tl.load(body_ptr + rim, mask=inside, other=0.0).to(tl.float32)
+        rim_values = _gradient(
+            rim_z, rim, inside, head, target, at_target, target_body_ptr, edge, edge_class, scale, p, q, grad_pos,
+            POSITIVE, NEGATIVE, SLOPE, FAST,
+        )  # fmt: skip
+        tl.store(dbody_ptr + rim, rim_values.to(element), mask=inside)
     else:
-        fill = tl.where(live, _NAN, dead)
+        fill = tl.where(live, float("nan"), dead)
         for tile in range(first, behind):
             store_tile(dbody_ptr, tile, body, tl.full((ROWS, LANES), 0.0, tl.float32) + fill, ROWS, LANES)
         tl.store(dbody_ptr + rim, (tl.zeros((2 * VECTOR,), tl.float32) + fill).to(element), mask=inside)

@@ -17,7 +17,6 @@ from .logistic import multi_hot
 from .rows import load_tile, tile_lanes
 
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -26,20 +25,24 @@ _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def key_of(x, ELEMENT: tl.constexpr):
-    """Integer (int64) of a float rounded to ELEMENT, in the order of the floats; -0 stands one below +0."""
+    """Integer (int64) of a float rounded to ELEMENT, in the order of the floats, the same for -0 and +0."""
     if ELEMENT.primitive_bitwidth == 16:
         bits = x.to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32)
-        return (bits ^ ((bits >> 31) & 0x7FFF)).to(tl.int64)
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        key = bits ^ ((bits >> 31) & 0x7FFF)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(key == -1, 0, key).to(tl.int64)
 
 
 @triton.jit
 def float_of(key, ELEMENT: tl.constexpr):
     """Inverse of key_of, in fp32."""
     bits = key.to(tl.int32)
-    if ELEMENT.primitive_bitwidth == 16:
-        return (bits ^ ((bits >> 31) & 0x7FFF)).to(tl.int16).to(ELEMENT, bitcast=True).to(tl.float32)
+    if ELEMENT == tl.bfloat16:  # by hand: Triton's interpreter turns its subnormals to 0
+        return ((bits ^ ((bits >> 31) & 0x7FFF)) << 16).to(tl.float32, bitcast=True)
+    if ELEMENT == tl.float16:
+        return (bits ^ ((bits >> 31) & 0x7FFF)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -71,7 +74,7 @@ def search(
         stalled = tl.where(bisect, 0, stalled)
         middle = tl.where(bisect, (low + high) >> 1, key_of(tl.where(bisect, 0.0, probe), ELEMENT))
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        first = tl.full((), _NAN, tl.float32)
+        first = tl.full((), float("nan"), tl.float32)
 
         half = (high - low) >> 1
         count = COUNT(source, float_of(middle, ELEMENT), ROWS, LANES)
@@ -155,8 +158,9 @@ def plain_view(info, head, positions, inside):
 
 @triton.jit
 def list_view(info, head, positions, inside):
-    """A list of elements in scratch memory; info is (address of the class of element 0,)."""
-    return tl.load(info[0] + positions, mask=inside, other=-1), inside
+    """A list of elements in scratch memory; info is (address of the class of element 0, number of elements)."""
+    listed = inside & (positions < info[1])
+    return tl.load(info[0] + positions, mask=listed, other=-1), listed
 
 
 @triton.jit
@@ -218,9 +222,9 @@ def nth_tie(
     body_ptr, head, body, length, VIEW: tl.constexpr, info, tie, nth, GROUPS: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
     """Position of element number nth, from 0, of those that equal ``tie`` and can be picked."""
-    rim, rim_positions, inside = open_rim(body_ptr, head, body, length, VECTOR)
-    rim_tied = (rim == tie) & VIEW(info, head, rim_positions, inside)[1]
-    in_head = tl.sum((rim_tied & (rim_positions < 0)).to(tl.int32), axis=0)
+    rim, rim_position, rim_inside = open_rim(body_ptr, head, body, length, VECTOR)
+    rim_tied = (rim == tie) & VIEW(info, head, rim_position, rim_inside)[1]
+    in_head = tl.sum((rim_tied & (rim_position < 0)).to(tl.int32), axis=0)
 
     seen = in_head
     last_tile = nth * 0
@@ -237,7 +241,7 @@ def nth_tie(
     ranks, _ = rank(tied)
     in_body = tl.sum(tl.sum(tl.where(tied & (ranks == nth - before_last), positions, 0), axis=1), axis=0)
     rim_nth = tl.where(nth < in_head, nth, nth - (seen - in_head))
-    in_rim = tl.sum(tl.where(rim_tied & (rank_rim(rim_tied) == rim_nth), rim_positions, 0), axis=0)
+    in_rim = tl.sum(tl.where(rim_tied & (rank_rim(rim_tied) == rim_nth), rim_position, 0), axis=0)
     return tl.where((nth < in_head) | (nth >= seen), in_rim, in_body)
 
 
@@ -248,7 +252,7 @@ def edge(
 ):  # fmt: skip
     """(at_least, tie, last) from what ``search`` returned: ``enough`` elements at most, the first ``wanted`` if that needs ties."""
     at_least = float_of(low, ELEMENT)
-    tie = tl.full((), _NAN, tl.float32)
+    tie = tl.full((), float("nan"), tl.float32)
     last = wanted * 0
     if count_low > enough:
         at_least = float_of(high, ELEMENT)
@@ -290,7 +294,7 @@ def _summary(highest, rim, sums, squares):
     top = tl.maximum(top, tl.max(tl.where(rim == rim, rim, -_INF), axis=0))
     finite = tl.where(rim > -_INF, rim, 0.0)
     total = tl.sum(sums, axis=0) + tl.sum(finite, axis=0)
-    return top, tl.where(nans > 0, _NAN, 0.0), total, tl.sum(squares, axis=0) + tl.sum(finite * finite, axis=0)
+    return top, tl.where(nans > 0, float("nan"), 0.0), total, tl.sum(squares, axis=0) + tl.sum(finite * finite, axis=0)
 
 
 # --- emission ---------------------------------------------------------------------------------------------------------
@@ -306,11 +310,10 @@ def emit_compact(
     No slot behind ``wanted`` is written, whatever a row with a NaN, where counts need not agree, would ask for.
     """
     element = pick_logit_ptr.dtype.element_ty
-    rim, positions, inside = open_rim(body_ptr, head, body, length, VECTOR)
-    classes, allowed = VIEW(info, head, positions, inside)
-    rim_picked = allowed & ((rim >= at_least) | ((rim == tie) & (positions <= last)))
-    rim_classes = classes
-    in_tail = positions >= 0
+    rim, rim_position, rim_inside = open_rim(body_ptr, head, body, length, VECTOR)
+    rim_classes, rim_allowed = VIEW(info, head, rim_position, rim_inside)
+    rim_picked = rim_allowed & ((rim >= at_least) | ((rim == tie) & (rim_position <= last)))
+    in_tail = rim_position >= 0
     sums = tl.zeros((GROUPS,), tl.float32)
     in_head = tl.sum((rim_picked & ~in_tail).to(tl.int32), axis=0)
     taken = in_head
@@ -325,9 +328,9 @@ def emit_compact(
         tl.store(pick_logit_ptr + slots, x.to(element), mask=picked & (slots < wanted))
         taken += number
 
-    slots = rank_rim(rim_picked) + tl.where(in_tail, taken - in_head, 0)
-    tl.store(pick_index_ptr + slots, rim_classes, mask=rim_picked & (slots < wanted))
-    tl.store(pick_logit_ptr + slots, rim.to(element), mask=rim_picked & (slots < wanted))
+    rim_slots = rank_rim(rim_picked) + tl.where(in_tail, taken - in_head, 0)
+    tl.store(pick_index_ptr + rim_slots, rim_classes, mask=rim_picked & (rim_slots < wanted))
+    tl.store(pick_logit_ptr + rim_slots, rim.to(element), mask=rim_picked & (rim_slots < wanted))
     taken += tl.sum((rim_picked & in_tail).to(tl.int32), axis=0)
     for start in range(tl.minimum(taken, wanted), k, GROUPS):  # empty slots
         slot = start + tl.arange(0, GROUPS)
@@ -342,10 +345,9 @@ def emit_threshold(
     wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes the edge, the last pick in the order of picking, (1,), and returns the sum of TERM over the picks."""
-    rim, positions, inside = open_rim(body_ptr, head, body, length, VECTOR)
-    classes, allowed = VIEW(info, head, positions, inside)
-    rim_picked = allowed & ((rim >= at_least) | ((rim == tie) & (positions <= last)))
-    rim_classes = classes
+    rim, rim_position, rim_inside = open_rim(body_ptr, head, body, length, VECTOR)
+    rim_classes, rim_allowed = VIEW(info, head, rim_position, rim_inside)
+    rim_picked = rim_allowed & ((rim >= at_least) | ((rim == tie) & (rim_position <= last)))
     total = tl.sum(tl.where(rim_picked, TERM(rim, top, a, b, VALUE, FAST), 0.0), axis=0)
     sums = tl.zeros((GROUPS,), tl.float32)
     lowest = tl.full((GROUPS, VECTOR), _INF, tl.float32)  # of every lane, and its highest class
