@@ -1,0 +1,90 @@
+"""The GPU doors on a CUDA device if there is one, else on CPU tensors in Triton's interpreter.
+
+The interpreter must be asked for before Triton is imported, so these files run in their own process: ``pytest tests/gpu``.
+"""
+
+import os
+
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from fused_losses.gpu import launch  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """The interpreter patches the language again at every call of a jitted function: half of its time on small rows."""
+    patch, run, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        language = id(function.__globals__)
+        if language in patched:
+            return interpreter._LangPatchScope()
+        patched.add(language)
+        return patch(function)
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return run(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter, "_patch_lang", patch_once)
+        patches.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 64 classes, so that short rows have several: whole ones, a cut one and a rim. Whole rows, unless split."""
+    if INTERPRETED:
+        monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4, fast=False))
+        monkeypatch.setattr(launch, "tile_for", lambda device, classes, itemsize: launch.Tile(1, itemsize))
+
+
+@pytest.fixture
+def split_rows(monkeypatch):
+    """Three programs for every row of three tiles or more."""
+    monkeypatch.setattr(launch, "parts_for", lambda device, rows, tiles: min(3, tiles))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty hands out NaN, so that an element which nobody wrote cannot pass for a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def shuffled_grid(monkeypatch):
+    """Programs run in a random order: the interpreter's own order would hide a dependency between them."""
+    if not INTERPRETED:
+        return
+    builder = interpreter.interpreter_builder
+    set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+    order = {}
+
+    def set_grid_dim(*dim):
+        count = dim[0] * dim[1] * dim[2]
+        order.update(dim=dim, places=torch.randperm(count).tolist())
+        set_dim(*dim)
+
+    def set_grid_idx(x, y, z):
+        _, height, depth = order["dim"]
+        place = order["places"][(x * height + y) * depth + z]
+        set_idx(place // (height * depth), place // depth % height, place % depth)
+
+    monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
+    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
