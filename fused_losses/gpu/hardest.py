@@ -19,6 +19,7 @@ from . import picks, scatter, select
 from .formulas import formulas
 
 _HELD_CLASSES = 2048  # of a row in the registers of one warp
+_FEWEST_CANDIDATES = 64
 _FAMILIES = {
     "softmax": {
         "forward": {"TERM": picks.softmax_term, "FINISH": picks.softmax_finish},
@@ -150,7 +151,7 @@ def _scratch(logits: Tensor, how: Plan, lanes: int, k: int) -> tuple[Tensor, Ten
     tile, vector = how.rows * lanes, 16 // logits.element_size()
     row_maxima = triton.cdiv(num_classes, tile) * (tile // how.width)
     max_blocks = k + 1 + (k + 1) // 8
-    capacity = max(2 * k, 64)
+    capacity = max(2 * k, _FEWEST_CANDIDATES)
     room = capacity // vector * vector + vector
     scratch = logits.new_empty((num_rows * (row_maxima + room),))
     index = logits.new_empty((num_rows * (max_blocks + capacity),), dtype=torch.int32)
