@@ -26,10 +26,10 @@ from triton.compiler import ASTSource
 from fused_losses.gpu import launch
 
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), launch.Device("generic", 108, 32, fast=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), launch.Device("hopper", 132, 32, fast=True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), launch.Device("generic", 148, 32, fast=True)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), launch.Device("generic", 304, 64, fast=False)),
+    "sm_80": (GPUTarget("cuda", 80, 32), launch.Device("generic", 108, 32, nvidia=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), launch.Device("hopper", 132, 32, nvidia=True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), launch.Device("generic", 148, 32, nvidia=True)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), launch.Device("generic", 304, 64, nvidia=False)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET = {("softmax_forward_kernel", "cross_entropy"): 10.0, ("softmax_backward_kernel", "cross_entropy"): 12.0}

@@ -1,8 +1,8 @@
 """Value and slope of each loss, in Triton: a formula knows no walk.
 
 Every formula has the signature f(x, a, b, FAST) in fp32: x is the margin of a row (softmax losses) or one logit (logistic
-losses), a and b are the loss's hyper-parameters in the order of ``losses.py``. FAST allows instructions that only NVIDIA's
-assembler knows. NaN in, NaN out is the walks' business, except where a whole tile passes through (the logistic losses).
+losses), a and b are the loss's hyper-parameters in the order of ``losses.py``. FAST takes shorter primitives, one of which only
+NVIDIA's assembler knows: for what is done once per logit, so that memory and not arithmetic bounds the walk.
 """
 
 import triton
@@ -23,14 +23,20 @@ _LOG1P = tl.constexpr(
         1.0,
     )
 )
-_LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E = tl.constexpr(1.4426950216293335)  # fp32
+_LN2 = tl.constexpr(0.6931471824645996)  # fp32, and what is missing to 1 / _LOG2E
+_LN2_LOW = tl.constexpr(1 / 1.4426950216293335 - 0.6931471824645996)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def exp(x):
-    """e^x by one exp2 instruction: tl.exp would spend three more on results below 2^-126, which are 0 here."""
-    return tl.exp2(x * _LOG2E)
+def exp(x, FAST: tl.constexpr):
+    """e^x by exp2, results below 2^-126 being 0. FAST leaves the rounding error of its argument in: relative |x| * 2^-24."""
+    power = x * _LOG2E
+    if FAST:
+        return tl.exp2(power)
+    rest = tl.fma(power, -_LN2_LOW, tl.fma(power, -_LN2, x))
+    return tl.exp2(power) * (1.0 + tl.where(tl.abs(power) == float("inf"), 0.0, rest))
 
 
 @triton.jit
@@ -51,19 +57,19 @@ def log1p_of_unit(e):
 
 
 @triton.jit
-def softplus(x):
-    return tl.maximum(x, 0.0) + log1p_of_unit(exp(-tl.abs(x)))
+def softplus(x, FAST: tl.constexpr):
+    return tl.maximum(x, 0.0) + log1p_of_unit(exp(-tl.abs(x), FAST))
 
 
 @triton.jit
 def sigmoid(x, FAST: tl.constexpr):
-    return reciprocal(1.0 + exp(-x), FAST)
+    return reciprocal(1.0 + exp(-x, FAST), FAST)
 
 
 @triton.jit
-def logaddexp(x, y):
+def logaddexp(x, y, FAST: tl.constexpr):
     low = tl.minimum(x, y)
-    return tl.maximum(x, y) + tl.where(low == float("-inf"), 0.0, log1p_of_unit(exp(-tl.abs(x - y))))
+    return tl.maximum(x, y) + tl.where(low == float("-inf"), 0.0, log1p_of_unit(exp(-tl.abs(x - y), FAST)))
 
 
 # --- softmax losses, of the margin ------------------------------------------------------------------------------------
@@ -71,7 +77,7 @@ def logaddexp(x, y):
 
 @triton.jit
 def cross_entropy_value(margin, a, b, FAST: tl.constexpr):
-    return softplus(-margin)
+    return softplus(-margin, FAST)
 
 
 @triton.jit
@@ -91,13 +97,13 @@ def nllr_slope(margin, a, b, FAST: tl.constexpr):
 
 @triton.jit
 def crl_value(margin, alpha, beta, FAST: tl.constexpr):
-    competing = beta * logaddexp(tl.log(alpha), -softplus(margin))
-    return softplus(-margin) + tl.where(beta == 0.0, 0.0, competing)
+    competing = beta * logaddexp(tl.log(alpha), -softplus(margin, FAST), FAST)
+    return softplus(-margin, FAST) + tl.where(beta == 0.0, 0.0, competing)
 
 
 @triton.jit
 def crl_slope(margin, alpha, beta, FAST: tl.constexpr):
-    relative = tl.where(alpha == 0.0, 1.0, sigmoid(-(tl.log(alpha) + softplus(margin)), FAST))
+    relative = tl.where(alpha == 0.0, 1.0, sigmoid(-(tl.log(alpha) + softplus(margin, FAST)), FAST))
     return -sigmoid(-margin, FAST) - beta * sigmoid(margin, FAST) * relative
 
 
@@ -106,7 +112,7 @@ def crl_slope(margin, alpha, beta, FAST: tl.constexpr):
 
 @triton.jit
 def lr_value(z, a, b, FAST: tl.constexpr):
-    return softplus(z)
+    return softplus(z, FAST)
 
 
 @triton.jit
@@ -117,27 +123,27 @@ def lr_slope(z, a, b, FAST: tl.constexpr):
 @triton.jit
 def _selected(z, FAST: tl.constexpr):
     """sigma(z), sigma(-z), log(1 + e^-|z|)"""
-    e = exp(-tl.abs(z))
+    e = exp(-tl.abs(z), FAST)
     larger = reciprocal(1.0 + e, FAST)
     smaller = e * larger
     return tl.where(z < 0.0, smaller, larger), tl.where(z < 0.0, larger, smaller), log1p_of_unit(e)
 
 
 @triton.jit
-def _power(z, sigma, log1p, gamma):
+def _power(z, sigma, log1p, gamma, FAST: tl.constexpr):
     """sigma(z)^gamma, 1 for gamma = 0 even where log sigma(z) = min(z, 0) - log1p is -inf"""
-    return exp(gamma * (tl.maximum(tl.minimum(z, 0.0), -_LARGEST) - log1p))
+    return exp(gamma * (tl.maximum(tl.minimum(z, 0.0), -_LARGEST) - log1p), FAST)
 
 
 @triton.jit
-def _square(z, sigma, log1p, gamma):
+def _square(z, sigma, log1p, gamma, FAST: tl.constexpr):
     return sigma * sigma
 
 
 @triton.jit
 def _soft_selection_value(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
     sigma, _, log1p = _selected(z, FAST)
-    return POWER(z, sigma, log1p, gamma) * (tl.maximum(z, 0.0) + log1p)
+    return POWER(z, sigma, log1p, gamma, FAST) * (tl.maximum(z, 0.0) + log1p)
 
 
 @triton.jit
@@ -145,7 +151,7 @@ def _soft_selection_slope(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
     sigma, opposite, log1p = _selected(z, FAST)
     # sigma(-z) * softplus(z) tends to 0 at z = +inf, and must not become 0 * inf
     finite_softplus = tl.minimum(tl.maximum(z, 0.0), _LARGEST) + log1p
-    return POWER(z, sigma, log1p, gamma) * (sigma + gamma * opposite * finite_softplus)
+    return POWER(z, sigma, log1p, gamma, FAST) * (sigma + gamma * opposite * finite_softplus)
 
 
 @triton.jit

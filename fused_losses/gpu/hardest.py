@@ -123,7 +123,7 @@ def _forward(
         **_FAMILIES[family]["forward"],
         "VALUE": value,
     }
-    tiles = {"FAST": device.fast, "ROWS": how.rows, "LANES": lanes, "GROUPS": how.emitted * threads}
+    tiles = {"FAST": device.nvidia, "ROWS": how.rows, "LANES": lanes, "GROUPS": how.emitted * threads}
     grid = (num_rows,)
     with torch.cuda.device_of(logits):
         if how.width == 0:
@@ -203,7 +203,7 @@ def _backward(
         y = wing.Matrix(target, 0, target.stride(0))
         functions["POSITIVES"] = scatter.index_positives
     rows = z.base, z.phase, z.stride, y.base, y.phase, y.stride, num_classes, ignore_index
-    tiles = {"FAST": device.fast, "ROWS": tile.rows, "LANES": lanes}
+    tiles = {"FAST": device.nvidia, "ROWS": tile.rows, "LANES": lanes}
     with torch.cuda.device_of(pick_logit):
         if compact:
             functions["FILL"] = scatter.multi_hot_fill if target.dim() == 2 else scatter.index_fill

@@ -56,17 +56,17 @@ class Device:
     generation: str  # key of the launch tables
     multiprocessors: int
     threads_per_warp: int
-    fast: bool  # whether NVIDIA's assembler takes the kernels
+    nvidia: bool
 
 
 @functools.cache
 def profile(device: torch.device) -> Device:
     if device.type != "cuda":  # Triton's interpreter
-        return Device("generic", 1, 32, fast=False)
+        return Device("generic", 1, 32, nvidia=False)
     properties = torch.cuda.get_device_properties(device)
     amd = torch.version.hip is not None
     hopper = not amd and properties.major == 9
-    return Device("hopper" if hopper else "generic", properties.multi_processor_count, 64 if amd else 32, fast=not amd)
+    return Device("hopper" if hopper else "generic", properties.multi_processor_count, 64 if amd else 32, not amd)
 
 
 # (largest row in bytes, tile), smallest first: one warp per row keeps many short rows in flight.
@@ -139,10 +139,10 @@ def multi_hot_beside(matrix: Matrix, target: Tensor) -> Matrix:
 class Walk:
     """How the rows of one matrix are walked."""
 
-    device: Device
     tile: Tile
     parts: int
     shape: dict[str, int]  # ROWS and LANES of a tile
+    fast: bool  # shorter primitives for what is done once per logit
 
 
 def plan(logits: Tensor) -> Walk:
@@ -151,7 +151,7 @@ def plan(logits: Tensor) -> Walk:
     tile = tile_for(device, num_classes, logits.element_size())
     lanes = 16 // logits.element_size() * device.threads_per_warp * tile.warps
     parts = parts_for(device, num_rows, triton.cdiv(num_classes, tile.rows * lanes))
-    return Walk(device, tile, parts, {"ROWS": tile.rows, "LANES": lanes})
+    return Walk(tile, parts, {"ROWS": tile.rows, "LANES": lanes}, device.nvidia)
 
 
 def launch(kernel, grid: tuple[int, ...], warps: int, *arguments, **constexprs) -> None:
@@ -178,20 +178,19 @@ def softmax_forward(
 
     formula, _, a, b = formulas(loss, params)
     z, walk = as_matrix(logits), plan(logits)
-    value_of = {"VALUE": formula, "FAST": walk.device.fast}
     rows = z.base, z.phase, z.stride, target, target.stride(0), num_classes, ignore_index
     with torch.cuda.device_of(logits):
         if walk.parts == 1:
             launch(
                 softmax.softmax_forward_kernel, (num_rows,), walk.tile.warps, value, state, *rows, a, b,
-                **value_of, **walk.shape,
+                VALUE=formula, **walk.shape,
             )  # fmt: skip
         else:
             partial = logits.new_empty((num_rows, walk.parts, 2), dtype=torch.float32)
             launch(softmax.softmax_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows, **walk.shape)
             launch(
                 softmax.softmax_merge_kernel, (num_rows,), 1, value, state, partial, walk.parts, *rows, a, b,
-                PARTS=triton.next_power_of_2(walk.parts), **value_of,
+                PARTS=triton.next_power_of_2(walk.parts), VALUE=formula,
             )  # fmt: skip
     return value, state, *_no_picks(logits)
 
@@ -221,7 +220,7 @@ def softmax_backward(
         launch(
             softmax.softmax_backward_kernel, (logits.shape[0], walk.parts), walk.tile.warps,
             dz.base, dz.stride, grad, grad.stride(0), state.contiguous(), z.base, z.phase, z.stride,
-            target, target.stride(0), num_classes, ignore_index, a, b, SLOPE=slope, FAST=walk.device.fast, **walk.shape,
+            target, target.stride(0), num_classes, ignore_index, a, b, SLOPE=slope, **walk.shape,
         )  # fmt: skip
     return dlogits
 
@@ -247,13 +246,13 @@ def logistic_forward(
         if walk.parts == 1:
             launch(
                 logistic.logistic_forward_kernel, (num_rows,), walk.tile.warps, sums, state, *rows,
-                ROW=row, VALUE=value, FAST=walk.device.fast, **walk.shape,
+                ROW=row, VALUE=value, FAST=walk.fast, **walk.shape,
             )  # fmt: skip
         else:
             partial = logits.new_empty((num_rows, walk.parts, 4), dtype=torch.float32)
             launch(
                 logistic.logistic_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows,
-                ROW=row, VALUE=value, FAST=walk.device.fast, **walk.shape,
+                ROW=row, VALUE=value, FAST=walk.fast, **walk.shape,
             )  # fmt: skip
             launch(
                 logistic.logistic_merge_kernel, (num_rows,), 1, sums, state, partial, walk.parts,
@@ -290,11 +289,11 @@ def logistic_backward(
             y = multi_hot_beside(z, target)
             launch(
                 logistic.multi_hot_backward_kernel, grid, walk.tile.warps, *rows, y.base, y.phase, y.stride,
-                num_classes, a, b, SLOPE=slope, FAST=walk.device.fast, **walk.shape,
+                num_classes, a, b, SLOPE=slope, FAST=walk.fast, **walk.shape,
             )  # fmt: skip
         else:
             launch(
                 logistic.index_backward_kernel, grid, walk.tile.warps, *rows, target, target.stride(0),
-                num_classes, ignore_index, a, b, SLOPE=slope, FAST=walk.device.fast, **walk.shape,
+                num_classes, ignore_index, a, b, SLOPE=slope, FAST=walk.fast, **walk.shape,
             )  # fmt: skip
     return dlogits

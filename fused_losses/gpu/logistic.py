@@ -50,7 +50,7 @@ def index_row(
 
     counted = live & (target >= 0) & (tl.program_id(1) == 0)
     z_y = tl.load(row_ptr + target, mask=counted, other=0.0).to(tl.float32)
-    pos = tl.where(counted, softplus(-z_y), 0.0)
+    pos = tl.where(counted, softplus(-z_y, False), 0.0)
     return tl.where(live, pos, dead), tl.where(live, neg, dead), tl.where(live, z_y, dead), counted.to(tl.float32)
 
 
@@ -92,7 +92,7 @@ def multi_hot_row(
     for tile in range(first, behind):
         z = load_tile(body_ptr, tile, body, ROWS, LANES)
         positive = multi_hot(target_body_ptr + tile * TILE, lanes, lanes < body - tile * TILE)
-        pos += tl.sum(tl.where(positive, softplus(-z), 0.0), axis=0)
+        pos += tl.sum(tl.where(positive, softplus(-z, FAST), 0.0), axis=0)
         neg += tl.sum(tl.where(positive, 0.0, VALUE(z, a, b, FAST)), axis=0)
         count += tl.sum(positive.to(tl.float32), axis=0)
 
@@ -100,7 +100,7 @@ def multi_hot_row(
     z = tl.load(row_ptr + rim, mask=inside, other=float("-inf")).to(tl.float32)
     positive = multi_hot(target_row_ptr, rim, inside)
     return (
-        tl.sum(pos, axis=0) + tl.sum(tl.where(positive, softplus(-z), 0.0), axis=0),
+        tl.sum(pos, axis=0) + tl.sum(tl.where(positive, softplus(-z, FAST), 0.0), axis=0),
         tl.sum(neg, axis=0) + tl.sum(tl.where(positive, 0.0, VALUE(z, a, b, FAST)), axis=0),
         0.0,
         tl.sum(count, axis=0) + tl.sum(positive.to(tl.float32), axis=0),
@@ -202,7 +202,7 @@ def index_backward_kernel(
     z_y = tl.load(state_ptr + row * 2)
     write_gradient(
         dlogits_ptr, dlogits_stride, logits_ptr, phase, row, row_stride, num_classes, target,
-        -grad_pos * sigmoid(-z_y, FAST), live & (z_y == z_y), dead, grad_neg, SLOPE, a, b, FAST, ROWS, LANES,
+        -grad_pos * sigmoid(-z_y, False), live & (z_y == z_y), dead, grad_neg, SLOPE, a, b, FAST, ROWS, LANES,
     )  # fmt: skip
 
 

@@ -45,14 +45,14 @@ _SCALARS = [
 
 @triton.jit
 def softmax_term(x, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr):
-    return exp(x - top)
+    return exp(x - top, True)
 
 
 @triton.jit
 def softmax_finish(
-    value_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE: tl.constexpr, FAST: tl.constexpr
+    value_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE: tl.constexpr
 ):
-    softmax.finish_row(value_ptr, state_ptr, row, z_y + poison, live, dead, top, total, a, b, VALUE, FAST)
+    softmax.finish_row(value_ptr, state_ptr, row, z_y + poison, live, dead, top, total, a, b, VALUE)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def logistic_term(x, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def logistic_finish(
-    sums_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE: tl.constexpr, FAST: tl.constexpr
+    sums_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE: tl.constexpr
 ):
     logistic.finish_row(
         sums_ptr, state_ptr, row, tl.where(live, pos + poison, dead), tl.where(live, total, dead),
@@ -82,7 +82,7 @@ def index_target(
     target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
     known = live & (target >= 0)
     z_y = tl.load(row_ptr + target, mask=known, other=-_INF).to(tl.float32)
-    return (target,), live, dead, z_y, tl.where(known, softplus(-z_y), 0.0), known.to(tl.int32)
+    return (target,), live, dead, z_y, tl.where(known, softplus(-z_y, False), 0.0), known.to(tl.int32)
 
 
 @triton.jit
@@ -99,12 +99,12 @@ def multi_hot_target(
         lanes = tile * (ROWS * LANES) + tile_lanes(ROWS, LANES)
         positive = multi_hot(target_body_ptr, lanes, lanes < body)
         z = tl.load(body_ptr + lanes, mask=positive, other=_INF).to(tl.float32)  # softplus(-inf) = 0
-        pos += tl.sum(softplus(-z), axis=0)
+        pos += tl.sum(softplus(-z, FAST), axis=0)
         count += tl.sum(positive.to(tl.int32), axis=0)
     _, rim_position, rim_inside = open_rim(body_ptr, head, body, num_classes, VECTOR)
     rim_positive = multi_hot(target_body_ptr, rim_position, rim_inside)
     rim = tl.load(body_ptr + rim_position, mask=rim_positive, other=_INF).to(tl.float32)
-    pos_sum = tl.sum(pos, axis=0) + tl.sum(softplus(-rim), axis=0)
+    pos_sum = tl.sum(pos, axis=0) + tl.sum(softplus(-rim, FAST), axis=0)
     number = tl.sum(count, axis=0) + tl.sum(rim_positive.to(tl.int32), axis=0)
     zero = tl.full((), 0.0, tl.float32)
     return (target_body_ptr,), number >= 0, zero, zero, pos_sum, number
@@ -202,7 +202,7 @@ def row_kernel(
         info, at_least, tie, last, wanted, TERM, top, a, b, VALUE, FAST, GROUPS, VECTOR,
     )  # fmt: skip
     poison = tl.where(z_y == z_y, poison, float("nan"))
-    FINISH(result_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE, FAST)
+    FINISH(result_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE)
 
 
 # --- a row read once, then only the blocks that can hold a pick -------------------------------------------------------
@@ -376,7 +376,7 @@ def _select_from_blocks(
         info, at_least, tie, last, wanted, TERM, top, a, b, VALUE, FAST, GROUPS, VECTOR,
     )  # fmt: skip
     poison = tl.where(z_y == z_y, poison, float("nan"))
-    FINISH(result_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE, FAST)
+    FINISH(result_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE)
 
 
 @triton.jit

@@ -24,13 +24,13 @@ _SCALARS = [
 
 @triton.jit
 def softmax_coefficients(
-    grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE: tl.constexpr, FAST: tl.constexpr
+    grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE: tl.constexpr
 ):  # fmt: skip
     """-> (gradient at an index target, factor of a positive, factor of a negative, and its two parameters, whether no NaN)"""
     top = tl.load(state_ptr + row * 3)
     log_total = tl.load(state_ptr + row * 3 + 1)
     margin = (tl.load(state_ptr + row * 3 + 2) - top) - log_total
-    coefficient = tl.load(grad_ptr + row * grad_row_stride).to(tl.float32) * SLOPE(margin, a, b, FAST)
+    coefficient = tl.load(grad_ptr + row * grad_row_stride).to(tl.float32) * SLOPE(margin, a, b, False)
     coefficient = tl.where(margin == margin, coefficient, float("nan"))
     log_total = tl.where(log_total == float("-inf"), 0.0, log_total)  # every pick is -inf: exp gives 0, not NaN
     return coefficient, 0.0, -coefficient, top, log_total, coefficient == coefficient
@@ -43,12 +43,12 @@ def softmax_negative(z, top, log_total, SLOPE: tl.constexpr, FAST: tl.constexpr)
 
 @triton.jit
 def logistic_coefficients(
-    grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE: tl.constexpr, FAST: tl.constexpr
+    grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE: tl.constexpr
 ):  # fmt: skip
     grad_pos = tl.load(grad_ptr + row * grad_row_stride).to(tl.float32)
     grad_neg = tl.load(grad_ptr + row * grad_row_stride + grad_stride).to(tl.float32)
     z_y = tl.load(state_ptr + row * 2)
-    return -grad_pos * sigmoid(-z_y, FAST), -grad_pos, grad_neg, a, b, z_y == z_y
+    return -grad_pos * sigmoid(-z_y, False), -grad_pos, grad_neg, a, b, z_y == z_y
 
 
 @triton.jit
@@ -133,9 +133,7 @@ def scatter_kernel(
     target, target_body_ptr, live, dead = POSITIVES(
         target_ptr, target_phase, target_stride, row, num_classes, ignore_index, VECTOR
     )
-    at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(
-        grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE, FAST
-    )
+    at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE)
     fill = tl.where(live, tl.where(sound, 0.0, float("nan")), dead)
     first, behind = part_of(body, TILE)
     for tile in range(first, behind):
@@ -192,9 +190,7 @@ def threshold_kernel(
     target, target_body_ptr, live, dead = POSITIVES(
         target_ptr, target_phase, target_stride, row, num_classes, ignore_index, VECTOR
     )
-    at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(
-        grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE, FAST
-    )
+    at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE)
     edge_class = tl.load(pick_index_ptr + row)
     edge = tl.where(edge_class < 0, float("inf"), tl.load(pick_logit_ptr + row).to(tl.float32))  # nothing lies above +inf
     first, behind = part_of(body, TILE)

@@ -16,7 +16,7 @@ def _online(top, total, x):
     A NaN or +inf turns the sum to NaN and stays there; the maximum alone would lose a NaN.
     """
     higher = tl.maximum(top, tl.max(x, axis=0))
-    return higher, total * exp(top - higher) + tl.sum(exp(x - higher[None, :]), axis=0)
+    return higher, total * exp(top - higher, True) + tl.sum(exp(x - higher[None, :], True), axis=0)
 
 
 @triton.jit
@@ -40,22 +40,21 @@ def _negatives(logits_ptr, phase, row, row_stride, num_classes, target, ROWS: tl
     rim, inside = rim_classes(head, body, num_classes, VECTOR)
     x = tl.load(row_ptr + rim, mask=inside & (rim != target), other=float("-inf")).to(tl.float32)
     highest = tl.maximum(tl.max(top, axis=0), tl.max(x, axis=0))
-    return highest, tl.sum(total * exp(top - highest), axis=0) + tl.sum(exp(x - highest), axis=0)
+    return highest, tl.sum(total * exp(top - highest, True), axis=0) + tl.sum(exp(x - highest, True), axis=0)
 
 
 @triton.jit
 def _finish(
     value_ptr, state_ptr, logits_ptr, phase, row, row_stride, target, live, dead, top, total, a, b, VALUE: tl.constexpr,
-    FAST: tl.constexpr,
 ):  # fmt: skip
     """Value and state of a row from the statistics of its negatives."""
     z_y = tl.load(logits_ptr + (phase + row * row_stride + target), mask=target >= 0, other=float("-inf")).to(tl.float32)
-    finish_row(value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE, FAST)
+    finish_row(value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE)
 
 
 @triton.jit
 def finish_row(
-    value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE: tl.constexpr, FAST: tl.constexpr,
+    value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE: tl.constexpr
 ):  # fmt: skip
     """Value and state of a row from its target's logit, and maximum and sum of exp(z - maximum) of its negatives."""
     nan = float("nan")
@@ -64,7 +63,7 @@ def finish_row(
     top = tl.where(empty, 0.0, top)
     log_total = tl.where(empty, float("-inf"), tl.log(total))
     margin = (z_y - top) - log_total
-    value = tl.where(margin == margin, VALUE(margin, a, b, FAST), nan)
+    value = tl.where(margin == margin, VALUE(margin, a, b, False), nan)
 
     tl.store(value_ptr + row, tl.where(live, value, dead))
     tl.store(state_ptr + row * 3, tl.where(live, top, dead))
@@ -79,7 +78,7 @@ def softmax_forward_kernel(
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_stride,  # (rows,)
     num_classes, ignore_index, a, b,
-    VALUE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    VALUE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -87,7 +86,7 @@ def softmax_forward_kernel(
     visited = tl.where(live, num_classes, 0)
     top, total = _negatives(logits_ptr, phase, row, row_stride, visited, target, ROWS, LANES)
     _finish(
-        value_ptr, state_ptr, logits_ptr, phase, row, row_stride, target, live, dead, top, total, a, b, VALUE, FAST
+        value_ptr, state_ptr, logits_ptr, phase, row, row_stride, target, live, dead, top, total, a, b, VALUE
     )  # fmt: skip
 
 
@@ -117,7 +116,7 @@ def softmax_merge_kernel(
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_stride,  # (rows,)
     num_classes, ignore_index, a, b,
-    VALUE: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
+    VALUE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program, one row: its parts in a fixed order, so that the result does not depend on who came first."""
     row = tl.program_id(0).to(tl.int64)
@@ -127,16 +126,16 @@ def softmax_merge_kernel(
     tops = tl.load(partial_ptr + slot, mask=part < parts, other=_LOWEST)
     totals = tl.load(partial_ptr + slot + 1, mask=part < parts, other=0.0)
     top = tl.max(tops, axis=0)
-    total = tl.sum(totals * exp(tops - top), axis=0)
+    total = tl.sum(totals * exp(tops - top, True), axis=0)
     _finish(
-        value_ptr, state_ptr, logits_ptr, phase, row, row_stride, target, live, dead, top, total, a, b, VALUE, FAST
+        value_ptr, state_ptr, logits_ptr, phase, row, row_stride, target, live, dead, top, total, a, b, VALUE
     )  # fmt: skip
 
 
 @triton.jit
 def share_of_negatives(z, top, log_total, FAST: tl.constexpr):
     """exp(z) over the sum of exp over the negatives; never top + log_total in one number, which would lose digits."""
-    return exp((z - top) - log_total)
+    return exp((z - top) - log_total, True)
 
 
 @triton.jit(do_not_specialize=["phase", "row_stride", "dlogits_stride", "target_stride", "grad_stride", "num_classes", "ignore_index"])
@@ -147,7 +146,7 @@ def softmax_backward_kernel(
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_stride,  # (rows,)
     num_classes, ignore_index, a, b,
-    SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row."""
     row = tl.program_id(0).to(tl.int64)
@@ -155,10 +154,10 @@ def softmax_backward_kernel(
     top = tl.load(state_ptr + row * 3)
     log_total = tl.load(state_ptr + row * 3 + 1)
     margin = (tl.load(state_ptr + row * 3 + 2) - top) - log_total
-    coefficient = tl.load(grad_ptr + row * grad_stride).to(tl.float32) * SLOPE(margin, a, b, FAST)
+    coefficient = tl.load(grad_ptr + row * grad_stride).to(tl.float32) * SLOPE(margin, a, b, False)
     coefficient = tl.where(margin == margin, coefficient, float("nan"))
     log_total = tl.where(log_total == float("-inf"), 0.0, log_total)  # every negative is -inf: exp gives 0, not NaN
     write_gradient(
         dlogits_ptr, dlogits_stride, logits_ptr, phase, row, row_stride, num_classes, target, coefficient,
-        live & (coefficient == coefficient), dead, -coefficient, share_of_negatives, top, log_total, FAST, ROWS, LANES,
+        live & (coefficient == coefficient), dead, -coefficient, share_of_negatives, top, log_total, True, ROWS, LANES,
     )  # fmt: skip

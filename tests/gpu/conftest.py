@@ -44,11 +44,28 @@ def quick_interpreter():
         yield
 
 
+class _Reciprocal:
+    """The one inline-assembly instruction of the kernels, as the interpreter's builder would return it."""
+
+    def __init__(self, of):
+        self.of = of
+
+    def get_result(self, _):
+        return interpreter.TensorHandle(1 / self.of.data, self.of.dtype)
+
+
+def create_inline_asm(self, assembly, constraints, values, *_):
+    assert assembly.startswith("rcp.approx")
+    return _Reciprocal(values[0])
+
+
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Tiles of 64 classes, so that short rows have several: whole ones, a cut one and a rim. Whole rows, unless split."""
+def small_device(monkeypatch):
+    """An NVIDIA device of one small multiprocessor: tiles of 64 classes, so that short rows have several, whole ones, a cut one
+    and a rim. Whole rows, unless split."""
     if INTERPRETED:
-        monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4, fast=False))
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
+        monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4, nvidia=True))
         monkeypatch.setattr(launch, "tile_for", lambda device, classes, itemsize: launch.Tile(1, itemsize))
 
 
@@ -88,3 +105,4 @@ def shuffled_grid(monkeypatch):
 
     monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+

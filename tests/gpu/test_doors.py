@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from doors import DTYPES, FORMULAS, IGNORED, LOGISTIC, SOFTMAX, assert_as_accurate, compare, family, make, make_grad, step
 
 from fused_losses import reference
@@ -55,6 +56,14 @@ def test_formulas(formula, dtype, device):
     compare(formula, logits.to(device), target.to(device))
 
 
+@pytest.mark.parametrize("formula", LOGISTIC)
+def test_without_instructions_of_nvidia(formula, device, monkeypatch):
+    monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4 if INTERPRETED else 32, nvidia=False))
+    logits, target = make(5, 75, torch.float32)
+    compare(formula, logits.to(device), target.to(device))
+    compare(formula, *(x.to(device) for x in special_rows(torch.float32, 75)))
+
+
 @pytest.mark.parametrize("formula", ["cross_entropy", "lr"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 15, 64, 65, 127, 300])
@@ -91,10 +100,10 @@ def test_soft_selection_is_as_accurate_as_torch(gamma, device, monkeypatch):
     """Loss and gradient in float32 against float64, relative to the largest of the row: at most twice the error of PyTorch's own
     functions. Untrained heads (around 0), trained one-vs-rest heads (far below 0), saturated ones."""
     monkeypatch.setitem(FORMULAS, "ss_lr, swept", ("ss_lr", [gamma]))
-    centres = torch.tensor([0.0, 0.0, -3.0, -7.0, -12.0, -20.0, 5.0, 30.0])
-    logits = (torch.randn((8, 299), generator=torch.Generator().manual_seed(1)) + centres[:, None]).to(device)
-    target = torch.arange(8, device=device)
-    grad = torch.tensor([1.0, 1 / 298], device=device).expand(8, 2)  # of the mean over positives plus the mean over negatives
+    centres = torch.tensor([0.0, 0.0, -3.0, -7.0, -12.0, -20.0, 5.0, 30.0]).repeat(6)
+    logits = (torch.randn((48, 99), generator=torch.Generator().manual_seed(1)) + centres[:, None]).to(device)
+    target = torch.arange(48, device=device)
+    grad = torch.tensor([1.0, 1 / 98], device=device).expand(48, 2)  # of the mean over positives plus the mean over negatives
 
     def step_of(wing, dtype):
         rows, _, dlogits = step(wing, "ss_lr, swept", logits.to(dtype), target, grad.to(dtype))
