@@ -66,7 +66,10 @@ def plan(device: wing.Device, num_rows: int, num_classes: int, k: int, itemsize:
     width = block_width(num_classes, k)
     if multi_hot or width == 0:
         return Plan(8, 4, 1)
-    return Plan(8, 4, 1, width=width)
+    tiles = num_classes * itemsize // (4 * 8 * device.threads_per_warp * 16)
+    few = 2 * num_rows <= device.multiprocessors
+    parts = min(triton.cdiv(2 * device.multiprocessors, num_rows), tiles // 2) if few else 1
+    return Plan(8, 4, 1, width=width, parts=max(1, parts))
 
 
 def block_width(num_classes: int, k: int) -> int:
@@ -135,6 +138,13 @@ def _forward(
         else:
             scratch = _scratch(logits, how, lanes, k)
             blocks = triton.cdiv(num_classes, how.width)
+            functions["READ"] = picks.write_maxima
+            if how.parts > 1:
+                functions["READ"] = picks.maxima_written
+                wing.launch(
+                    picks.maxima_kernel, (num_rows, how.parts), how.warps, z.base, z.phase, z.stride, num_classes, *scratch,
+                    ROWS=how.rows, LANES=lanes, WIDTH=how.width,
+                )  # fmt: skip
             wing.launch(
                 picks.blocks_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k + 1, blocks), a, b,
                 *scratch, **functions, **tiles, WIDTH=how.width,

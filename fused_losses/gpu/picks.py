@@ -184,7 +184,7 @@ def row_kernel(
         target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST, ROWS, LANES
     )
     length = tl.where(live, num_classes, 0)
-    body = tl.minimum(body, length)
+    body = tl.where(live, body, 0)
     wanted = tl.minimum(k, length - positives)
 
     source, top, poison, total, squares = OPEN(body_ptr, head, body, length, info, z_y, ROWS, LANES)
@@ -316,13 +316,13 @@ def _select_from_blocks(
     # Winners: at least the k + 1 largest maxima, equal ones by number. One of them may owe its maximum to the target; the others
     # hold a negative each that is as hard as any element outside the winners, or equal and in front of it.
     num_blocks = tl.cdiv(body, ROWS * LANES) * BLOCKS
-    top, poison, total, squares = survey(maxima_ptr, 0, num_blocks, num_blocks, plain_view, (0,), no_rim, ROWS, LANES)
+    top, poison, total, squares = survey(maxima_ptr, 0, num_blocks, num_blocks, plain_view, (0,), no_rim, 1, LANES)
     poison = tl.where(tl.sum((rim != rim).to(tl.int32), axis=0) > 0, float("nan"), poison)
     needed = tl.minimum(k + 1, num_blocks)
     first, reach = guess(total, squares, num_blocks, quantile, reach)
     low, high, count_low, count_high = search(
         count_walked, (maxima_ptr, num_blocks, no_rim, nowhere), lowest, key_of(top, ELEMENT) + 1, num_blocks, needed,
-        max_blocks, first, reach, ELEMENT, ROWS, LANES,
+        max_blocks, first, reach, ELEMENT, 1, LANES,
     )  # fmt: skip
     at_least, tie, last = edge(
         maxima_ptr, 0, num_blocks, num_blocks, plain_view, (0,), low, high, count_low, count_high, needed, max_blocks,
@@ -342,7 +342,7 @@ def _select_from_blocks(
     if number > capacity:  # many equal logits, or a few blocks that hold them all
         low, high, number, above = search(
             count_winners, (body_ptr, body, blocks_ptr, num_blocks, WIDTH, rim, z_y), low, high, number, wanted, capacity,
-            nowhere, nowhere, ELEMENT, ROWS, LANES,
+            nowhere, nowhere, ELEMENT, 1, LANES,
         )  # fmt: skip
         tied = number > capacity
         at_least = tl.where(tied, float_of(high, ELEMENT), float_of(low, ELEMENT))
@@ -400,10 +400,10 @@ def blocks_kernel(
     target_ptr, target_phase, target_stride,  # (rows,)
     num_classes, ignore_index, k, quantile, reach, a, b,
     scratch_logit_ptr, scratch_index_ptr, max_blocks, capacity,  # see _scratch_of_row
-    EMIT: tl.constexpr, TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr,
+    READ: tl.constexpr, EMIT: tl.constexpr, TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row, everything."""
+    """One program, one row. READ writes the maxima of its blocks, unless ``maxima_kernel`` has done so."""
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     row = tl.program_id(0).to(tl.int64)
     maxima_ptr, blocks_ptr, class_ptr, logit_ptr = _scratch_of_row(
@@ -414,10 +414,31 @@ def blocks_kernel(
         target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST, ROWS, LANES
     )
     body = tl.where(live, body, 0)
-    write_maxima(maxima_ptr, body_ptr, body, WIDTH, ROWS * LANES // VECTOR, VECTOR)
+    READ(maxima_ptr, body_ptr, body, WIDTH, ROWS * LANES // VECTOR, VECTOR)
     tl.debug_barrier()
     _select_from_blocks(
         result_ptr, state_ptr, pick_index_ptr, pick_logit_ptr, pick_stride, maxima_ptr, blocks_ptr, max_blocks, class_ptr,
         logit_ptr, capacity, row, row_ptr, body_ptr, head, body, info[0], live, dead, z_y, pos, positives, num_classes, k, quantile,
         reach, a, b, EMIT, TERM, FINISH, VALUE, FAST, ROWS, LANES, GROUPS, WIDTH,
     )  # fmt: skip
+
+
+@triton.jit
+def maxima_written(maxima_ptr, body_ptr, body, WIDTH: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
+    pass
+
+
+@triton.jit(do_not_specialize=_SCALARS)
+def maxima_kernel(
+    logits_ptr, phase, row_stride,  # (rows, classes)
+    num_classes, scratch_logit_ptr, scratch_index_ptr, max_blocks, capacity,
+    ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program, one part of a row: for rows too few to fill the device."""
+    VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64)
+    maxima_ptr, _, _, _ = _scratch_of_row(
+        scratch_logit_ptr, scratch_index_ptr, row, num_classes, max_blocks, capacity, ROWS * LANES, WIDTH, VECTOR
+    )
+    _, body_ptr, _, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
+    write_maxima(maxima_ptr, body_ptr, body, WIDTH, ROWS * LANES // VECTOR, VECTOR)

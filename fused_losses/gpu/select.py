@@ -25,25 +25,25 @@ _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def key_of(x, ELEMENT: tl.constexpr):
-    """Integer (int64) of a float rounded to ELEMENT, in the order of the floats, the same for -0 and +0."""
+    """Integer (int32) of a float rounded to ELEMENT, in the order of the floats, the same for -0 and +0."""
     if ELEMENT.primitive_bitwidth == 16:
         bits = x.to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32)
         key = bits ^ ((bits >> 31) & 0x7FFF)
     else:
         bits = x.to(tl.int32, bitcast=True)
         key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(key == -1, 0, key).to(tl.int64)
+    return tl.where(key == -1, 0, key)
 
 
 @triton.jit
 def float_of(key, ELEMENT: tl.constexpr):
     """Inverse of key_of, in fp32."""
-    bits = key.to(tl.int32)
+    bits = key ^ ((key >> 31) & (0x7FFF if ELEMENT.primitive_bitwidth == 16 else 0x7FFFFFFF))
     if ELEMENT == tl.bfloat16:  # by hand: Triton's interpreter turns its subnormals to 0
-        return ((bits ^ ((bits >> 31) & 0x7FFF)) << 16).to(tl.float32, bitcast=True)
+        return (bits << 16).to(tl.float32, bitcast=True)
     if ELEMENT == tl.float16:
-        return (bits ^ ((bits >> 31) & 0x7FFF)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -59,31 +59,34 @@ def search(
     the interval, ask for its middle, so the worst case stays logarithmic. wanted = 0 with count(low) = 0 returns at once.
     """
     aim = tl.log2((wanted + enough).to(tl.float32) * 0.5)
+    log_low = tl.log2(count_low.to(tl.float32))
+    log_high = tl.full((), -1.0, tl.float32)  # as if half an element
     count_high = wanted * 0
     stalled = wanted * 0
-    while (count_low > enough) & (high - low > 1):
-        log_low = tl.log2(count_low.to(tl.float32))
-        log_high = tl.log2(tl.maximum(count_high.to(tl.float32), 0.5))
+    while (count_low > enough) & (high != low + 1):  # the difference of two fp32 keys need not fit 32 bits
         share = (log_low - aim) / (log_low - log_high)
         share += tl.where(share < 0.5, 0.02, -0.02)  # into the longer part: both ends shall move
         below = float_of(low, ELEMENT)
         above = float_of(high, ELEMENT)
         probe = tl.where(below == -_INF, above + (log_high - aim - 0.1) * reach, below + (above - below) * share)
         probe = tl.where(first == first, first, probe)
+        centre = (low >> 1) + (high >> 1) + (low & high & 1)
         bisect = (stalled == 2) | (probe != probe)
-        stalled = tl.where(bisect, 0, stalled)
-        middle = tl.where(bisect, (low + high) >> 1, key_of(tl.where(bisect, 0.0, probe), ELEMENT))
+        middle = tl.where(bisect, centre, key_of(tl.where(bisect, 0.0, probe), ELEMENT))
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
         first = tl.full((), float("nan"), tl.float32)
 
-        half = (high - low) >> 1
         count = COUNT(source, float_of(middle, ELEMENT), ROWS, LANES)
+        log_count = tl.log2(tl.maximum(count.to(tl.float32), 0.5))
         many = count >= wanted
+        halved = many == (middle >= centre)
+        stalled = tl.where(bisect | halved, 0, stalled + 1)
         low = tl.where(many, middle, low)
         count_low = tl.where(many, count, count_low)
+        log_low = tl.where(many, log_count, log_low)
         high = tl.where(many, high, middle)
         count_high = tl.where(many, count_high, count)
-        stalled += (high - low > half).to(tl.int32)
+        log_high = tl.where(many, log_high, log_count)
     return low, high, count_low, count_high
 
 
