@@ -20,6 +20,7 @@ from .formulas import formulas
 
 _HELD_CLASSES = 2048  # of a row in the registers of one warp
 _FEWEST_CANDIDATES = 64
+_REGISTERS = 128  # of a thread: 16 warps per multiprocessor and more; without a limit the assembler takes 200
 _FAMILIES = {
     "softmax": {
         "forward": {"TERM": picks.softmax_term, "FINISH": picks.softmax_finish},
@@ -127,6 +128,8 @@ def _forward(
         "VALUE": value,
     }
     tiles = {"FAST": device.nvidia, "ROWS": how.rows, "LANES": lanes, "GROUPS": how.emitted * threads}
+    if device.nvidia:
+        tiles["maxnreg"] = _REGISTERS
     grid = (num_rows,)
     with torch.cuda.device_of(logits):
         if how.width == 0:

@@ -7,8 +7,10 @@ import math
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from doors import DTYPES, FORMULAS, IGNORED, LOGISTIC, SOFTMAX, Unchecked, assert_as_accurate, family, make_grad
 from torch import Tensor
+from triton.runtime import interpreter
 
 from fused_losses import reference
 from fused_losses.gpu import hardest
@@ -209,6 +211,55 @@ def test_no_rows(device):
         grad = torch.empty_like(outputs[0])
         dlogits = getattr(hardest, f"{kind}_backward")(grad, None, target, *outputs[1:], loss, params, 3, IGNORED, 300, True)
         assert dlogits.shape == (0, 300)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """traffic(tensor) -> (elements read, elements written) of a tensor so far, by the addresses of active lanes."""
+    if not INTERPRETED:
+        pytest.skip("counts what the interpreter reads and writes")
+    builder, reads, writes = interpreter.InterpreterBuilder, [], []
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def create_masked_load(self, pointers, mask, *rest):
+        reads.append(pointers.data[mask.data].ravel())
+        return load(self, pointers, mask, *rest)
+
+    def create_masked_store(self, pointers, value, mask, *rest):
+        writes.append(pointers.data[mask.data].ravel())
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", create_masked_load)
+    monkeypatch.setattr(builder, "create_masked_store", create_masked_store)
+
+    def counted(tensor: Tensor) -> tuple[int, int]:
+        first, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        return tuple(sum(int(((at >= first) & (at < first + size)).sum()) for at in found) for found in (reads, writes))
+
+    return counted
+
+
+def test_traffic(traffic, force, monkeypatch):
+    """Forward reads every logit once and the winning blocks again; backward writes every element once and the picks again."""
+    kept = []
+    honest = hardest._scratch
+    monkeypatch.setattr(hardest, "_scratch", lambda *of: kept.append(honest(*of)) or kept[0])
+    force("blocks of 16")
+    rows, classes, k, width = 2, 3001, 20, 16
+    logits = torch.randn((rows, classes), generator=torch.Generator().manual_seed(5))
+    target = torch.tensor([7, 2999])
+    _, state, *picks = hardest.softmax_forward(logits, target, "crl", [1.5, 1.0], k, IGNORED, True)
+    rims, winners = 2 * 2 * 4, (k + 1) * 9 // 8
+    assert traffic(logits)[0] <= rows * (classes + winners * width + rims + 1)
+    maxima = rows * (classes / width + 2 * 32 / width)
+    assert traffic(kept[0][0])[1] <= maxima + rows * (2 * k + 8)
+
+    before = traffic(logits)
+    dlogits = hardest.softmax_backward(
+        torch.ones(rows), None, target, state, *picks, "crl", [1.5, 1.0], k, IGNORED, classes, True
+    )
+    assert traffic(logits) == before
+    assert traffic(dlogits) == (0, rows * (classes + k + 1))
 
 
 @pytest.mark.slow
