@@ -11,16 +11,20 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test machine-code lint format clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: $(INSTALLED) ## train a small network with every loss, print the table, draw the curves (under two minutes)
 	$(BIN)/python -m bench.train $(ARGS)
 
 test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
+	$(BIN)/python -m bench.machine_code --gates $(ARGS)
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Value and slope of each loss, in Triton: a formula knows no walk.
 
-Every formula has the signature f(x, a, b, FAST) in fp32: x is the margin of a row (softmax losses) or one logit (logistic
-losses), a and b are the loss's hyper-parameters in the order of ``losses.py``. FAST takes shorter primitives, one of which only
-NVIDIA's assembler knows: for what is done once per logit, so that memory and not arithmetic bounds the walk.
+Every formula has the signature f(x, a, b, FAST) in fp32: x is the margin of a row (softmax losses) or one logit
+(logistic losses), a and b are the loss's hyper-parameters in the order of ``losses.py``. FAST takes shorter primitives,
+one of which only NVIDIA's assembler knows: for what is done once per logit, so that memory and not arithmetic bounds
+the walk.
 """
 
 import triton
@@ -31,7 +32,7 @@ _LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def exp(x, FAST: tl.constexpr):
-    """e^x by exp2, results below 2^-126 being 0. FAST leaves the rounding error of its argument in: relative |x| * 2^-24."""
+    """e^x by exp2, 0 below 2^-126. FAST leaves the rounding error of exp2's argument in: relative |x| * 2^-24."""
     power = x * _LOG2E
     if FAST:
         return tl.exp2(power)
@@ -184,7 +185,7 @@ _FORMULAS = {
 
 
 def formulas(loss: str, params: list[float]):
-    """(value, slope, a, b) of a loss; the default exponent of SS-LR has its own pair, which needs no exponential more."""
+    """(value, slope, a, b) of a loss; the default exponent of SS-LR has its own pair, with one exponential less."""
     value, slope = (ss_lr_square_value, ss_lr_square_slope) if (loss, params) == ("ss_lr", [2.0]) else _FORMULAS[loss]
     a, b = (*params, 0.0, 0.0)[:2]
     return value, slope, a, b

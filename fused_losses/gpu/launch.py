@@ -1,7 +1,7 @@
 """The doors of the GPU wing: layout, grid, tile and warps of every launch. The contract stands in ``reference.py``.
 
-Launch tables are fixed: no autotuning at run time. They were chosen from the compiled machine code (registers, instructions per
-logit), not from timings.
+Launch tables are fixed: no autotuning at run time. They were chosen from the compiled machine code (registers,
+instructions per logit), not from timings.
 """
 
 import functools
@@ -93,7 +93,7 @@ def parts_for(device: Device, num_rows: int, num_tiles: int) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A (rows, classes) tensor as the kernels see it: element (r, c) is ``phase + r * stride + c`` elements behind ``base``."""
+    """A (rows, classes) tensor as the kernels see it: (r, c) is ``phase + r * stride + c`` elements behind ``base``."""
 
     base: Tensor  # its address is a multiple of 16
     phase: int
@@ -122,7 +122,7 @@ def empty_gradient(logits: Tensor, z: Matrix) -> tuple[Tensor, Matrix]:
 
 
 def multi_hot_beside(matrix: Matrix, target: Tensor) -> Matrix:
-    """A multi-hot target whose rows begin at the same remainders by vector as the logits' rows, copied where they do not."""
+    """A multi-hot target whose rows begin at the same remainders by vector as the logits' rows: if need be a copy."""
     if target.dtype == torch.bool:
         target = target.view(torch.uint8)
     vector = 16 // matrix.base.element_size()
@@ -155,7 +155,7 @@ def plan(logits: Tensor) -> Walk:
 
 
 def launch(kernel, grid: tuple[int, ...], warps: int, *arguments, **constexprs) -> None:
-    """The one place that starts a kernel. Fused multiply-adds are asked for by name: their default changes in Triton 3.10."""
+    """The one place that starts a kernel. Fused multiply-adds by name: their default changes in Triton 3.10."""
     kernel[grid](*arguments, **constexprs, num_warps=warps, enable_fp_fusion=True)
 
 
@@ -187,7 +187,9 @@ def softmax_forward(
             )  # fmt: skip
         else:
             partial = logits.new_empty((num_rows, walk.parts, 2), dtype=torch.float32)
-            launch(softmax.softmax_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows, **walk.shape)
+            launch(
+                softmax.softmax_partial_kernel, (num_rows, walk.parts), walk.tile.warps, partial, *rows, **walk.shape
+            )
             launch(
                 softmax.softmax_merge_kernel, (num_rows,), 1, value, state, partial, walk.parts, *rows, a, b,
                 PARTS=triton.next_power_of_2(walk.parts), VALUE=formula,

@@ -4,9 +4,9 @@
 def gradient_row_stride(num_classes: int, logits_strides: tuple[int, int], itemsize: int) -> int:
     """Row stride of dlogits, which is contiguous within a row.
 
-    Vector loads and vector stores of 16 bytes can both be aligned only where a row of dlogits begins at the same remainder by
-    16 bytes as the row of logits. For contiguous logits this is the contiguous stride; for rows cut out of a wider matrix,
-    fewer than 16 bytes more.
+    Vector loads and vector stores of 16 bytes can both be aligned only where a row of dlogits begins at the same
+    remainder by 16 bytes as the row of logits. For contiguous logits this is the contiguous stride; for rows cut out of
+    a wider matrix, fewer than 16 bytes more.
     """
     row_stride, column_stride = logits_strides
     if column_stride != 1 and num_classes != 1:  # such logits are copied first

@@ -1,7 +1,7 @@
 """The logistic losses: two sums per row in one pass over the logits, the gradient in one more. A walk knows no formula.
 
-A row's positives are one class index or the entries != 0 of a multi-hot row; what differs stands in two jitted functions each,
-which the kernels take as constexpr.
+A row's positives are one class index or the entries != 0 of a multi-hot row. What differs in forward stands in two
+jitted functions, which the kernels take as constexpr.
 """
 
 import triton
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .formulas import sigmoid, softplus
 from .rows import (
+    SIZES,
     last_tile,
     load_tile,
     open_row,
@@ -117,9 +118,7 @@ def finish_row(sums_ptr, state_ptr, row, pos, neg, z_y, count):
     tl.store(state_ptr + row * 2 + 1, count)
 
 
-@triton.jit(
-    do_not_specialize=["phase", "row_stride", "target_phase", "target_stride", "num_classes", "ignore_index"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def logistic_forward_kernel(
     sums_ptr, state_ptr,  # (rows, 2) each
     logits_ptr, phase, row_stride,  # (rows, classes)
@@ -136,9 +135,7 @@ def logistic_forward_kernel(
     finish_row(sums_ptr, state_ptr, row, pos, neg, z_y, count)
 
 
-@triton.jit(
-    do_not_specialize=["phase", "row_stride", "target_phase", "target_stride", "num_classes", "ignore_index"]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def logistic_partial_kernel(
     partial_ptr,  # (rows, parts, 4): pos, neg, z_y, number of positives
     logits_ptr, phase, row_stride,  # (rows, classes)
@@ -159,7 +156,7 @@ def logistic_partial_kernel(
     tl.store(partial_ptr + slot + 3, count)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit(do_not_specialize=SIZES)
 def logistic_merge_kernel(
     sums_ptr, state_ptr,  # (rows, 2) each
     partial_ptr, parts,  # (rows, parts, 4)
@@ -179,12 +176,7 @@ def logistic_merge_kernel(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "dlogits_stride", "grad_row_stride", "grad_stride", "phase", "row_stride", "target_stride", "num_classes",
-        "ignore_index",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def index_backward_kernel(
     dlogits_ptr, dlogits_stride,  # (rows, classes)
     grad_ptr, grad_row_stride, grad_stride,  # (rows, 2)
@@ -206,12 +198,7 @@ def index_backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "dlogits_stride", "grad_row_stride", "grad_stride", "phase", "row_stride", "target_phase", "target_stride",
-        "num_classes",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=SIZES)
 def multi_hot_backward_kernel(
     dlogits_ptr, dlogits_stride,  # (rows, classes)
     grad_ptr, grad_row_stride, grad_stride,  # (rows, 2)

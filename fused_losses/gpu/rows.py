@@ -2,8 +2,8 @@
 
 A row of logits rarely begins or ends at a 16-byte boundary (class counts are odd). It is cut into the *body*, the whole
 16-byte vectors inside it, and the *rim*, the fewer than VECTOR classes at either end. The body is walked in tiles of
-(ROWS, LANES), one vector per thread and tile row, by loads and stores of 16 bytes with int32 offsets from an int64 base; the
-rim is one access of 2 * VECTOR lanes. Nothing outside the row is ever touched.
+(ROWS, LANES), one vector per thread and tile row, by loads and stores of 16 bytes with int32 offsets from an int64
+base; the rim is one access of 2 * VECTOR lanes. Nothing outside the row is ever touched.
 
 One tile of every walk holds the target: it is left out of the loop and comes last, so that the loop tests no positions.
 """
@@ -12,6 +12,20 @@ import triton
 import triton.language as tl
 
 NO_TARGET = tl.constexpr(-(2**63))
+
+# Integers that no kernel is specialised on: one binary serves odd and even class counts, any stride and any batch.
+SIZES = (
+    "phase",
+    "row_stride",
+    "target_phase",
+    "target_stride",
+    "dlogits_stride",
+    "grad_row_stride",
+    "grad_stride",
+    "num_classes",
+    "ignore_index",
+    "parts",
+)
 
 
 @triton.jit
@@ -41,7 +55,7 @@ def open_row(ptr, phase, row, row_stride, num_classes):
 
 @triton.jit
 def rim_classes(head, body, num_classes, VECTOR: tl.constexpr):
-    """-> (classes of the rim, which of these lanes hold one), both (2 * VECTOR,). The first program of a row has the rim."""
+    """-> (classes of the rim, which lanes hold one), both (2 * VECTOR,). The first program of a row has the rim."""
     mine = tl.program_id(1) == 0
     lane = tl.arange(0, 2 * VECTOR)
     behind = head + body + lane - VECTOR
@@ -82,7 +96,7 @@ def part_of(body, TILE: tl.constexpr):
 
 @triton.jit
 def last_tile(first, behind, column, TILE: tl.constexpr):
-    """The tile to take last: the target's (column counts from the body), or any other if the target is not among them."""
+    """The tile to take last: the target's (column counts from the body), or any other if that is not among them."""
     return tl.maximum(tl.minimum(column // TILE, behind - 1), first)
 
 
@@ -91,9 +105,9 @@ def write_gradient(
     dlogits_ptr, dlogits_stride, logits_ptr, phase, row, row_stride, num_classes, target, at_target, live, dead, scale,
     NEGATIVE: tl.constexpr, a, b, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """This program's part of a gradient row: at_target at the target, scale * NEGATIVE(z) elsewhere; dead rows are filled.
+    """This program's part of a gradient row: at_target at the target, scale * NEGATIVE(z) elsewhere. Fills a dead row.
 
-    dlogits has the logits' phase, and its row stride leaves the same remainder by 16 bytes: both bodies are the same classes.
+    dlogits has the logits' phase and a row stride of the same remainder by 16 bytes: both bodies are the same classes.
     """
     TILE: tl.constexpr = ROWS * LANES
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
@@ -117,4 +131,6 @@ def write_gradient(
         fill = tl.full((ROWS, LANES), 0.0, tl.float32) + dead
         for tile in range(first, behind):
             store_tile(dbody_ptr, tile, body, fill, ROWS, LANES)
-        tl.store(drow_ptr + rim, (tl.zeros((2 * VECTOR,), tl.float32) + dead).to(dlogits_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            drow_ptr + rim, (tl.zeros((2 * VECTOR,), tl.float32) + dead).to(dlogits_ptr.dtype.element_ty), mask=inside
+        )

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .formulas import exp
-from .rows import last_tile, load_tile, open_row, part_of, read_index, rim_classes, tile_lanes, write_gradient
+from .rows import SIZES, last_tile, load_tile, open_row, part_of, read_index, rim_classes, tile_lanes, write_gradient
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a finite start keeps -inf - top from being NaN
 
@@ -71,7 +71,7 @@ def finish_row(
     tl.store(state_ptr + row * 3 + 2, tl.where(live, z_y, dead))
 
 
-@triton.jit(do_not_specialize=["phase", "row_stride", "target_stride", "num_classes", "ignore_index"])
+@triton.jit(do_not_specialize=SIZES)
 def softmax_forward_kernel(
     value_ptr,  # (rows,)
     state_ptr,  # (rows, 3)
@@ -90,7 +90,7 @@ def softmax_forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["phase", "row_stride", "target_stride", "num_classes", "ignore_index"])
+@triton.jit(do_not_specialize=SIZES)
 def softmax_partial_kernel(
     partial_ptr,  # (rows, parts, 2): maximum, sum
     logits_ptr, phase, row_stride,  # (rows, classes)
@@ -108,7 +108,7 @@ def softmax_partial_kernel(
     tl.store(partial_ptr + slot + 1, total)
 
 
-@triton.jit(do_not_specialize=["phase", "row_stride", "target_stride", "num_classes", "ignore_index", "parts"])
+@triton.jit(do_not_specialize=SIZES)
 def softmax_merge_kernel(
     value_ptr,  # (rows,)
     state_ptr,  # (rows, 3)
@@ -138,7 +138,7 @@ def share_of_negatives(z, top, log_total, FAST: tl.constexpr):
     return exp((z - top) - log_total, True)
 
 
-@triton.jit(do_not_specialize=["phase", "row_stride", "dlogits_stride", "target_stride", "grad_stride", "num_classes", "ignore_index"])
+@triton.jit(do_not_specialize=SIZES)
 def softmax_backward_kernel(
     dlogits_ptr, dlogits_stride,  # (rows, classes)
     grad_ptr, grad_stride,  # (rows,)

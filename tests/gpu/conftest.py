@@ -1,20 +1,11 @@
-"""The GPU doors on a CUDA device if there is one, else on CPU tensors in Triton's interpreter.
+"""Fixtures of the GPU wing's tests. They need a process of their own, ``pytest tests/gpu``: see gpu_doors.py."""
 
-The interpreter must be asked for before Triton is imported, so these files run in their own process: ``pytest tests/gpu``.
-"""
-
-import os
-
+import pytest
 import torch
+from gpu_doors import INTERPRETED  # first: it decides how Triton is imported
+from triton.runtime import interpreter
 
-INTERPRETED = not torch.cuda.is_available()
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import pytest  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-from fused_losses.gpu import launch  # noqa: E402
+from fused_losses.gpu import launch
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +52,8 @@ def create_inline_asm(self, assembly, constraints, values, *_):
 
 @pytest.fixture(autouse=True)
 def small_device(monkeypatch):
-    """An NVIDIA device of one small multiprocessor: tiles of 64 classes, so that short rows have several, whole ones, a cut one
-    and a rim. Whole rows, unless split."""
+    """An NVIDIA device of one small multiprocessor: tiles of 64 classes, so that short rows have several, whole ones, a
+    cut one and a rim. Whole rows, unless split."""
     if INTERPRETED:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
         monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4, nvidia=True))
@@ -105,4 +96,3 @@ def shuffled_grid(monkeypatch):
 
     monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
-

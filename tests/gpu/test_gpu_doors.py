@@ -4,8 +4,20 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRETED
-from doors import DTYPES, FORMULAS, IGNORED, LOGISTIC, SOFTMAX, assert_as_accurate, compare, family, make, make_grad, step
+from gpu_doors import (
+    DTYPES,
+    FORMULAS,
+    IGNORED,
+    INTERPRETED,
+    LOGISTIC,
+    SOFTMAX,
+    assert_as_accurate,
+    compare,
+    family,
+    make,
+    make_grad,
+    step,
+)
 
 from fused_losses import reference
 from fused_losses.gpu import launch
@@ -58,7 +70,9 @@ def test_formulas(formula, dtype, device):
 
 @pytest.mark.parametrize("formula", LOGISTIC)
 def test_without_instructions_of_nvidia(formula, device, monkeypatch):
-    monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4 if INTERPRETED else 32, nvidia=False))
+    monkeypatch.setattr(
+        launch, "profile", lambda _: launch.Device("generic", 1, 4 if INTERPRETED else 32, nvidia=False)
+    )
     logits, target = make(5, 75, torch.float32)
     compare(formula, logits.to(device), target.to(device))
     compare(formula, *(x.to(device) for x in special_rows(torch.float32, 75)))
@@ -97,13 +111,15 @@ def test_offsets(formula, dtype, device):
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 2.5])
 def test_soft_selection_is_as_accurate_as_torch(gamma, device, monkeypatch):
-    """Loss and gradient in float32 against float64, relative to the largest of the row: at most twice the error of PyTorch's own
-    functions. Untrained heads (around 0), trained one-vs-rest heads (far below 0), saturated ones."""
+    """Loss and gradient in float32 against float64, relative to the largest of the row: at most twice the error of
+    PyTorch's own functions. Untrained heads (around 0), trained one-vs-rest heads (far below 0), saturated ones."""
     monkeypatch.setitem(FORMULAS, "ss_lr, swept", ("ss_lr", [gamma]))
     centres = torch.tensor([0.0, 0.0, -3.0, -7.0, -12.0, -20.0, 5.0, 30.0]).repeat(6)
     logits = (torch.randn((48, 99), generator=torch.Generator().manual_seed(1)) + centres[:, None]).to(device)
     target = torch.arange(48, device=device)
-    grad = torch.tensor([1.0, 1 / 98], device=device).expand(48, 2)  # of the mean over positives plus the mean over negatives
+    grad = torch.tensor([1.0, 1 / 98], device=device).expand(
+        48, 2
+    )  # of the mean over positives plus the mean over negatives
 
     def step_of(wing, dtype):
         rows, _, dlogits = step(wing, "ss_lr, swept", logits.to(dtype), target, grad.to(dtype))
@@ -311,7 +327,11 @@ def test_the_rule_refuses_small_errors():
     truth = torch.randn((3, 40), dtype=torch.float64)
     rounded = truth.float()
     assert_as_accurate(rounded, rounded, truth, "rounded")
-    for wrong in (rounded * (1 + 2e-6), rounded.index_fill(1, torch.tensor([7]), 0.0), rounded.index_fill(1, torch.tensor([7]), NAN)):
+    for wrong in (
+        rounded * (1 + 2e-6),
+        rounded.index_fill(1, torch.tensor([7]), 0.0),
+        rounded.index_fill(1, torch.tensor([7]), NAN),
+    ):
         with pytest.raises(AssertionError):
             assert_as_accurate(wrong, rounded, truth, "wrong")
 

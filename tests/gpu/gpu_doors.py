@@ -1,11 +1,21 @@
-"""Calls to the GPU doors beside the reference's, and how close they must be."""
+"""Calls to the GPU doors beside the reference's, and how close they must be.
+
+On a CUDA device if there is one, else on CPU tensors in Triton's interpreter, which must be asked for before Triton is
+imported.
+"""
+
+import os
 
 import torch
 from torch import Tensor
 
-from fused_losses import reference
-from fused_losses.gpu import launch
-from fused_losses.gpu.layout import gradient_row_stride
+INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fused_losses import reference  # noqa: E402
+from fused_losses.gpu import launch  # noqa: E402
+from fused_losses.gpu.layout import gradient_row_stride  # noqa: E402
 
 SOFTMAX = {
     "cross_entropy": ("cross_entropy", []),
@@ -69,8 +79,10 @@ class Unchecked:
         return unchecked
 
 
-def compare(formula: str, logits: Tensor, target: Tensor, grad: Tensor | None = None, ignore_index: int = IGNORED) -> Tensor:
-    """One step through the GPU doors, held against the reference in the same precision and in float64; gives dlogits."""
+def compare(
+    formula: str, logits: Tensor, target: Tensor, grad: Tensor | None = None, ignore_index: int = IGNORED
+) -> Tensor:
+    """One step through the GPU doors, held against the reference in the same precision and in float64: dlogits."""
     grad = make_grad(formula, logits.shape[0]).to(logits.device) if grad is None else grad
     before = logits.clone(), target.clone(), grad.clone()
     rows, state, dlogits = step(launch, formula, logits, target, grad, ignore_index)
@@ -89,20 +101,26 @@ def compare(formula: str, logits: Tensor, target: Tensor, grad: Tensor | None = 
         s.masked_fill(s.isnan().any(1, keepdim=True), float("nan")) for s in (state, same[1], truth[1])
     )
     same, truth = (same[0], same_state, same[2]), (truth[0], true_state, truth[2])
-    for name, ours, theirs, exact in zip(("rows", "state", "dlogits"), (rows, state, dlogits), same, truth, strict=True):
+    for name, ours, theirs, exact in zip(
+        ("rows", "state", "dlogits"), (rows, state, dlogits), same, truth, strict=True
+    ):
         assert_as_accurate(ours, theirs, exact, f"{formula}: {name}")
     return dlogits
 
 
 def assert_as_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, what: str) -> None:
-    """Row by row: NaN and infinities where the reference has them, and an error against float64 within twice PyTorch's own in
-    the same precision plus a few rounding units of the row's scale: an exponential by exp2 rounds its argument once more."""
+    """Row by row: NaN and infinities where the reference has them, and an error against float64 within twice PyTorch's
+    own in the same precision plus a few rounding units of the row's scale: an exponential by exp2 rounds its argument
+    once more."""
     ours, theirs, truth = (x.detach().cpu().reshape(-1, *x.shape[1:] or (1,)) for x in (ours, theirs, truth))
     assert ours.shape == theirs.shape
     special = ~theirs.isfinite()
     assert torch.equal(ours.isnan(), theirs.isnan()), f"{what}: NaN elsewhere than in the reference"
     torch.testing.assert_close(
-        ours[special].nan_to_num(posinf=1e38, neginf=-1e38), theirs[special].nan_to_num(posinf=1e38, neginf=-1e38), rtol=0, atol=0
+        ours[special].nan_to_num(posinf=1e38, neginf=-1e38),
+        theirs[special].nan_to_num(posinf=1e38, neginf=-1e38),
+        rtol=0,
+        atol=0,
     )
     finite = theirs.isfinite() & truth.isfinite()
     truth = truth.double().where(finite, 0)
@@ -111,4 +129,6 @@ def assert_as_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, what: str) -
     units = (8 if ours.dtype == torch.float32 else 1) * torch.finfo(ours.dtype).eps
     allowed = allowed + units * truth.abs().amax(1, keepdim=True) + TINY[ours.dtype]
     wrong = (error > allowed).nonzero().tolist()
-    assert not wrong, f"{what}: at {wrong[:8]} off by {error[error > allowed][:8].tolist()}, allowed {allowed.flatten()[:8].tolist()}"
+    assert not wrong, (
+        f"{what}: at {wrong[:8]} off by {error[error > allowed][:8].tolist()}, allowed {allowed.flatten()[:8].tolist()}"
+    )
