@@ -35,8 +35,6 @@ def unserved(device: torch.device, dtype: torch.dtype, num_classes: int, k: int)
         return f"more than {_MOST_CLASSES} classes"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    if k > 0:
-        return "no kernels for the k hardest negatives"
     return None
 
 

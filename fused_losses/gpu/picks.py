@@ -11,7 +11,7 @@ import triton.language as tl
 from . import logistic, softmax
 from .formulas import exp, softplus
 from .logistic import multi_hot, open_target
-from .rows import load_tile, open_row, part_of, read_index, tile_lanes
+from .rows import SIZES, load_tile, open_row, part_of, read_index, tile_lanes
 from .select import (
     count_walked,
     count_winners,
@@ -34,10 +34,7 @@ from .select import (
 
 _INF = tl.constexpr(float("inf"))
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
-_SCALARS = [
-    "phase", "row_stride", "target_phase", "target_stride", "num_classes", "ignore_index", "k", "pick_stride",
-    "max_blocks", "capacity",
-]  # fmt: skip
+_SIZES = (*SIZES, "k", "pick_stride", "max_blocks", "capacity")
 
 
 # --- families ---------------------------------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def guess(total, squares, number, quantile, reach):
     return mean + deviation * quantile, deviation * reach
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=_SIZES)
 def row_kernel(
     result_ptr, state_ptr,  # value (rows,), state (rows, 3), or sums (rows, 2), state (rows, 2)
     pick_index_ptr, pick_logit_ptr, pick_stride,  # (rows, k) or (rows, 1)
@@ -392,7 +389,7 @@ def _scratch_of_row(
     return maxima_ptr, blocks_ptr, blocks_ptr + max_blocks, maxima_ptr + row_maxima
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=_SIZES)
 def blocks_kernel(
     result_ptr, state_ptr,  # value (rows,), state (rows, 3), or sums (rows, 2), state (rows, 2)
     pick_index_ptr, pick_logit_ptr, pick_stride,  # (rows, k) or (rows, 1)
@@ -428,7 +425,7 @@ def maxima_written(maxima_ptr, body_ptr, body, WIDTH: tl.constexpr, GROUPS: tl.c
     pass
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=_SIZES)
 def maxima_kernel(
     logits_ptr, phase, row_stride,  # (rows, classes)
     num_classes, scratch_logit_ptr, scratch_index_ptr, max_blocks, capacity,

@@ -9,14 +9,11 @@ import triton.language as tl
 
 from .formulas import sigmoid
 from .logistic import multi_hot, open_target
-from .rows import load_tile, open_row, part_of, read_index, store_tile, tile_lanes
+from .rows import SIZES, load_tile, open_row, part_of, read_index, store_tile, tile_lanes
 from .select import rim_positions
 from .softmax import share_of_negatives
 
-_SCALARS = [
-    "dlogits_phase", "dlogits_stride", "grad_row_stride", "grad_stride", "phase", "row_stride", "target_phase", "target_stride",
-    "num_classes", "ignore_index", "k", "pick_stride",
-]  # fmt: skip
+_SIZES = (*SIZES, "dlogits_phase", "k")
 
 
 # --- families ---------------------------------------------------------------------------------------------------------
@@ -111,7 +108,7 @@ def _filled_here(position, first, behind, body):
     return ((position >= first) & (position < tl.minimum(behind, body))) | (position >= tail)
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=_SIZES)
 def scatter_kernel(
     dlogits_ptr, dlogits_phase, dlogits_stride,  # (rows, classes)
     grad_ptr, grad_row_stride, grad_stride,  # (rows,) or (rows, 2)
@@ -168,7 +165,7 @@ def _gradient(
     return tl.where(positive, gradient, tl.where(picked, scale * NEGATIVE(z, p, q, SLOPE, FAST), 0.0))
 
 
-@triton.jit(do_not_specialize=_SCALARS)
+@triton.jit(do_not_specialize=_SIZES)
 def threshold_kernel(
     dlogits_ptr, dlogits_stride,  # (rows, classes), of the logits' phase
     grad_ptr, grad_row_stride, grad_stride,  # (rows,) or (rows, 2)

@@ -7,8 +7,18 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRETED
-from doors import DTYPES, FORMULAS, IGNORED, LOGISTIC, SOFTMAX, Unchecked, assert_as_accurate, family, make_grad
+from gpu_doors import (
+    DTYPES,
+    FORMULAS,
+    IGNORED,
+    INTERPRETED,
+    LOGISTIC,
+    SOFTMAX,
+    Unchecked,
+    assert_as_accurate,
+    family,
+    make_grad,
+)
 from torch import Tensor
 from triton.runtime import interpreter
 
