@@ -24,7 +24,7 @@ _MOST_PARTS = 64
 # --- who is served ----------------------------------------------------------------------------------------------------
 
 
-def unserved(device: torch.device, dtype: torch.dtype, num_classes: int, k: int) -> str | None:
+def unserved(device: torch.device, dtype: torch.dtype, num_classes: int) -> str | None:
     """Why the kernels do not serve such logits, or None if they do."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _OLDEST_TRITON:
