@@ -25,9 +25,10 @@ from .select import (
     multi_hot_view,
     open_rim,
     plain_view,
-    rank,
+    rank_columns,
     rank_rim,
     search,
+    store_columns,
     survey,
     survey_held,
 )
@@ -249,9 +250,8 @@ def list_blocks(
     for tile in range(tl.cdiv(num_blocks, GROUPS * VECTOR)):
         x, blocks, inside = load_groups(maxima_ptr, tile, num_blocks, GROUPS, VECTOR)
         won = inside & ((x >= at_least) | ((x == tie) & (blocks <= last)))
-        ranks, number = rank(won)
-        slots = taken + ranks
-        tl.store(blocks_ptr + slots, blocks, mask=won & (slots < capacity))
+        won_columns, ranks, number = rank_columns(won)
+        store_columns(blocks_ptr + taken, ranks, won_columns, capacity - taken, blocks)
         taken += number
     return tl.minimum(taken, capacity)
 
@@ -279,10 +279,9 @@ def list_candidates(
         x, positions, inside = load_winners(body_ptr, body, blocks_ptr, num_blocks, tile, WIDTH, GROUPS, VECTOR)
         kept = inside & (x >= at_least) & (x <= at_most) & (head + positions != target)
         tops = tl.maximum(tops, tl.max(tl.where(kept, x, -_INF), axis=1))
-        ranks, number = rank(kept)
-        slots = taken + ranks
-        tl.store(class_ptr + slots, head + positions, mask=kept & (slots < capacity))
-        tl.store(logit_ptr + slots, x.to(element), mask=kept & (slots < capacity))
+        kept_columns, ranks, number = rank_columns(kept)
+        store_columns(class_ptr + taken, ranks, kept_columns, capacity - taken, head + positions)
+        store_columns(logit_ptr + taken, ranks, kept_columns, capacity - taken, x.to(element))
         taken += number
 
     rim_slots += tl.where(in_tail, taken - before_body, 0)

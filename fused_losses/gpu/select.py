@@ -214,6 +214,52 @@ def rank(picked):
 
 
 @triton.jit
+def columns(x):
+    """The VECTOR columns of (GROUPS, VECTOR), (GROUPS,) each, without leaving the threads that hold them."""
+    GROUPS: tl.constexpr = x.shape[0]
+    if x.shape[1] == 4:
+        found = _four_columns(x)
+    else:
+        even, odd = tl.split(tl.reshape(x, (GROUPS, 4, 2)))
+        x0, x2, x4, x6 = _four_columns(even)
+        x1, x3, x5, x7 = _four_columns(odd)
+        found = (x0, x1, x2, x3, x4, x5, x6, x7)
+    return found
+
+
+@triton.jit
+def _four_columns(x):
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def rank_columns(picked):
+    """-> (which elements are picked, as columns; number of picked elements before each, in row-major order; number of all)"""
+    ones = columns(picked.to(tl.int32))
+    in_group = tl.sum(picked.to(tl.int32), axis=1)
+    before = tl.cumsum(in_group, axis=0) - in_group
+    ranks = (before,)
+    for i in tl.static_range(picked.shape[1] - 1):
+        before = before + ones[i]
+        ranks = ranks + (before,)
+    return ones, ranks, tl.sum(in_group, axis=0)
+
+
+@triton.jit
+def store_columns(ptr, ranks, picked, room, values):
+    """Writes the picked elements of values (GROUPS, VECTOR) one behind the other, as far as there is room.
+
+    One store of the whole tile would be laid out anew, element by element through shared memory: its addresses are scattered.
+    """
+    of_column = columns(values)
+    for i in tl.static_range(values.shape[1]):
+        tl.store(ptr + ranks[i], of_column[i], mask=(picked[i] != 0) & (ranks[i] < room))
+
+
+@triton.jit
 def rank_rim(picked):
     """The same for a rim, (2 * VECTOR,); what lies between its two ends is not counted."""
     ones = picked.to(tl.int32)
@@ -325,10 +371,9 @@ def emit_compact(
         classes, allowed = VIEW(info, head, positions, inside)
         picked = allowed & ((x >= at_least) | ((x == tie) & (positions <= last)))
         sums += tl.sum(tl.where(picked, TERM(x, top, a, b, VALUE, FAST), 0.0), axis=1)
-        ranks, number = rank(picked)
-        slots = taken + ranks
-        tl.store(pick_index_ptr + slots, classes, mask=picked & (slots < wanted))
-        tl.store(pick_logit_ptr + slots, x.to(element), mask=picked & (slots < wanted))
+        picked_columns, ranks, number = rank_columns(picked)
+        store_columns(pick_index_ptr + taken, ranks, picked_columns, wanted - taken, classes)
+        store_columns(pick_logit_ptr + taken, ranks, picked_columns, wanted - taken, x.to(element))
         taken += number
 
     rim_slots = rank_rim(rim_picked) + tl.where(in_tail, taken - in_head, 0)
