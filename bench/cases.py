@@ -1,8 +1,9 @@
 """What is measured, on either device: shapes, the losses, and who computes them.
 
-A provider is a function of (logits, target) that gives the mean loss over the rows, target being class indices: ``ours``
-is the package; ``authors`` is the arithmetic of the papers' own code (its eps and clamps included) without its copies
-between devices; ``eager`` is what a careful PyTorch user would write; ``compiled`` is the same under torch.compile.
+A provider is a function of (logits, target) that gives the mean loss over the rows, target being class indices:
+``ours`` is the package; ``authors`` is the arithmetic of the papers' own code (its eps and clamps included) without its
+copies between devices; ``eager`` is what a careful PyTorch user would write; ``compiled`` is the same under
+torch.compile.
 """
 
 from collections.abc import Callable
@@ -59,10 +60,9 @@ EPS = 1e-7  # of the authors
 LOSSES = ("cross_entropy", "crl_loss", "nllr_loss", "lr_loss", "ss_lr_loss")
 
 
-def make(
-    shape: Shape, dtype: torch.dtype, device: str, seed: int = 0, inputs: str = "normal"
-) -> tuple[Tensor, Tensor]:
-    """Logits (rows, classes) that need a gradient, and class indices (rows,). Inputs other than normal are for selection."""
+def make(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0, inputs: str = "normal") -> tuple[Tensor, Tensor]:
+    """Logits (rows, classes) that need a gradient, and class indices (rows,). Inputs other than normal are for
+    selection."""
     generator = torch.Generator(device).manual_seed(seed)
     logits = torch.randn((shape.rows, shape.classes), generator=generator, device=device, dtype=dtype)
     target = torch.randint(shape.classes, (shape.rows,), generator=generator, device=device)

@@ -4,9 +4,9 @@ check runs the GPU wing's tests on the device, with compute-sanitizer over a few
 logits. family times every loss of the family over all negatives; hardest times
 HS-LR over the k hardest, on logits of several kinds; peers times cross-entropy beside other projects.
 Forward, backward and both: median, 20th and 80th percentile, with the caches flushed before every run and not; GB/s by
-the bytes that must move (forward 1 U, backward 2 U, or 1 U where the picks were kept) and the share of a device copy's speed, measured in the same run;
-peak memory beyond the logits; kernels per step. Results are written after every row to DIR/PART.json, and a further
-call goes on where the last one stopped: repeat the command until it exits with 0.
+the bytes that must move (forward 1 U, backward 2 U, or 1 U where the picks were kept) and the share of a device copy's
+speed, measured in the same run; peak memory beyond the logits; kernels per step. Results are written after every row to
+DIR/PART.json, and a further call goes on where the last one stopped: repeat the command until it exits with 0.
 """
 
 import argparse

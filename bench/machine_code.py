@@ -138,10 +138,14 @@ class Report:
         return found
 
     def _failures_of_lists(self, where: str) -> list[str]:
-        """A pick's own place in the gradient and in the list of picks is anywhere: only those accesses may be narrow."""
+        """A pick's own place in the gradient and in the list of picks is anywhere: only those accesses may be
+        narrow."""
         reading = [loop for loop in self.loops if any(access.startswith("load") for access in loop.accesses)]
         narrow = [loop for loop in reading if "load 16" not in loop.accesses]
-        found = [f"{where}: a loop with {', '.join(loop.accesses)} bytes" for loop in narrow[self.kernel == "scatter_kernel" :]]
+        found = [
+            f"{where}: a loop with {', '.join(loop.accesses)} bytes"
+            for loop in narrow[self.kernel == "scatter_kernel" :]
+        ]
         if self.kernel in ("blocks_kernel", "maxima_kernel") and self.target == "sm_90" and self.dtype != "fp32":
             first = min(loop.per_logit for loop in reading)
             if first > READ_BUDGET:

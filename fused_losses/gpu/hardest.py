@@ -1,8 +1,9 @@
 """The doors of the GPU wing for k >= 1. The contract stands in ``reference.py``.
 
-The regime of a forward pass follows from classes and k: a short row is held in registers by one warp; a longer one is searched by
-reading it again from the caches, or, where k is a small share of the classes, through the maxima of its blocks, which reads it from
-memory once. Tables are fixed and were chosen from machine code and instruction counts, not from timings.
+The regime of a forward pass follows from classes and k: a short row is held in registers by one warp; a longer one is
+searched by reading it again from the caches, or, where k is a small share of the classes, through the maxima of its
+blocks, which reads it from memory once. Tables are fixed and were chosen from machine code and instruction counts, not
+from timings.
 """
 
 import functools
@@ -76,8 +77,8 @@ def plan(device: wing.Device, num_rows: int, num_classes: int, k: int, itemsize:
 def block_width(num_classes: int, k: int) -> int:
     """Logits per block, 0 where blocks do not pay.
 
-    The maxima of C / width blocks are searched and listed, then the logits of k winners are ranked, at about the same cost each,
-    which is smallest where both are equal; narrow blocks would save little, wide ones read too much again.
+    The maxima of C / width blocks are searched and listed, then the logits of k winners are ranked, at about the same
+    cost each, which is smallest where both are equal; narrow blocks would save little, wide ones read too much again.
     """
     width = 2 ** round(math.log2(num_classes / k) / 2)
     return min(width, 64) if width >= 8 and 4 * k * width <= num_classes else 8 if 32 * k <= num_classes else 0
@@ -85,8 +86,8 @@ def block_width(num_classes: int, k: int) -> int:
 
 @functools.cache
 def upper_tail(k: int, num_classes: int) -> tuple[float, float]:
-    """Of the standard normal distribution, at the quantile that k of num_classes lie above: the quantile itself, and how far
-    below it the number of elements above has doubled, taken a little too far."""
+    """Of the standard normal distribution, at the quantile that k of num_classes lie above: the quantile itself, and
+    how far below it the number of elements above has doubled, taken a little too far."""
     share = min(max(k / num_classes, 1e-7), 1 - 1e-7)
     normal = NormalDist()
     quantile = normal.inv_cdf(1 - share)
@@ -97,7 +98,14 @@ def upper_tail(k: int, num_classes: int) -> tuple[float, float]:
 
 
 def _forward(
-    family: str, logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
+    family: str,
+    logits: Tensor,
+    target: Tensor,
+    loss: str,
+    params: list[float],
+    k: int,
+    ignore_index: int,
+    compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_classes = logits.shape
     if family == "softmax":
@@ -135,7 +143,8 @@ def _forward(
         if how.width == 0:
             functions |= _TARGETS[kind] | (_HELD if how.held else _WALKED)[kind]
             wing.launch(
-                picks.row_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k, num_classes), a, b,
+                picks.row_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k, num_classes),
+                a, b,
                 **functions, **tiles,
             )  # fmt: skip
         else:
@@ -145,20 +154,24 @@ def _forward(
             if how.parts > 1:
                 functions["READ"] = picks.maxima_written
                 wing.launch(
-                    picks.maxima_kernel, (num_rows, how.parts), how.warps, z.base, z.phase, z.stride, num_classes, *scratch,
+                    picks.maxima_kernel, (num_rows, how.parts), how.warps, z.base, z.phase, z.stride, num_classes,
+                    *scratch,
                     ROWS=how.rows, LANES=lanes, WIDTH=how.width,
                 )  # fmt: skip
             wing.launch(
-                picks.blocks_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k + 1, blocks), a, b,
+                picks.blocks_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k + 1, blocks),
+                a, b,
                 *scratch, **functions, **tiles, WIDTH=how.width,
             )  # fmt: skip
     return outputs
 
 
 def _scratch(logits: Tensor, how: Plan, lanes: int, k: int) -> tuple[Tensor, Tensor, int, int]:
-    """Memory for block maxima and candidates' logits, winning blocks and candidates' classes; how many blocks and candidates.
+    """Memory for block maxima and candidates' logits, winning blocks and candidates' classes; how many blocks and
+    candidates.
 
-    The search for winners may stop when there are an eighth too many. Candidates are few more than k unless equal logits abound.
+    The search for winners may stop when there are an eighth too many. Candidates are few more than k unless equal
+    logits abound.
     """
     num_rows, num_classes = logits.shape
     tile, vector = how.rows * lanes, 16 // logits.element_size()
@@ -189,7 +202,8 @@ def logistic_forward(
 
 
 def _backward(
-    family: str, grad: Tensor, logits: Tensor | None, target: Tensor, state: Tensor, pick_index: Tensor, pick_logit: Tensor,
+    family: str, grad: Tensor, logits: Tensor | None, target: Tensor, state: Tensor, pick_index: Tensor,
+    pick_logit: Tensor,
     loss: str, params: list[float], k: int, ignore_index: int, num_classes: int, compact: bool,
 ) -> Tensor:  # fmt: skip
     num_rows = state.shape[0]
@@ -207,7 +221,14 @@ def _backward(
     tile = wing.tile_for(device, num_classes, pick_logit.element_size())
     lanes = 16 // pick_logit.element_size() * device.threads_per_warp * tile.warps
     parts = wing.parts_for(device, num_rows, triton.cdiv(num_classes, tile.rows * lanes))
-    gradient = grad, grad.stride(0), grad.stride(-1), state.contiguous(), pick_index.contiguous(), pick_logit.contiguous()
+    gradient = (
+        grad,
+        grad.stride(0),
+        grad.stride(-1),
+        state.contiguous(),
+        pick_index.contiguous(),
+        pick_logit.contiguous(),
+    )
     functions = {**_FAMILIES[family]["backward"], "SLOPE": slope}
     if target.dim() == 2:
         y = wing.multi_hot_beside(z, target)
@@ -221,7 +242,8 @@ def _backward(
         if compact:
             functions["FILL"] = scatter.multi_hot_fill if target.dim() == 2 else scatter.index_fill
             wing.launch(
-                scatter.scatter_kernel, (num_rows, parts), tile.warps, dz.base, dz.phase, dz.stride, *gradient, *rows, k, a, b,
+                scatter.scatter_kernel, (num_rows, parts), tile.warps, dz.base, dz.phase, dz.stride, *gradient, *rows,
+                k, a, b,
                 **functions, **tiles,
             )  # fmt: skip
         else:
@@ -239,7 +261,19 @@ def softmax_backward(
 ) -> Tensor:  # fmt: skip
     """dlogits (rows, classes) from grad (rows,)."""
     return _backward(
-        "softmax", grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
+        "softmax",
+        grad,
+        logits,
+        target,
+        state,
+        pick_index,
+        pick_logit,
+        loss,
+        params,
+        k,
+        ignore_index,
+        num_classes,
+        compact,
     )
 
 
@@ -249,5 +283,17 @@ def logistic_backward(
 ) -> Tensor:  # fmt: skip
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
     return _backward(
-        "logistic", grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
+        "logistic",
+        grad,
+        logits,
+        target,
+        state,
+        pick_index,
+        pick_logit,
+        loss,
+        params,
+        k,
+        ignore_index,
+        num_classes,
+        compact,
     )

@@ -1,8 +1,8 @@
 """The losses over the k hardest negatives, forward: selection, loss and state in one program per row.
 
-Two ways to find the picks, both exact. ``row_kernel`` searches the row itself, held in registers or read again from the caches;
-``blocks_kernel`` reads it once, writing the maximum of every block of W logits, and searches only the blocks whose maximum is among
-the k + 1 largest: they hold the k hardest negatives, whichever block the target is in.
+Two ways to find the picks, both exact. ``row_kernel`` searches the row itself, held in registers or read again from the
+caches; ``blocks_kernel`` reads it once, writing the maximum of every block of W logits, and searches only the blocks
+whose maximum is among the k + 1 largest: they hold the k hardest negatives, whichever block the target is in.
 """
 
 import triton
@@ -73,7 +73,8 @@ def logistic_finish(
 
 @triton.jit
 def index_target(
-    target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST: tl.constexpr,
+    target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index,
+    FAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """-> (info of its view, live, dead, z_y or -inf, softplus(-z_y), number of positives)"""
@@ -85,7 +86,8 @@ def index_target(
 
 @triton.jit
 def multi_hot_target(
-    target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST: tl.constexpr,
+    target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index,
+    FAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The same from one walk over the row's target: (.., 0, sum of softplus(-z) over the positives, their number)"""
@@ -113,8 +115,8 @@ def multi_hot_target(
 
 @triton.jit
 def walk_index(body_ptr, head, body, length, info, z_y, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """-> (source of counts, maximum, poison, sum, sum of squares) of a row too long for registers. The counts are taken over the
-    whole row, less the target's logit: no test per element."""
+    """-> (source of counts, maximum, poison, sum, sum of squares) of a row too long for registers. The counts are taken
+    over the whole row, less the target's logit: no test per element."""
     VECTOR: tl.constexpr = 128 // body_ptr.dtype.element_ty.primitive_bitwidth
     rim, positions, inside = open_rim(body_ptr, head, body, length, VECTOR)
     negatives = tl.where(index_view(info, head, positions, inside)[1], rim, -_INF)
@@ -179,7 +181,19 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
     info, live, dead, z_y, pos, positives = TARGET(
-        target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST, ROWS, LANES
+        target_ptr,
+        target_phase,
+        target_stride,
+        row,
+        row_ptr,
+        body_ptr,
+        head,
+        body,
+        num_classes,
+        ignore_index,
+        FAST,
+        ROWS,
+        LANES,
     )
     length = tl.where(live, num_classes, 0)
     body = tl.where(live, body, 0)
@@ -189,14 +203,40 @@ def row_kernel(
     first, reach = guess(total, squares, length - positives, quantile, reach)
     low = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
     low, high, count_low, count_high = search(
-        COUNT, source, low, key_of(top, ELEMENT) + 1, length - positives, wanted, wanted, first, reach, ELEMENT, ROWS, LANES
+        COUNT,
+        source,
+        low,
+        key_of(top, ELEMENT) + 1,
+        length - positives,
+        wanted,
+        wanted,
+        first,
+        reach,
+        ELEMENT,
+        ROWS,
+        LANES,
     )
     at_least, tie, last = edge(
-        body_ptr, head, body, length, VIEW, info, low, high, count_low, count_high, wanted, wanted, ELEMENT, GROUPS, VECTOR
+        body_ptr,
+        head,
+        body,
+        length,
+        VIEW,
+        info,
+        low,
+        high,
+        count_low,
+        count_high,
+        wanted,
+        wanted,
+        ELEMENT,
+        GROUPS,
+        VECTOR,
     )
     top = tl.where(top == -_INF, 0.0, top)
     total = EMIT(
-        pick_index_ptr + row * pick_stride, pick_logit_ptr + row * pick_stride, k, row_ptr, body_ptr, head, body, length, VIEW,
+        pick_index_ptr + row * pick_stride, pick_logit_ptr + row * pick_stride, k, row_ptr, body_ptr, head, body,
+        length, VIEW,
         info, at_least, tie, last, wanted, TERM, top, a, b, VALUE, FAST, GROUPS, VECTOR,
     )  # fmt: skip
     poison = tl.where(z_y == z_y, poison, float("nan"))
@@ -210,7 +250,8 @@ def row_kernel(
 def _maximum_of_groups(x):
     """Maxima of the rows of (GROUPS, VECTOR), NaN if there is one, (GROUPS,): a tree inside each thread's vectors.
 
-    tl.max would lose a NaN, and a reduction with a combine function of our own is one call per element in the interpreter.
+    tl.max would lose a NaN, and a reduction with a combine function of our own is one call per element in the
+    interpreter.
     """
     GROUPS: tl.constexpr = x.shape[0]
     VECTOR: tl.constexpr = x.shape[1]
@@ -226,7 +267,8 @@ def _maximum_of_groups(x):
 def write_maxima(
     maxima_ptr, body_ptr, body, WIDTH: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """Maxima of this program's part of a row's blocks, NaN where a block has one, -inf behind the last block of the last tile."""
+    """Maxima of this program's part of a row's blocks, NaN where a block has one, -inf behind the last block of the
+    last tile."""
     TILE: tl.constexpr = GROUPS * VECTOR
     PIECES: tl.constexpr = WIDTH // VECTOR
     BLOCKS: tl.constexpr = TILE // WIDTH
@@ -258,10 +300,12 @@ def list_blocks(
 
 @triton.jit
 def list_candidates(
-    class_ptr, logit_ptr, taken, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks, at_least, at_most,
+    class_ptr, logit_ptr, taken, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks, at_least,
+    at_most,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Appends the negatives within [at_least, at_most] of the winning blocks and the rim, in order, as far as there is room.
+    """Appends the negatives within [at_least, at_most] of the winning blocks and the rim, in order, as far as there is
+    room.
 
     -> (how many the list would hold now, their maximum)
     """
@@ -293,8 +337,10 @@ def list_candidates(
 
 @triton.jit
 def _select_from_blocks(
-    result_ptr, state_ptr, pick_index_ptr, pick_logit_ptr, pick_stride, maxima_ptr, blocks_ptr, max_blocks, class_ptr, logit_ptr,
-    capacity, row, row_ptr, body_ptr, head, body, target, live, dead, z_y, pos, positives, num_classes, k, quantile, reach, a, b,
+    result_ptr, state_ptr, pick_index_ptr, pick_logit_ptr, pick_stride, maxima_ptr, blocks_ptr, max_blocks, class_ptr,
+    logit_ptr,
+    capacity, row, row_ptr, body_ptr, head, body, target, live, dead, z_y, pos, positives, num_classes, k, quantile,
+    reach, a, b,
     EMIT: tl.constexpr, TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -307,10 +353,10 @@ def _select_from_blocks(
     lowest = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
     nowhere = tl.full((), float("nan"), tl.float32)
     no_rim = tl.full((2 * VECTOR,), -_INF, tl.float32)
-    rim, positions, inside = open_rim(body_ptr, head, body, length, VECTOR)
+    rim, _, _ = open_rim(body_ptr, head, body, length, VECTOR)
 
-    # Winners: at least the k + 1 largest maxima, equal ones by number. One of them may owe its maximum to the target; the others
-    # hold a negative each that is as hard as any element outside the winners, or equal and in front of it.
+    # Winners: at least the k + 1 largest maxima, equal ones by number. One of them may owe its maximum to the target;
+    # the others hold a negative each that is as hard as any element outside the winners, or equal and in front of it.
     num_blocks = tl.cdiv(body, ROWS * LANES) * BLOCKS
     top, poison, total, squares = survey(maxima_ptr, 0, num_blocks, num_blocks, plain_view, (0,), no_rim, 1, LANES)
     poison = tl.where(tl.sum((rim != rim).to(tl.int32), axis=0) > 0, float("nan"), poison)
@@ -330,26 +376,30 @@ def _select_from_blocks(
     # Candidates: what the winners hold above the smallest of their maxima.
     at_least = tl.where(tie == tie, tie, at_least)
     number, top = list_candidates(
-        class_ptr, logit_ptr, wanted * 0, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks, at_least, _INF,
+        class_ptr, logit_ptr, wanted * 0, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
+        at_least, _INF,
         WIDTH, GROUPS, VECTOR,
     )  # fmt: skip
     low = key_of(at_least, ELEMENT)
     high = key_of(top, ELEMENT) + 1
     if number > capacity:  # many equal logits, or a few blocks that hold them all
-        low, high, number, above = search(
-            count_winners, (body_ptr, body, blocks_ptr, num_blocks, WIDTH, rim, z_y), low, high, number, wanted, capacity,
+        low, high, number, _ = search(
+            count_winners, (body_ptr, body, blocks_ptr, num_blocks, WIDTH, rim, z_y), low, high, number, wanted,
+            capacity,
             nowhere, nowhere, ELEMENT, 1, LANES,
         )  # fmt: skip
         tied = number > capacity
         at_least = tl.where(tied, float_of(high, ELEMENT), float_of(low, ELEMENT))
         number, _ = list_candidates(
-            class_ptr, logit_ptr, wanted * 0, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks, at_least,
+            class_ptr, logit_ptr, wanted * 0, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
+            at_least,
             _INF, WIDTH, GROUPS, VECTOR,
         )  # fmt: skip
         if tied:
             tie = float_of(low, ELEMENT)
             number, _ = list_candidates(
-                class_ptr, logit_ptr, number, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks, tie, tie,
+                class_ptr, logit_ptr, number, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
+                tie, tie,
                 WIDTH, GROUPS, VECTOR,
             )  # fmt: skip
             number = tl.minimum(number, capacity)
@@ -361,14 +411,40 @@ def _select_from_blocks(
     whole = tl.cdiv(number, VECTOR) * VECTOR
     info = (class_ptr, number)
     low, high, count_low, count_high = search(
-        count_walked, (logit_ptr, whole, no_rim, nowhere), low, high, number, wanted, wanted, nowhere, nowhere, ELEMENT, 1, LANES
+        count_walked,
+        (logit_ptr, whole, no_rim, nowhere),
+        low,
+        high,
+        number,
+        wanted,
+        wanted,
+        nowhere,
+        nowhere,
+        ELEMENT,
+        1,
+        LANES,
     )
     at_least, tie, last = edge(
-        logit_ptr, 0, whole, whole, list_view, info, low, high, count_low, count_high, wanted, wanted, ELEMENT, GROUPS, VECTOR
+        logit_ptr,
+        0,
+        whole,
+        whole,
+        list_view,
+        info,
+        low,
+        high,
+        count_low,
+        count_high,
+        wanted,
+        wanted,
+        ELEMENT,
+        GROUPS,
+        VECTOR,
     )
     top = tl.where(top == -_INF, 0.0, top)
     total = EMIT(
-        pick_index_ptr + row * pick_stride, pick_logit_ptr + row * pick_stride, k, row_ptr, logit_ptr, 0, whole, whole, list_view,
+        pick_index_ptr + row * pick_stride, pick_logit_ptr + row * pick_stride, k, row_ptr, logit_ptr, 0, whole, whole,
+        list_view,
         info, at_least, tie, last, wanted, TERM, top, a, b, VALUE, FAST, GROUPS, VECTOR,
     )  # fmt: skip
     poison = tl.where(z_y == z_y, poison, float("nan"))
@@ -377,10 +453,12 @@ def _select_from_blocks(
 
 @triton.jit
 def _scratch_of_row(
-    scratch_logit_ptr, scratch_index_ptr, row, num_classes, max_blocks, capacity, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    scratch_logit_ptr, scratch_index_ptr, row, num_classes, max_blocks, capacity, TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """-> addresses of a row's block maxima, winning blocks, candidates' classes and logits. All are multiples of 16 bytes."""
+    """-> addresses of a row's block maxima, winning blocks, candidates' classes and logits. All are multiples of 16
+    bytes."""
     row_maxima = tl.cdiv(num_classes, TILE) * (TILE // WIDTH)
     room = capacity // VECTOR * VECTOR + VECTOR
     maxima_ptr = scratch_logit_ptr + row * (row_maxima + room)
@@ -396,7 +474,8 @@ def blocks_kernel(
     target_ptr, target_phase, target_stride,  # (rows,)
     num_classes, ignore_index, k, quantile, reach, a, b,
     scratch_logit_ptr, scratch_index_ptr, max_blocks, capacity,  # see _scratch_of_row
-    READ: tl.constexpr, EMIT: tl.constexpr, TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr,
+    READ: tl.constexpr, EMIT: tl.constexpr, TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr,
+    FAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program, one row. READ writes the maxima of its blocks, unless ``maxima_kernel`` has done so."""
@@ -407,14 +486,28 @@ def blocks_kernel(
     )
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
     info, live, dead, z_y, pos, positives = index_target(
-        target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST, ROWS, LANES
+        target_ptr,
+        target_phase,
+        target_stride,
+        row,
+        row_ptr,
+        body_ptr,
+        head,
+        body,
+        num_classes,
+        ignore_index,
+        FAST,
+        ROWS,
+        LANES,
     )
     body = tl.where(live, body, 0)
     READ(maxima_ptr, body_ptr, body, WIDTH, ROWS * LANES // VECTOR, VECTOR)
     tl.debug_barrier()
     _select_from_blocks(
-        result_ptr, state_ptr, pick_index_ptr, pick_logit_ptr, pick_stride, maxima_ptr, blocks_ptr, max_blocks, class_ptr,
-        logit_ptr, capacity, row, row_ptr, body_ptr, head, body, info[0], live, dead, z_y, pos, positives, num_classes, k, quantile,
+        result_ptr, state_ptr, pick_index_ptr, pick_logit_ptr, pick_stride, maxima_ptr, blocks_ptr, max_blocks,
+        class_ptr,
+        logit_ptr, capacity, row, row_ptr, body_ptr, head, body, info[0], live, dead, z_y, pos, positives, num_classes,
+        k, quantile,
         reach, a, b, EMIT, TERM, FINISH, VALUE, FAST, ROWS, LANES, GROUPS, WIDTH,
     )  # fmt: skip
 

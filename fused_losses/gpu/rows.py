@@ -42,8 +42,8 @@ def read_index(target_ptr, row, target_stride, num_classes, ignore_index):
 def open_row(ptr, phase, row, row_stride, num_classes):
     """-> (address of class 0, address of the body, distance between the two, classes in the body)
 
-    A row that ends before the next boundary has an empty body, behind its end. ptr is 16-byte aligned; class c of a row stands
-    phase + row * row_stride + c elements behind it.
+    A row that ends before the next boundary has an empty body, behind its end. ptr is 16-byte aligned; class c of a row
+    stands phase + row * row_stride + c elements behind it.
     """
     VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     start = phase + row * row_stride

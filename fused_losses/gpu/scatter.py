@@ -23,7 +23,8 @@ _SIZES = (*SIZES, "dlogits_phase", "k")
 def softmax_coefficients(
     grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE: tl.constexpr
 ):  # fmt: skip
-    """-> (gradient at an index target, factor of a positive, factor of a negative, and its two parameters, whether no NaN)"""
+    """-> (gradient at an index target, factor of a positive, factor of a negative, and its two parameters, whether no
+    NaN)"""
     top = tl.load(state_ptr + row * 3)
     log_total = tl.load(state_ptr + row * 3 + 1)
     margin = (tl.load(state_ptr + row * 3 + 2) - top) - log_total
@@ -117,10 +118,12 @@ def scatter_kernel(
     logits_ptr, phase, row_stride,  # (rows, classes), read at multi-hot positives only
     target_ptr, target_phase, target_stride,  # (rows,) or (rows, classes)
     num_classes, ignore_index, k, a, b,
-    POSITIVES: tl.constexpr, FILL: tl.constexpr, COEFFICIENTS: tl.constexpr, NEGATIVE: tl.constexpr, SLOPE: tl.constexpr,
+    POSITIVES: tl.constexpr, FILL: tl.constexpr, COEFFICIENTS: tl.constexpr, NEGATIVE: tl.constexpr,
+    SLOPE: tl.constexpr,
     FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program, one part of a row. It writes the picks whose classes it has filled itself, so a barrier orders the two."""
+    """One program, one part of a row. It writes the picks whose classes it has filled itself, so a barrier orders the
+    two."""
     VECTOR: tl.constexpr = 128 // dlogits_ptr.dtype.element_ty.primitive_bitwidth
     TILE: tl.constexpr = ROWS * LANES
     element = dlogits_ptr.dtype.element_ty
@@ -130,7 +133,9 @@ def scatter_kernel(
     target, target_body_ptr, live, dead = POSITIVES(
         target_ptr, target_phase, target_stride, row, num_classes, ignore_index, VECTOR
     )
-    at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE)
+    at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(
+        grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE
+    )
     fill = tl.where(live, tl.where(sound, 0.0, float("nan")), dead)
     first, behind = part_of(body, TILE)
     for tile in range(first, behind):
@@ -174,7 +179,8 @@ def threshold_kernel(
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_phase, target_stride,  # (rows,) or (rows, classes)
     num_classes, ignore_index, a, b,
-    POSITIVES: tl.constexpr, POSITIVE: tl.constexpr, COEFFICIENTS: tl.constexpr, NEGATIVE: tl.constexpr, SLOPE: tl.constexpr,
+    POSITIVES: tl.constexpr, POSITIVE: tl.constexpr, COEFFICIENTS: tl.constexpr, NEGATIVE: tl.constexpr,
+    SLOPE: tl.constexpr,
     FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row."""
@@ -187,9 +193,13 @@ def threshold_kernel(
     target, target_body_ptr, live, dead = POSITIVES(
         target_ptr, target_phase, target_stride, row, num_classes, ignore_index, VECTOR
     )
-    at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE)
+    at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(
+        grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE
+    )
     edge_class = tl.load(pick_index_ptr + row)
-    edge = tl.where(edge_class < 0, float("inf"), tl.load(pick_logit_ptr + row).to(tl.float32))  # nothing lies above +inf
+    edge = tl.where(
+        edge_class < 0, float("inf"), tl.load(pick_logit_ptr + row).to(tl.float32)
+    )  # nothing lies above +inf
     first, behind = part_of(body, TILE)
     rim, inside = rim_positions(head, body, num_classes, VECTOR)
     inside = inside & _filled_here(rim, first * TILE, behind * TILE, body)
@@ -198,7 +208,8 @@ def threshold_kernel(
             positions = tile * TILE + tile_lanes(ROWS, LANES)
             z = load_tile(body_ptr, tile, body, ROWS, LANES)
             values = _gradient(
-                z, positions, positions < body, head, target, at_target, target_body_ptr, edge, edge_class, scale, p, q, grad_pos,
+                z, positions, positions < body, head, target, at_target, target_body_ptr, edge, edge_class, scale, p,
+                q, grad_pos,
                 POSITIVE, NEGATIVE, SLOPE, FAST,
             )  # fmt: skip
             store_tile(dbody_ptr, tile, body, values, ROWS, LANES)

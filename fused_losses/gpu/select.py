@@ -1,11 +1,12 @@
 """The k hardest negatives of a row: exact, deterministic, lowest class first among equals. Knows no formula.
 
-A set of picks is described by three numbers, (at_least, tie, last): every element >= at_least, and those == tie up to position
-``last``. They come from a search on ordered keys, integers of the logits' own width in the order of the floats, by counting
-elements >= a key. NaN compares false everywhere: it is never counted and never picked.
+A set of picks is described by three numbers, (at_least, tie, last): every element >= at_least, and those == tie up to
+position ``last``. They come from a search on ordered keys, integers of the logits' own width in the order of the
+floats, by counting elements >= a key. NaN compares false everywhere: it is never counted and never picked.
 
-What is searched and picked from is an *array*: elements of one row around a 16-byte-aligned body (``rows.py``), addressed by
-their position, the offset from the body's first element (negative in front of it). A *view* says what stands at a position:
+What is searched and picked from is an *array*: elements of one row around a 16-byte-aligned body (``rows.py``),
+addressed by their position, the offset from the body's first element (negative in front of it). A *view* says what
+stands at a position:
 
     VIEW(info, head, positions, inside) -> (classes, whether the element can be picked)
 """
@@ -39,9 +40,9 @@ def key_of(x, ELEMENT: tl.constexpr):
 def float_of(key, ELEMENT: tl.constexpr):
     """Inverse of key_of, in fp32."""
     bits = key ^ ((key >> 31) & (0x7FFF if ELEMENT.primitive_bitwidth == 16 else 0x7FFFFFFF))
-    if ELEMENT == tl.bfloat16:  # by hand: Triton's interpreter turns its subnormals to 0
+    if tl.bfloat16 == ELEMENT:  # by hand: Triton's interpreter turns its subnormals to 0
         return (bits << 16).to(tl.float32, bitcast=True)
-    if ELEMENT == tl.float16:
+    if tl.float16 == ELEMENT:
         return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return bits.to(tl.float32, bitcast=True)
 
@@ -51,12 +52,14 @@ def search(
     COUNT: tl.constexpr, source, low, high, count_low, wanted, enough, first, reach,
     ELEMENT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Narrows the keys low < high with count(low) >= wanted > count(high) until count(low) <= enough or they are neighbours.
+    """Narrows the keys low < high with count(low) >= wanted > count(high) until count(low) <= enough or they are
+    neighbours.
 
-    -> (low, high, count(low), count(high)); count(high) is 0 at the start. ``first``, unless it is NaN, is tried first. Every other
-    step assumes that the log of the count falls linearly between two finite ends, as it nearly does in the upper tail of most
-    distributions, and by 1 (base 2) in ``reach`` as long as the lower end is -inf. A NaN, or two steps in a row that did not halve
-    the interval, ask for its middle, so the worst case stays logarithmic. wanted = 0 with count(low) = 0 returns at once.
+    -> (low, high, count(low), count(high)); count(high) is 0 at the start. ``first``, unless it is NaN, is tried first.
+    Every other step assumes that the log of the count falls linearly between two finite ends, as it nearly does in the
+    upper tail of most distributions, and by 1 (base 2) in ``reach`` as long as the lower end is -inf. A NaN, or two
+    steps in a row that did not halve the interval, ask for its middle, so the worst case stays logarithmic. wanted = 0
+    with count(low) = 0 returns at once.
     """
     aim = tl.log2((wanted + enough).to(tl.float32) * 0.5)
     log_low = tl.log2(count_low.to(tl.float32))
@@ -95,7 +98,8 @@ def search(
 
 @triton.jit
 def count_walked(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of an array in memory, less one excluded value; source is (body_ptr, body, rim, excluded)."""
+    """Elements >= t, t > -inf, of an array in memory, less one excluded value; source is (body_ptr, body, rim,
+    excluded)."""
     body_ptr, body, rim, excluded = source
     counts = tl.zeros((LANES,), tl.int32)
     for tile in range(tl.cdiv(body, ROWS * LANES)):
@@ -105,7 +109,8 @@ def count_walked(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def count_walked_multi_hot(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of a row in memory that are not positives; source is (body_ptr, body, rim, target_body_ptr)."""
+    """Elements >= t, t > -inf, of a row in memory that are not positives; source is (body_ptr, body, rim,
+    target_body_ptr)."""
     body_ptr, body, rim, target_body_ptr = source
     counts = tl.zeros((LANES,), tl.int32)
     for tile in range(tl.cdiv(body, ROWS * LANES)):
@@ -117,7 +122,8 @@ def count_walked_multi_hot(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def count_winners(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of the blocks of a row whose numbers are listed, and of its rim, less one excluded value.
+    """Elements >= t, t > -inf, of the blocks of a row whose numbers are listed, and of its rim, less one excluded
+    value.
 
     source is (body_ptr, body, blocks_ptr, number of blocks, elements per block (constexpr), rim, excluded).
     """
@@ -171,7 +177,9 @@ def rim_positions(head, body, length, VECTOR: tl.constexpr):
     """-> (positions, which lanes hold an element) of the rim, (2 * VECTOR,): the front in the lower half"""
     lane = tl.arange(0, 2 * VECTOR)
     positions = tl.where(lane < VECTOR, lane - head, body + lane - VECTOR)
-    return positions, ((lane < VECTOR) & (lane < tl.minimum(head, length))) | ((lane >= VECTOR) & (head + positions < length))
+    return positions, ((lane < VECTOR) & (lane < tl.minimum(head, length))) | (
+        (lane >= VECTOR) & (head + positions < length)
+    )
 
 
 @triton.jit
@@ -183,7 +191,8 @@ def open_rim(body_ptr, head, body, length, VECTOR: tl.constexpr):
 
 @triton.jit
 def load_groups(body_ptr, tile, body, GROUPS: tl.constexpr, VECTOR: tl.constexpr):
-    """-> (elements in fp32, -inf behind the body; positions, in order; inside) of a tile of vectors, (GROUPS, VECTOR)"""
+    """-> (elements in fp32, -inf behind the body; positions, in order; inside) of a tile of vectors, (GROUPS,
+    VECTOR)"""
     lanes = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     offset = tile * (GROUPS * VECTOR)
     inside = lanes < body - offset
@@ -237,14 +246,15 @@ def _four_columns(x):
 
 @triton.jit
 def rank_columns(picked):
-    """-> (which elements are picked, as columns; number of picked elements before each, in row-major order; number of all)"""
+    """-> (which elements are picked, as columns; number of picked elements before each, in row-major order; number of
+    all)"""
     ones = columns(picked.to(tl.int32))
     in_group = tl.sum(picked.to(tl.int32), axis=1)
     before = tl.cumsum(in_group, axis=0) - in_group
     ranks = (before,)
     for i in tl.static_range(picked.shape[1] - 1):
         before = before + ones[i]
-        ranks = ranks + (before,)
+        ranks = ranks + (before,)  # noqa: RUF005
     return ones, ranks, tl.sum(in_group, axis=0)
 
 
@@ -252,7 +262,8 @@ def rank_columns(picked):
 def store_columns(ptr, ranks, picked, room, values):
     """Writes the picked elements of values (GROUPS, VECTOR) one behind the other, as far as there is room.
 
-    One store of the whole tile would be laid out anew, element by element through shared memory: its addresses are scattered.
+    One store of the whole tile would be laid out anew, element by element through shared memory: its addresses are
+    scattered.
     """
     of_column = columns(values)
     for i in tl.static_range(values.shape[1]):
@@ -299,7 +310,8 @@ def edge(
     body_ptr, head, body, length, VIEW: tl.constexpr, info, low, high, count_low, count_high, wanted, enough,
     ELEMENT: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """(at_least, tie, last) from what ``search`` returned: ``enough`` elements at most, the first ``wanted`` if that needs ties."""
+    """(at_least, tie, last) from what ``search`` returned: ``enough`` elements at most, the first ``wanted`` if that
+    needs ties."""
     at_least = float_of(low, ELEMENT)
     tie = tl.full((), float("nan"), tl.float32)
     last = wanted * 0
@@ -351,8 +363,10 @@ def _summary(highest, rim, sums, squares):
 
 @triton.jit
 def emit_compact(
-    pick_index_ptr, pick_logit_ptr, k, row_ptr, body_ptr, head, body, length, VIEW: tl.constexpr, info, at_least, tie, last,
-    wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    pick_index_ptr, pick_logit_ptr, k, row_ptr, body_ptr, head, body, length, VIEW: tl.constexpr, info, at_least, tie,
+    last,
+    wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes the picks, (k,), in order of their classes, and returns the sum of TERM over them.
 
@@ -389,8 +403,10 @@ def emit_compact(
 
 @triton.jit
 def emit_threshold(
-    pick_index_ptr, pick_logit_ptr, k, row_ptr, body_ptr, head, body, length, VIEW: tl.constexpr, info, at_least, tie, last,
-    wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    pick_index_ptr, pick_logit_ptr, k, row_ptr, body_ptr, head, body, length, VIEW: tl.constexpr, info, at_least, tie,
+    last,
+    wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes the edge, the last pick in the order of picking, (1,), and returns the sum of TERM over the picks."""
     rim, rim_position, rim_inside = open_rim(body_ptr, head, body, length, VECTOR)

@@ -48,7 +48,9 @@ def _finish(
     value_ptr, state_ptr, logits_ptr, phase, row, row_stride, target, live, dead, top, total, a, b, VALUE: tl.constexpr,
 ):  # fmt: skip
     """Value and state of a row from the statistics of its negatives."""
-    z_y = tl.load(logits_ptr + (phase + row * row_stride + target), mask=target >= 0, other=float("-inf")).to(tl.float32)
+    z_y = tl.load(logits_ptr + (phase + row * row_stride + target), mask=target >= 0, other=float("-inf")).to(
+        tl.float32
+    )
     finish_row(value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE)
 
 

@@ -1,4 +1,5 @@
-"""The GPU doors over the k hardest negatives: the reference's picks bit for bit, its values and gradients as accurately.
+"""The GPU doors over the k hardest negatives: the reference's picks bit for bit, its values and gradients as
+accurately.
 
 A row is a case. Every regime is forced on short rows, with tiles of few classes, so that a row has several.
 """
@@ -155,13 +156,16 @@ def test_picks(regime, dtype, compact, device, force):
 @pytest.mark.parametrize(("formula", "regime"), zip(FORMULAS, 2 * REGIMES, strict=False))
 def test_formulas(formula, regime, compact, device, force):
     force(regime)
-    logits = 3 * torch.randn((2, 131), generator=torch.Generator().manual_seed(1)).to(torch.float32 if compact else torch.bfloat16)
+    logits = 3 * torch.randn((2, 131), generator=torch.Generator().manual_seed(1)).to(
+        torch.float32 if compact else torch.bfloat16
+    )
     compare(formula, logits.to(device), targets_for(logits).to(device), 5, compact)
 
 
 @each_form
 @pytest.mark.parametrize(
-    ("regime", "formula", "kind"), [("held", "ss_lr", torch.bool), ("walked", "lr", torch.float32), ("walked", "ss_lr", torch.int64)]
+    ("regime", "formula", "kind"),
+    [("held", "ss_lr", torch.bool), ("walked", "lr", torch.float32), ("walked", "ss_lr", torch.int64)],
 )
 def test_multi_hot(regime, formula, kind, compact, device, force):
     """No positive, some, all of them; all but two."""
@@ -175,13 +179,17 @@ def test_multi_hot(regime, formula, kind, compact, device, force):
     compare(formula, torch.cat((logits, logits[:1])).to(device), target.to(device, kind), 7, compact)
 
 
-@pytest.mark.parametrize(("regime", "compact"), [("held", False), ("walked", True), ("blocks of 8", True), ("blocks of 16", False)])
+@pytest.mark.parametrize(
+    ("regime", "compact"), [("held", False), ("walked", True), ("blocks of 8", True), ("blocks of 16", False)]
+)
 def test_targets(regime, compact, device, force):
     """Ignored, not here, out of range, the hardest class, classes of either rim."""
     force(regime)
     logits = torch.randn((9, 131), generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     logits[1] = NAN
-    target = torch.tensor([IGNORED, IGNORED, reference.NO_TARGET, 131, -1, 2**40, int(logits[6].float().argmax()), 0, 130])
+    target = torch.tensor(
+        [IGNORED, IGNORED, reference.NO_TARGET, 131, -1, 2**40, int(logits[6].float().argmax()), 0, 130]
+    )
     for formula, shape in (("crl", (9,)), ("ss_lr", (9, 2)))[:: 1 if regime == "walked" else -2]:
         grad = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
         grad[0] = NAN
@@ -201,8 +209,8 @@ def test_few_classes(regime, classes, device, force):
 
 @pytest.mark.parametrize("regime", ["walked", "blocks of 16", "blocks of 8, split"])
 def test_memory_layouts(regime, device, force):
-    """Rows that begin anywhere within a vector, rows of a wider matrix, columns that are not adjacent, strided targets and
-    gradients."""
+    """Rows that begin anywhere within a vector, rows of a wider matrix, columns that are not adjacent, strided targets
+    and gradients."""
     force(regime)
     wide = torch.randn((2, 140), generator=torch.Generator().manual_seed(4)).to(torch.bfloat16).to(device)
     target = torch.arange(4, device=device)[::2]
@@ -219,7 +227,9 @@ def test_no_rows(device):
         outputs = getattr(hardest, f"{kind}_forward")(logits, target, loss, params, 3, IGNORED, True)
         assert outputs[2].shape == outputs[3].shape == (0, 3)
         grad = torch.empty_like(outputs[0])
-        dlogits = getattr(hardest, f"{kind}_backward")(grad, None, target, *outputs[1:], loss, params, 3, IGNORED, 300, True)
+        dlogits = getattr(hardest, f"{kind}_backward")(
+            grad, None, target, *outputs[1:], loss, params, 3, IGNORED, 300, True
+        )
         assert dlogits.shape == (0, 300)
 
 
@@ -250,7 +260,8 @@ def traffic(monkeypatch):
 
 
 def test_traffic(traffic, force, monkeypatch):
-    """Forward reads every logit once and the winning blocks again; backward writes every element once and the picks again."""
+    """Forward reads every logit once and the winning blocks again; backward writes every element once and the picks
+    again."""
     kept = []
     honest = hardest._scratch
     monkeypatch.setattr(hardest, "_scratch", lambda *of: kept.append(honest(*of)) or kept[0])
@@ -283,4 +294,6 @@ def test_fuzz(seed, device, force):
         k = pick(range(1, max(2, classes // 24 if regime.startswith("blocks") else classes)))
         force(regime)
         logits = torch.stack(list(rows_of_every_kind(classes, k, dtype, seed).values()))
-        compare(pick([*SOFTMAX, *LOGISTIC]), logits.to(device), targets_for(logits, seed).to(device), k, pick((True, False)))
+        compare(
+            pick([*SOFTMAX, *LOGISTIC]), logits.to(device), targets_for(logits, seed).to(device), k, pick((True, False))
+        )
