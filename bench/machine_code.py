@@ -44,14 +44,9 @@ LOSSES = {
 }
 # Rows, classes, k, compact: registers; the row read again; blocks of 8, 16 and 32; a row split over programs.
 HARDEST = (
-    (4096, 751, 75, False),
-    (4096, 2048, 20, True),
-    (256, 21841, 2184, False),
-    (256, 21841, 218, True),
-    (512, 100003, 1000, True),
-    (512, 100003, 100, False),
-    (8, 1000003, 1000, True),
-)
+    (4096, 751, 75, False), (4096, 2048, 20, True), (256, 21841, 2184, False), (256, 21841, 218, True),
+    (512, 100003, 1000, True), (512, 100003, 100, False), (8, 1000003, 1000, True),
+)  # fmt: skip
 READ_BUDGET = 4.5  # of block maxima, 16-bit logits
 _TRITON_TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",

@@ -98,15 +98,9 @@ def upper_tail(k: int, num_classes: int) -> tuple[float, float]:
 
 
 def _forward(
-    family: str,
-    logits: Tensor,
-    target: Tensor,
-    loss: str,
-    params: list[float],
-    k: int,
-    ignore_index: int,
+    family: str, logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int,
     compact: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     num_rows, num_classes = logits.shape
     if family == "softmax":
         result = logits.new_empty((num_rows,), dtype=torch.float32)
@@ -143,9 +137,8 @@ def _forward(
         if how.width == 0:
             functions |= _TARGETS[kind] | (_HELD if how.held else _WALKED)[kind]
             wing.launch(
-                picks.row_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k, num_classes),
-                a, b,
-                **functions, **tiles,
+                picks.row_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k, num_classes), a,
+                b, **functions, **tiles,
             )  # fmt: skip
         else:
             scratch = _scratch(logits, how, lanes, k)
@@ -155,13 +148,11 @@ def _forward(
                 functions["READ"] = picks.maxima_written
                 wing.launch(
                     picks.maxima_kernel, (num_rows, how.parts), how.warps, z.base, z.phase, z.stride, num_classes,
-                    *scratch,
-                    ROWS=how.rows, LANES=lanes, WIDTH=how.width,
+                    *scratch, ROWS=how.rows, LANES=lanes, WIDTH=how.width,
                 )  # fmt: skip
             wing.launch(
                 picks.blocks_kernel, grid, how.warps, *outputs, pick_index.shape[1], *rows, *upper_tail(k + 1, blocks),
-                a, b,
-                *scratch, **functions, **tiles, WIDTH=how.width,
+                a, b, *scratch, **functions, **tiles, WIDTH=how.width,
             )  # fmt: skip
     return outputs
 
@@ -203,8 +194,7 @@ def logistic_forward(
 
 def _backward(
     family: str, grad: Tensor, logits: Tensor | None, target: Tensor, state: Tensor, pick_index: Tensor,
-    pick_logit: Tensor,
-    loss: str, params: list[float], k: int, ignore_index: int, num_classes: int, compact: bool,
+    pick_logit: Tensor, loss: str, params: list[float], k: int, ignore_index: int, num_classes: int, compact: bool,
 ) -> Tensor:  # fmt: skip
     num_rows = state.shape[0]
     if logits is None:
@@ -222,13 +212,8 @@ def _backward(
     lanes = 16 // pick_logit.element_size() * device.threads_per_warp * tile.warps
     parts = wing.parts_for(device, num_rows, triton.cdiv(num_classes, tile.rows * lanes))
     gradient = (
-        grad,
-        grad.stride(0),
-        grad.stride(-1),
-        state.contiguous(),
-        pick_index.contiguous(),
-        pick_logit.contiguous(),
-    )
+        grad, grad.stride(0), grad.stride(-1), state.contiguous(), pick_index.contiguous(), pick_logit.contiguous(),
+    )  # fmt: skip
     functions = {**_FAMILIES[family]["backward"], "SLOPE": slope}
     if target.dim() == 2:
         y = wing.multi_hot_beside(z, target)
@@ -243,8 +228,7 @@ def _backward(
             functions["FILL"] = scatter.multi_hot_fill if target.dim() == 2 else scatter.index_fill
             wing.launch(
                 scatter.scatter_kernel, (num_rows, parts), tile.warps, dz.base, dz.phase, dz.stride, *gradient, *rows,
-                k, a, b,
-                **functions, **tiles,
+                k, a, b, **functions, **tiles,
             )  # fmt: skip
         else:
             functions["POSITIVE"] = scatter.multi_hot_positive if target.dim() == 2 else scatter.index_positive
@@ -261,20 +245,9 @@ def softmax_backward(
 ) -> Tensor:  # fmt: skip
     """dlogits (rows, classes) from grad (rows,)."""
     return _backward(
-        "softmax",
-        grad,
-        logits,
-        target,
-        state,
-        pick_index,
-        pick_logit,
-        loss,
-        params,
-        k,
-        ignore_index,
-        num_classes,
+        "softmax", grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes,
         compact,
-    )
+    )  # fmt: skip
 
 
 def logistic_backward(
@@ -283,17 +256,6 @@ def logistic_backward(
 ) -> Tensor:  # fmt: skip
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
     return _backward(
-        "logistic",
-        grad,
-        logits,
-        target,
-        state,
-        pick_index,
-        pick_logit,
-        loss,
-        params,
-        k,
-        ignore_index,
-        num_classes,
+        "logistic", grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes,
         compact,
-    )
+    )  # fmt: skip

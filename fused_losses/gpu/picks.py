@@ -74,8 +74,7 @@ def logistic_finish(
 @triton.jit
 def index_target(
     target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index,
-    FAST: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """-> (info of its view, live, dead, z_y or -inf, softplus(-z_y), number of positives)"""
     target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
@@ -87,8 +86,7 @@ def index_target(
 @triton.jit
 def multi_hot_target(
     target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index,
-    FAST: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The same from one walk over the row's target: (.., 0, sum of softplus(-z) over the positives, their number)"""
     VECTOR: tl.constexpr = 128 // body_ptr.dtype.element_ty.primitive_bitwidth
@@ -181,20 +179,9 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
     info, live, dead, z_y, pos, positives = TARGET(
-        target_ptr,
-        target_phase,
-        target_stride,
-        row,
-        row_ptr,
-        body_ptr,
-        head,
-        body,
-        num_classes,
-        ignore_index,
-        FAST,
-        ROWS,
-        LANES,
-    )
+        target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST,
+        ROWS, LANES,
+    )  # fmt: skip
     length = tl.where(live, num_classes, 0)
     body = tl.where(live, body, 0)
     wanted = tl.minimum(k, length - positives)
@@ -203,41 +190,17 @@ def row_kernel(
     first, reach = guess(total, squares, length - positives, quantile, reach)
     low = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
     low, high, count_low, count_high = search(
-        COUNT,
-        source,
-        low,
-        key_of(top, ELEMENT) + 1,
-        length - positives,
-        wanted,
-        wanted,
-        first,
-        reach,
-        ELEMENT,
-        ROWS,
+        COUNT, source, low, key_of(top, ELEMENT) + 1, length - positives, wanted, wanted, first, reach, ELEMENT, ROWS,
         LANES,
-    )
+    )  # fmt: skip
     at_least, tie, last = edge(
-        body_ptr,
-        head,
-        body,
-        length,
-        VIEW,
-        info,
-        low,
-        high,
-        count_low,
-        count_high,
-        wanted,
-        wanted,
-        ELEMENT,
-        GROUPS,
+        body_ptr, head, body, length, VIEW, info, low, high, count_low, count_high, wanted, wanted, ELEMENT, GROUPS,
         VECTOR,
-    )
+    )  # fmt: skip
     top = tl.where(top == -_INF, 0.0, top)
     total = EMIT(
         pick_index_ptr + row * pick_stride, pick_logit_ptr + row * pick_stride, k, row_ptr, body_ptr, head, body,
-        length, VIEW,
-        info, at_least, tie, last, wanted, TERM, top, a, b, VALUE, FAST, GROUPS, VECTOR,
+        length, VIEW, info, at_least, tie, last, wanted, TERM, top, a, b, VALUE, FAST, GROUPS, VECTOR,
     )  # fmt: skip
     poison = tl.where(z_y == z_y, poison, float("nan"))
     FINISH(result_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE)
@@ -301,8 +264,7 @@ def list_blocks(
 @triton.jit
 def list_candidates(
     class_ptr, logit_ptr, taken, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks, at_least,
-    at_most,
-    WIDTH: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    at_most, WIDTH: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Appends the negatives within [at_least, at_most] of the winning blocks and the rim, in order, as far as there is
     room.
@@ -338,11 +300,9 @@ def list_candidates(
 @triton.jit
 def _select_from_blocks(
     result_ptr, state_ptr, pick_index_ptr, pick_logit_ptr, pick_stride, maxima_ptr, blocks_ptr, max_blocks, class_ptr,
-    logit_ptr,
-    capacity, row, row_ptr, body_ptr, head, body, target, live, dead, z_y, pos, positives, num_classes, k, quantile,
-    reach, a, b,
-    EMIT: tl.constexpr, TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    logit_ptr, capacity, row, row_ptr, body_ptr, head, body, target, live, dead, z_y, pos, positives, num_classes, k,
+    quantile, reach, a, b, EMIT: tl.constexpr, TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Everything after the maxima of a row's blocks are written."""
     ELEMENT: tl.constexpr = logit_ptr.dtype.element_ty
@@ -353,7 +313,7 @@ def _select_from_blocks(
     lowest = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
     nowhere = tl.full((), float("nan"), tl.float32)
     no_rim = tl.full((2 * VECTOR,), -_INF, tl.float32)
-    rim, _, _ = open_rim(body_ptr, head, body, length, VECTOR)
+    rim, _positions, _inside = open_rim(body_ptr, head, body, length, VECTOR)
 
     # Winners: at least the k + 1 largest maxima, equal ones by number. One of them may owe its maximum to the target;
     # the others hold a negative each that is as hard as any element outside the winners, or equal and in front of it.
@@ -377,30 +337,26 @@ def _select_from_blocks(
     at_least = tl.where(tie == tie, tie, at_least)
     number, top = list_candidates(
         class_ptr, logit_ptr, wanted * 0, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
-        at_least, _INF,
-        WIDTH, GROUPS, VECTOR,
+        at_least, _INF, WIDTH, GROUPS, VECTOR,
     )  # fmt: skip
     low = key_of(at_least, ELEMENT)
     high = key_of(top, ELEMENT) + 1
     if number > capacity:  # many equal logits, or a few blocks that hold them all
-        low, high, number, _ = search(
+        low, high, number, _above = search(
             count_winners, (body_ptr, body, blocks_ptr, num_blocks, WIDTH, rim, z_y), low, high, number, wanted,
-            capacity,
-            nowhere, nowhere, ELEMENT, 1, LANES,
+            capacity, nowhere, nowhere, ELEMENT, 1, LANES,
         )  # fmt: skip
         tied = number > capacity
         at_least = tl.where(tied, float_of(high, ELEMENT), float_of(low, ELEMENT))
         number, _ = list_candidates(
             class_ptr, logit_ptr, wanted * 0, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
-            at_least,
-            _INF, WIDTH, GROUPS, VECTOR,
+            at_least, _INF, WIDTH, GROUPS, VECTOR,
         )  # fmt: skip
         if tied:
             tie = float_of(low, ELEMENT)
             number, _ = list_candidates(
                 class_ptr, logit_ptr, number, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
-                tie, tie,
-                WIDTH, GROUPS, VECTOR,
+                tie, tie, WIDTH, GROUPS, VECTOR,
             )  # fmt: skip
             number = tl.minimum(number, capacity)
         high = key_of(top, ELEMENT) + 1
@@ -411,41 +367,17 @@ def _select_from_blocks(
     whole = tl.cdiv(number, VECTOR) * VECTOR
     info = (class_ptr, number)
     low, high, count_low, count_high = search(
-        count_walked,
-        (logit_ptr, whole, no_rim, nowhere),
-        low,
-        high,
-        number,
-        wanted,
-        wanted,
-        nowhere,
-        nowhere,
-        ELEMENT,
-        1,
-        LANES,
-    )
+        count_walked, (logit_ptr, whole, no_rim, nowhere), low, high, number, wanted, wanted, nowhere, nowhere, ELEMENT,
+        1, LANES,
+    )  # fmt: skip
     at_least, tie, last = edge(
-        logit_ptr,
-        0,
-        whole,
-        whole,
-        list_view,
-        info,
-        low,
-        high,
-        count_low,
-        count_high,
-        wanted,
-        wanted,
-        ELEMENT,
-        GROUPS,
+        logit_ptr, 0, whole, whole, list_view, info, low, high, count_low, count_high, wanted, wanted, ELEMENT, GROUPS,
         VECTOR,
-    )
+    )  # fmt: skip
     top = tl.where(top == -_INF, 0.0, top)
     total = EMIT(
         pick_index_ptr + row * pick_stride, pick_logit_ptr + row * pick_stride, k, row_ptr, logit_ptr, 0, whole, whole,
-        list_view,
-        info, at_least, tie, last, wanted, TERM, top, a, b, VALUE, FAST, GROUPS, VECTOR,
+        list_view, info, at_least, tie, last, wanted, TERM, top, a, b, VALUE, FAST, GROUPS, VECTOR,
     )  # fmt: skip
     poison = tl.where(z_y == z_y, poison, float("nan"))
     FINISH(result_ptr, state_ptr, row, live, dead, poison, z_y, pos, positives, top, total, a, b, VALUE)
@@ -454,8 +386,7 @@ def _select_from_blocks(
 @triton.jit
 def _scratch_of_row(
     scratch_logit_ptr, scratch_index_ptr, row, num_classes, max_blocks, capacity, TILE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDTH: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """-> addresses of a row's block maxima, winning blocks, candidates' classes and logits. All are multiples of 16
     bytes."""
@@ -486,29 +417,16 @@ def blocks_kernel(
     )
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
     info, live, dead, z_y, pos, positives = index_target(
-        target_ptr,
-        target_phase,
-        target_stride,
-        row,
-        row_ptr,
-        body_ptr,
-        head,
-        body,
-        num_classes,
-        ignore_index,
-        FAST,
-        ROWS,
-        LANES,
-    )
+        target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST,
+        ROWS, LANES,
+    )  # fmt: skip
     body = tl.where(live, body, 0)
     READ(maxima_ptr, body_ptr, body, WIDTH, ROWS * LANES // VECTOR, VECTOR)
     tl.debug_barrier()
     _select_from_blocks(
         result_ptr, state_ptr, pick_index_ptr, pick_logit_ptr, pick_stride, maxima_ptr, blocks_ptr, max_blocks,
-        class_ptr,
-        logit_ptr, capacity, row, row_ptr, body_ptr, head, body, info[0], live, dead, z_y, pos, positives, num_classes,
-        k, quantile,
-        reach, a, b, EMIT, TERM, FINISH, VALUE, FAST, ROWS, LANES, GROUPS, WIDTH,
+        class_ptr, logit_ptr, capacity, row, row_ptr, body_ptr, head, body, info[0], live, dead, z_y, pos, positives,
+        num_classes, k, quantile, reach, a, b, EMIT, TERM, FINISH, VALUE, FAST, ROWS, LANES, GROUPS, WIDTH,
     )  # fmt: skip
 
 

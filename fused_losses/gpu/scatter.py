@@ -208,9 +208,8 @@ def threshold_kernel(
             positions = tile * TILE + tile_lanes(ROWS, LANES)
             z = load_tile(body_ptr, tile, body, ROWS, LANES)
             values = _gradient(
-                z, positions, positions < body, head, target, at_target, target_body_ptr, edge, edge_class, scale, p,
-                q, grad_pos,
-                POSITIVE, NEGATIVE, SLOPE, FAST,
+                z, positions, positions < body, head, target, at_target, target_body_ptr, edge, edge_class, scale, p, q,
+                grad_pos, POSITIVE, NEGATIVE, SLOPE, FAST,
             )  # fmt: skip
             store_tile(dbody_ptr, tile, body, values, ROWS, LANES)
         rim_z = tl.load(body_ptr + rim, mask=inside, other=0.0).to(tl.float32)

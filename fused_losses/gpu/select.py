@@ -49,8 +49,8 @@ def float_of(key, ELEMENT: tl.constexpr):
 
 @triton.jit
 def search(
-    COUNT: tl.constexpr, source, low, high, count_low, wanted, enough, first, reach,
-    ELEMENT: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    COUNT: tl.constexpr, source, low, high, count_low, wanted, enough, first, reach, ELEMENT: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Narrows the keys low < high with count(low) >= wanted > count(high) until count(low) <= enough or they are
     neighbours.
@@ -364,8 +364,7 @@ def _summary(highest, rim, sums, squares):
 @triton.jit
 def emit_compact(
     pick_index_ptr, pick_logit_ptr, k, row_ptr, body_ptr, head, body, length, VIEW: tl.constexpr, info, at_least, tie,
-    last,
-    wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr,
+    last, wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes the picks, (k,), in order of their classes, and returns the sum of TERM over them.
@@ -404,8 +403,7 @@ def emit_compact(
 @triton.jit
 def emit_threshold(
     pick_index_ptr, pick_logit_ptr, k, row_ptr, body_ptr, head, body, length, VIEW: tl.constexpr, info, at_least, tie,
-    last,
-    wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr,
+    last, wanted, TERM: tl.constexpr, top, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes the edge, the last pick in the order of picking, (1,), and returns the sum of TERM over the picks."""
