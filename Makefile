@@ -11,10 +11,10 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test machine-code lint format clean
+.PHONY: help demo test fuzz test-plain machine-code lint format clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(INSTALLED) ## train a small network with every loss, print the table, draw the curves (under two minutes)
 	$(BIN)/python -m bench.train $(ARGS)
@@ -23,8 +23,15 @@ test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
+fuzz: $(INSTALLED) ## selection on thousands of random rows, in Triton's interpreter (an hour on one core)
+	$(BIN)/python -m pytest tests/gpu -m slow -k fuzz $(ARGS)
+
 machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
 	$(BIN)/python -m bench.machine_code --gates $(ARGS)
+
+test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
+	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
+	cd out/plain && ../../$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .
@@ -41,6 +48,6 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py Makefile $(wildcard csrc/*
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -r constraints.txt
 	$(BIN)/python -m pip show --quiet triton 2>/dev/null || $(BIN)/python -m pip install "$(TRITON)"
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	FUSED_LOSSES_BUILD_EXT=1 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip check
 	@touch $@

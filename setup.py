@@ -1,6 +1,7 @@
 """Builds the optional C++ extension (the CPU kernels); everything else about the package stands in pyproject.toml.
 
-FUSED_LOSSES_BUILD_EXT=auto (default)  try; without a working compiler or torch, install without it: the reference serves the CPU
+FUSED_LOSSES_BUILD_EXT=auto (default)  try; without a working compiler or torch, install without it, and plain PyTorch
+                                       serves the CPU
 FUSED_LOSSES_BUILD_EXT=1               a build that fails fails the install
 FUSED_LOSSES_BUILD_EXT=0               do not try
 """
@@ -19,11 +20,12 @@ if MODE not in ("0", "1", "auto"):
 def give_up(why: BaseException) -> None:
     if MODE == "1":
         raise why
-    print(f"\nfused_losses: installing WITHOUT the C++ extension, plain PyTorch will serve the CPU: {why}\n", file=sys.stderr)
+    notice = f"installing WITHOUT the C++ extension, plain PyTorch will serve the CPU: {why}"
+    print(f"\nfused_losses: {notice}\n", file=sys.stderr)
 
 
 def extension() -> dict:
-    """The arguments of setup() that concern the extension; none where it is not wanted or torch is not there to build against."""
+    """What setup() is told of the extension; nothing where it is not wanted or torch is not there to build against."""
     if MODE == "0":
         return {}
     try:
@@ -50,8 +52,9 @@ def extension() -> dict:
     if sys.platform == "win32":
         flags = ["/O2"]
     else:
-        # Never -ffast-math: infinities and NaN have their meaning here. No contraction: left to its choice, the compiler fuses
-        # a sum in one copy of an inlined function and not in another, and bits would depend on which thread does what.
+        # Never -ffast-math: infinities and NaN have their meaning here. No contraction: left to its choice, the
+        # compiler fuses a sum in one copy of an inlined function and not in another, and bits would depend on which
+        # thread does what.
         flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     module = CppExtension(
         "fused_losses._C",

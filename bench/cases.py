@@ -1,9 +1,8 @@
 """What is measured, on either device: shapes, the losses, and who computes them.
 
-A provider is a function of (logits, target) that gives the mean loss over the rows, target being class indices:
-``ours`` is the package; ``authors`` is the arithmetic of the papers' own code (its eps and clamps included) without its
-copies between devices; ``eager`` is what a careful PyTorch user would write; ``compiled`` is the same under
-torch.compile.
+A provider is a function of (logits, target) that gives the mean loss over the rows; targets are class indices. ``ours``
+is the package; ``authors`` is the arithmetic of the papers' own code (its eps and clamps included) without its copies
+between devices; ``eager`` is what a careful PyTorch user would write; ``compiled`` is the same under torch.compile.
 """
 
 from collections.abc import Callable

@@ -32,13 +32,14 @@ class LogisticForward {
   void finish(int64_t row, const S* logits, Positives positives, Partial negatives) const {
     double sum = 0;
     for (int64_t p = 0; p < positives.count; ++p) sum += softplus(-to_compute(logits[positives.index[p]]));
-    if (sum != sum || negatives.sum != negatives.sum) return spoil(row);
+    if (sum != sum || negatives.sum != negatives.sum) return spoil(row, positives);
     const bool one = !door_.problem.multi_hot && positives.count > 0;
     write(row, T(sum), T(negatives.sum), one ? to_compute(logits[positives.index[0]]) : T(0), T(positives.count));
   }
 
   void ignore(int64_t row) const { write(row, 0, 0, 0, 0); }
-  void spoil(int64_t row) const { write(row, kNaN<T>, kNaN<T>, kNaN<T>, 0); }
+  // Positives are counted all the same: multi-hot rows are normalised over the batch, and the others must not feel this one.
+  void spoil(int64_t row, Positives positives) const { write(row, kNaN<T>, kNaN<T>, kNaN<T>, T(positives.count)); }
 
  private:
   void write(int64_t row, T positive_sum, T negative_sum, T target_logit, T positives) const {

@@ -58,7 +58,7 @@ class SoftmaxForward {
   }
 
   void ignore(int64_t row) const { write(row, 0, {0, 0, 0}); }
-  void spoil(int64_t row) const { write(row, kNaN<T>, {kNaN<T>, kNaN<T>, kNaN<T>}); }
+  void spoil(int64_t row, Positives) const { write(row, kNaN<T>, {kNaN<T>, kNaN<T>, kNaN<T>}); }
 
  private:
   void write(int64_t row, T value, SoftmaxState<T> state) const {

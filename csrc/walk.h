@@ -43,7 +43,7 @@ inline void for_each_negative(const S* row, int64_t begin, int64_t end, Positive
 //          Partial over(const X*, begin, end, positives)      X is S or its compute dtype
 //          static Partial merge(Partial, Partial)
 //          finish(row, const S* logits, positives, Partial)   writes the row's result and state
-//          ignore(row), spoil(row)                            the same for an ignored row, for a row with a NaN
+//          ignore(row), spoil(row, positives)                 the same for an ignored row, for a row with a NaN
 template <class S, class Family>
 class ForwardWalk {
  public:
@@ -84,7 +84,7 @@ class ForwardWalk {
     } else if (kSplitRow ? selector.select_split(logits, positives, &picks) : selector.select(logits, positives, &picks)) {
       family_.finish(row, logits, positives, over_pieces(picks.logit, picks.count, Positives{nullptr, 0}));
     } else {
-      family_.spoil(row);
+      family_.spoil(row, positives);
     }
     write_picks(row, picks);
   }

@@ -387,3 +387,15 @@ def test_anomaly_mode_finds_nothing(loss):
             for k in FORMS.values():
                 loss(logits, target, k=k_of(loss, k)).backward()
     assert logits.grad.isfinite().all()
+
+
+@each(LOSSES)
+def test_other_kinds_of_differentiation_refuse(loss):
+    """torch.func and forward mode: an error, not a wrong number."""
+    logits, target = make_logits(5, CLASSES), make_index(5, CLASSES)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda z: loss(z, target, k=3))(logits)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            loss(dual, target, k=3)

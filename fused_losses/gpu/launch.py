@@ -80,10 +80,9 @@ def tile_for(device: Device, num_classes: int, itemsize: int) -> Tile:
 
 
 def parts_for(device: Device, num_rows: int, num_tiles: int) -> int:
-    """Programs that share a row: more than one where whole rows would leave multiprocessors without work."""
-    if num_rows >= 2 * device.multiprocessors:
-        return 1
-    return max(1, min(triton.cdiv(4 * device.multiprocessors, num_rows), num_tiles // 2, _MOST_PARTS))
+    """Programs that share a row, where whole rows would leave multiprocessors without work: as many as fit at once,
+    since a second, half empty round would cost as much as the first. Four programs of 64 registers fit in one."""
+    return max(1, min(4 * device.multiprocessors // num_rows, num_tiles // 2, _MOST_PARTS))
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def compare(
     wing = Unchecked()
     same = step(wing, formula, logits, target, grad, ignore_index)
     truth = step(wing, formula, logits.double(), target, grad.double(), ignore_index)
+    if family(formula) == "logistic":
+        assert torch.equal(state[:, 1], same[1][:, 1]), "number of positives"
     # A poisoned row has a NaN among its state; which one is the wing's own affair.
     state, same_state, true_state = (
         s.masked_fill(s.isnan().any(1, keepdim=True), float("nan")) for s in (state, same[1], truth[1])
