@@ -48,10 +48,10 @@ def force(monkeypatch):
         lanes = 16 // itemsize * device.threads_per_warp
         tiles = max(1, 2 ** math.ceil(math.log2(num_classes)) // lanes)
         if regime == "held":
-            return Plan(1, tiles, 1, held=True)
+            return Plan(1, tiles, 2, held=True)
         if regime == "walked" or multi_hot:
-            return Plan(1, 1, 1)
-        return Plan(1, 2, 1, width=int(regime.split()[2].rstrip(",")), parts=3 if "split" in regime else 1)
+            return Plan(1, 1, 2)
+        return Plan(1, 2, 4, width=int(regime.split()[2].rstrip(",")), parts=3 if "split" in regime else 1)
 
     return lambda regime: monkeypatch.setattr(hardest, "plan", lambda *of: plan(regime, *of))
 
