@@ -137,14 +137,22 @@ class Report:
         narrow."""
         reading = [loop for loop in self.loops if any(access.startswith("load") for access in loop.accesses)]
         narrow = [loop for loop in reading if "load 16" not in loop.accesses]
-        found = [
-            f"{where}: a loop with {', '.join(loop.accesses)} bytes"
-            for loop in narrow[self.kernel == "scatter_kernel" :]
-        ]
+        if "multi_hot" in self.loss:
+            narrow = []
+        elif self.kernel == "scatter_kernel":
+            narrow = narrow[1:]
+        found = [f"{where}: a loop with {', '.join(loop.accesses)} bytes" for loop in narrow]
+        # Block maxima come from several vectors at a time, lists from one.
+        writing = [loop for loop in reading if any(access.startswith("store") for access in loop.accesses)]
+        maxima = [loop for loop in writing if loop.accesses.get("load 16", 0) > 1]
+        if self.kernel == "maxima_kernel" and not maxima:
+            found.append(f"{where}: no loop over the row was found")
         if self.kernel in ("blocks_kernel", "maxima_kernel") and self.target == "sm_90" and self.dtype != "fp32":
-            first = min(loop.per_logit for loop in reading)
-            if first > READ_BUDGET:
-                found.append(f"{where}: block maxima take {first:.2f} instructions per logit, budget {READ_BUDGET}")
+            found += [
+                f"{where}: block maxima take {loop.per_logit:.2f} instructions per logit, budget {READ_BUDGET}"
+                for loop in maxima
+                if loop.per_logit > READ_BUDGET
+            ]
         return found
 
 
@@ -227,11 +235,32 @@ def _innermost(spans: list[tuple[int, int]], code: list[tuple[int, str]]) -> lis
 
 
 def _nvidia_loops(code: list[tuple[int, str]]) -> list[list[str]]:
-    spans = []
-    for address, text in code:
+    places = {address: place for place, (address, _) in enumerate(code)}
+    targets = {}  # of branches, by place
+    for place, (_, text) in enumerate(code):
         branch = re.search(r"\bBRA(?:\.\S+)?\s.*?0x([0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < address:
-            spans.append((int(branch[1], 16), address))
+        if branch:
+            targets[place] = places[int(branch[1], 16)]
+
+    def returns(first: int, last: int) -> bool:
+        """Whether the branch is reached from its own target: cold code behind the end branches back, too, only once."""
+        reached, ahead = set(), [first]
+        while ahead:
+            place = ahead.pop()
+            if place in reached or not first <= place <= last:
+                continue
+            if place == last:
+                return True
+            reached.add(place)
+            text = code[place][1]
+            if place in targets:
+                ahead.append(targets[place])
+            if not re.match(r"(BRA\S*\s+0x|EXIT|RET)", text):  # else under a condition, or no branch
+                ahead.append(place + 1)
+        return False
+
+    backward = [(first, last) for last, first in targets.items() if first < last]
+    spans = [(code[first][0], code[last][0]) for first, last in backward if returns(first, last)]
     return _innermost(spans, code)
 
 

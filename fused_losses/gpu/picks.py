@@ -96,7 +96,7 @@ def multi_hot_target(
     for tile in range(tl.cdiv(body, ROWS * LANES)):
         lanes = tile * (ROWS * LANES) + tile_lanes(ROWS, LANES)
         positive = multi_hot(target_body_ptr, lanes, lanes < body)
-        z = tl.load(body_ptr + lanes, mask=positive, other=_INF).to(tl.float32)  # softplus(-inf) = 0
+        z = tl.where(positive, load_tile(body_ptr, tile, body, ROWS, LANES), _INF)  # softplus(-inf) = 0
         pos += tl.sum(softplus(-z, FAST), axis=0)
         count += tl.sum(positive.to(tl.int32), axis=0)
     _, rim_position, rim_inside = open_rim(body_ptr, head, body, num_classes, VECTOR)
