@@ -361,10 +361,11 @@ def _select_from_blocks(
             number = tl.minimum(number, capacity)
         high = key_of(top, ELEMENT) + 1
     number = tl.minimum(number, capacity)
-    tl.store(logit_ptr + number + tl.arange(0, VECTOR), tl.full((VECTOR,), -_INF, ELEMENT))  # to the end of its vector
+    whole = tl.cdiv(number, VECTOR) * VECTOR
+    padding = number + tl.arange(0, VECTOR)
+    tl.store(logit_ptr + padding, tl.full((VECTOR,), -_INF, ELEMENT), mask=padding < whole)
     tl.debug_barrier()
 
-    whole = tl.cdiv(number, VECTOR) * VECTOR
     info = (class_ptr, number)
     low, high, count_low, count_high = search(
         count_walked, (logit_ptr, whole, no_rim, nowhere), low, high, number, wanted, wanted, nowhere, nowhere, ELEMENT,

@@ -66,7 +66,7 @@ def search(
     log_high = tl.full((), -1.0, tl.float32)  # as if half an element
     count_high = wanted * 0
     stalled = wanted * 0
-    while (count_low > enough) & (high != low + 1):  # the difference of two fp32 keys need not fit 32 bits
+    while (count_low > enough) & (low + 1 < high):  # the difference of two fp32 keys need not fit 32 bits
         share = (log_low - aim) / (log_low - log_high)
         share += tl.where(share < 0.5, 0.02, -0.02)  # into the longer part: both ends shall move
         below = float_of(low, ELEMENT)

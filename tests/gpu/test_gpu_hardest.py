@@ -256,6 +256,7 @@ def traffic(monkeypatch):
         first, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         return tuple(sum(int(((at >= first) & (at < first + size)).sum()) for at in found) for found in (reads, writes))
 
+    counted.everything = lambda: (sum(map(len, reads)), sum(map(len, writes)))
     return counted
 
 
@@ -281,6 +282,26 @@ def test_traffic(traffic, force, monkeypatch):
     )
     assert traffic(logits) == before
     assert traffic(dlogits) == (0, rows * (classes + k + 1))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_every_write_lies_in_the_row_s_own_memory(k, traffic, force, monkeypatch):
+    kept = []
+    honest = hardest._scratch
+    monkeypatch.setattr(hardest, "_scratch", lambda *of: kept.append(honest(*of)) or kept[0])
+    force("blocks of 8, split")
+    logits = torch.randint(3, (1, 165), generator=torch.Generator().manual_seed(6)).to(torch.float16)
+    outputs = hardest.logistic_forward(logits, torch.tensor([7]), "lr", [], k, IGNORED, True)
+    known = sum(traffic(tensor)[1] for tensor in (*outputs, *kept[0][:2]))
+    assert known == traffic.everything()[1]
+
+
+@each_regime
+def test_one_pick(regime, device, force):
+    force(regime)
+    rows = rows_of_every_kind(165, 1, torch.float16)
+    logits = torch.stack([rows[name] for name in ("2 values", "all equal", "normal", "masked", "both zeros")])
+    compare("crl", logits.to(device), targets_for(logits).to(device), 1, compact=True)
 
 
 @pytest.mark.slow
