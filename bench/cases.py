@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses as fl
+from fused_losses import ops
 
 Provider = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,6 +39,15 @@ GPU_SHAPES = (
     Shape(256, 1000000),
     Shape(8192, 32768),
 )
+HARDEST_SHAPES = (
+    Shape(256, 751),
+    Shape(4096, 1000),
+    Shape(256, 21841),
+    Shape(512, 100003),
+    Shape(256, 1000000),
+)
+INPUTS = ("normal", "trained head", "three values", "ascending")
+SHARES = (0.001, 0.01, 0.1)  # k / classes
 TINY_SHAPES = (Shape(2, 40), Shape(3, 131))  # to test the commands themselves
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -69,11 +79,19 @@ EPS = 1e-7  # of the authors
 LOSSES = ("cross_entropy", "crl_loss", "nllr_loss", "lr_loss", "ss_lr_loss")
 
 
-def make(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Normal logits (rows, classes) that need a gradient, and class indices (rows,)."""
+def make(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0, inputs: str = "normal") -> tuple[Tensor, Tensor]:
+    """Logits (rows, classes) that need a gradient, and class indices (rows,). Inputs other than normal are for
+    selection."""
     generator = torch.Generator(device).manual_seed(seed)
     logits = torch.randn((shape.rows, shape.classes), generator=generator, device=device, dtype=dtype)
     target = torch.randint(shape.classes, (shape.rows,), generator=generator, device=device)
+    if inputs == "trained head":  # 64 x cosine of 512 features: the target at 0.6, the others around 0
+        logits.mul_(64 / 512**0.5).scatter_(1, target[:, None], 64 * 0.6)
+    elif inputs == "three values":
+        logits.clamp_(-1, 1).round_()
+    elif inputs == "ascending":
+        for rows in logits.split(64):
+            rows.copy_(rows.sort(dim=1).values)
     return logits.requires_grad_(), target
 
 
@@ -144,6 +162,28 @@ def eager_hs_lr(k: int) -> Provider:
     return provider
 
 
+def topk_alone(k: int) -> Provider:
+    """No loss: what selection costs by itself."""
+
+    def provider(logits: Tensor, target: Tensor) -> Tensor:
+        return torch.topk(logits, k, dim=1, sorted=False).values.sum()
+
+    return provider
+
+
+def ours_in_form(k: int, compact: bool) -> Provider:
+    """Ours with the form of the picks forced, to find out where scattered stores cost more than reading again."""
+
+    def provider(logits: Tensor, target: Tensor) -> Tensor:
+        honest, ops.keeps_picks = ops.keeps_picks, lambda *_: compact
+        try:
+            return fl.hs_lr_loss(logits, target, k=k)
+        finally:
+            ops.keeps_picks = honest
+
+    return provider
+
+
 # --- providers --------------------------------------------------------------------------------------------------------
 
 _EAGER = {
@@ -165,6 +205,15 @@ def providers(loss: str, k: int | None = None) -> dict[str, Provider]:
         eager, authors = _EAGER[loss], {"authors": _AUTHORS[loss]} if loss in _AUTHORS else {}
         ours = {"ours": getattr(fl, loss)}
     return ours | {"eager": eager} | authors | {"compiled": torch.compile(eager, dynamic=False)}
+
+
+def hardest_providers(k: int, inputs: str) -> dict[str, Provider]:
+    """HS-LR over the k hardest: everyone on normal logits, on others those whose time may depend on them."""
+    everyone = providers("hs_lr_loss", k) | {"topk": topk_alone(k)}
+    if inputs != "normal":
+        return {name: everyone[name] for name in ("ours", "eager", "topk")}
+    forms = {"ours, compact": ours_in_form(k, True), "ours, threshold": ours_in_form(k, False)}
+    return everyone | forms
 
 
 def peers() -> dict[str, Provider]:

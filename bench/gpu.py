@@ -1,14 +1,16 @@
-"""The losses on one GPU: ``python -m bench.gpu --part check|family|peers --out DIR``.
+"""The losses on one GPU: ``python -m bench.gpu --part check|family|hardest|peers --out DIR``.
 
 check runs the GPU wing's tests on the device, with compute-sanitizer over a few of them, and a matrix of more than 2^31
-logits. family times every loss of the family over all negatives; peers times cross-entropy beside other projects.
+logits. family times every loss of the family over all negatives; hardest times
+HS-LR over the k hardest, on logits of several kinds; peers times cross-entropy beside other projects.
 Forward, backward and both: median, 20th and 80th percentile, with the caches flushed before every run and not; GB/s by
-the bytes that must move (forward 1 U, backward 2 U) and the share of a device copy's speed, measured in the same run;
-peak memory beyond the logits; kernels per step. Results are written after every row to DIR/PART.json, and a further
-call goes on where the last one stopped: repeat the command until it exits with 0.
+the bytes that must move (forward 1 U, backward 2 U, or 1 U where the picks were kept) and the share of a device copy's
+speed, measured in the same run; peak memory beyond the logits; kernels per step. Results are written after every row to
+DIR/PART.json, and a further call goes on where the last one stopped: repeat the command until it exits with 0.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -22,8 +24,10 @@ import torch
 import triton
 
 from bench import cases
+from fused_losses import ops
 
 PASSES = {"forward": 1, "backward": 2, "full": 3}  # U, in the byte model
+KEPT_PASSES = {"forward": 1, "backward": 1, "full": 2}  # of the k hardest, whose gradient needs no logits
 
 
 class Clock:
@@ -78,8 +82,11 @@ def kernels_per_step(step: Callable, device: str) -> int | None:
     return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def measure(clock: Clock, provider: cases.Provider, shape: cases.Shape, dtype: torch.dtype, copy: float) -> dict:
-    logits, target = cases.make(shape, dtype, clock.device)
+def measure(
+    clock: Clock, provider: cases.Provider, shape: cases.Shape, dtype: torch.dtype, copy: float, inputs: str = "normal",
+    passes: dict[str, int] = PASSES,
+) -> dict:  # fmt: skip
+    logits, target = cases.make(shape, dtype, clock.device, inputs=inputs)
     kept = {}
 
     def forward():
@@ -117,7 +124,7 @@ def measure(clock: Clock, provider: cases.Provider, shape: cases.Shape, dtype: t
     ):
         for heat in ("cold", "hot"):
             times = clock.times(function, prepare, cold=heat == "cold")
-            speed = PASSES[name] * shape.nbytes(dtype) / times["median"] / 1e6
+            speed = passes[name] * shape.nbytes(dtype) / times["median"] / 1e6
             row[f"{name} {heat}"] = times | {"GB/s": speed, "of_copy": speed / copy}
     return row
 
@@ -132,14 +139,28 @@ def family(shapes):
             for loss in cases.LOSSES:
                 for name, provider in cases.providers(loss).items():
                     if (name == "compiled") == last:
-                        yield shape, loss, name, provider
+                        yield shape, loss, name, provider, "normal", PASSES
 
 
 def peers(shapes):
     everyone = cases.providers("cross_entropy") | cases.peers()
     for shape in shapes:
         for name, provider in everyone.items():
-            yield shape, "cross_entropy", name, provider
+            yield shape, "cross_entropy", name, provider, "normal", PASSES
+
+
+def hardest(shapes):
+    if shapes is cases.GPU_SHAPES:
+        shapes = cases.HARDEST_SHAPES
+    for last in (False, True):
+        for shape, share, inputs in itertools.product(shapes, cases.SHARES, cases.INPUTS):
+            k = max(1, int(share * shape.classes))
+            kept = ops.keeps_picks(shape.classes, k, False)
+            for name, provider in cases.hardest_providers(k, inputs).items():
+                compact = kept if name == "ours" else "threshold" not in name
+                passes = KEPT_PASSES if compact else PASSES
+                if (name == "compiled") == last:
+                    yield shape, f"hs_lr_loss, k {k}, {inputs}", name, provider, inputs, passes
 
 
 class Results:
@@ -174,9 +195,8 @@ def time_part(part: str, out: Path, device: str, tiny: bool, seconds: float) -> 
     results = Results(out / f"{part}.json", header(device))
     clock = Clock(device, milliseconds=1 if tiny else 200)
     results.found["copy GB/s"] = copy = copy_speed(clock)
-    for shape, loss, name, provider in {"family": family, "peers": peers}[part](
-        cases.TINY_SHAPES if tiny else cases.GPU_SHAPES
-    ):
+    rows = {"family": family, "hardest": hardest, "peers": peers}[part]
+    for shape, loss, name, provider, inputs, passes in rows(cases.TINY_SHAPES if tiny else cases.GPU_SHAPES):
         for dtype_name, dtype in cases.DTYPES.items():
             key = f"{loss} | {shape} | {dtype_name} | {name}"
             if key in results:
@@ -185,7 +205,7 @@ def time_part(part: str, out: Path, device: str, tiny: bool, seconds: float) -> 
                 print("not finished: run the same command again", flush=True)
                 return 3
             try:
-                row = measure(clock, provider, shape, dtype, copy)
+                row = measure(clock, provider, shape, dtype, copy, inputs, passes)
                 full = row["full cold"]
                 print(f"{key:60} {full['median']:9.3f} ms {100 * full['of_copy']:5.1f} % of a copy", flush=True)
             except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -240,7 +260,7 @@ def check(out: Path, device: str, tiny: bool, seconds: float) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("check", "family", "peers"), required=True)
+    parser.add_argument("--part", choices=("check", "family", "hardest", "peers"), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU where there is no GPU")
     parser.add_argument("--seconds", type=float, default=480, help="begin no row after this time (default: 480)")

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_losses.gpu import launch
+from fused_losses.gpu import doors, launch
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), launch.Device("generic", 108, 32, nvidia=True)),
@@ -42,8 +42,15 @@ LOSSES = {
     "ss_lr": ("logistic", [2.0]),
     "ss_lr, gamma 1.5": ("logistic", [1.5]),
 }
+# Rows, classes, k, compact: registers; the row read again; blocks of 8, 16 and 32; a row split over programs.
+HARDEST = (
+    (4096, 751, 75, False), (4096, 2048, 20, True), (256, 21841, 2184, False), (256, 21841, 218, True),
+    (512, 100003, 1000, True), (512, 100003, 100, False), (8, 1000003, 1000, True),
+)  # fmt: skip
+READ_BUDGET = 4.5  # of block maxima, 16-bit logits
 _TRITON_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8",
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8",
 }  # fmt: skip
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -56,6 +63,7 @@ class Launched:
     warps: int
     arguments: tuple
     constexprs: dict
+    options: dict  # of the compiler
 
     def source(self) -> ASTSource:
         """What Triton's JIT would compile for these arguments."""
@@ -73,7 +81,7 @@ class Launched:
         return ASTSource(self.kernel, {name: signature[name] for name in names}, self.constexprs, attributes)
 
     def key(self) -> str:
-        return f"{self.warps} {self.source().hash()}"
+        return f"{self.warps} {self.options} {self.source().hash()}"
 
 
 @dataclass
@@ -97,6 +105,7 @@ class Report:
     shared: int
     loops: list[Loop] = field(default_factory=list)
     narrow_rows: bool = False  # a row base in 32 bits
+    hardest: bool = False
 
     def failures(self) -> list[str]:
         where = f"{self.kernel} [{self.loss}] {self.dtype} {self.target}"
@@ -108,6 +117,11 @@ class Report:
         for loop in self.loops:
             if loop.spills:
                 found.append(f"{where}: {loop.spills} LDL/STL inside a loop")
+        return found + (self._failures_of_lists(where) if self.hardest else self._failures_of_walks(where))
+
+    def _failures_of_walks(self, where: str) -> list[str]:
+        found = []
+        for loop in self.loops:
             narrow = [access for access in loop.accesses if not access.endswith(" 16")]
             if "multi_hot" in self.loss:  # multi-hot targets have narrower elements than the logits
                 narrow = [access for access in narrow if access.startswith("store")]
@@ -118,30 +132,59 @@ class Report:
                 found.append(f"{where}: {loop.per_logit:.2f} loop instructions per logit, budget {budget}")
         return found
 
+    def _failures_of_lists(self, where: str) -> list[str]:
+        """A pick's own place in the gradient and in the list of picks is anywhere: only those accesses may be
+        narrow."""
+        reading = [loop for loop in self.loops if any(access.startswith("load") for access in loop.accesses)]
+        narrow = [loop for loop in reading if "load 16" not in loop.accesses]
+        if "multi_hot" in self.loss:
+            narrow = []
+        elif self.kernel == "scatter_kernel":
+            narrow = narrow[1:]
+        found = [f"{where}: a loop with {', '.join(loop.accesses)} bytes" for loop in narrow]
+        # Block maxima come from several vectors at a time, lists from one.
+        writing = [loop for loop in reading if any(access.startswith("store") for access in loop.accesses)]
+        maxima = [loop for loop in writing if loop.accesses.get("load 16", 0) > 1]
+        if self.kernel == "maxima_kernel" and not maxima:
+            found.append(f"{where}: no loop over the row was found")
+        if self.kernel in ("blocks_kernel", "maxima_kernel") and self.target == "sm_90" and self.dtype != "fp32":
+            found += [
+                f"{where}: block maxima take {loop.per_logit:.2f} instructions per logit, budget {READ_BUDGET}"
+                for loop in maxima
+                if loop.per_logit > READ_BUDGET
+            ]
+        return found
+
 
 # --- what the launcher asks for ---------------------------------------------------------------------------------------
 
 
-def record(device: launch.Device, num_rows: int, num_classes: int, dtype: torch.dtype, loss: str, target: str):
+def record(
+    device: launch.Device, num_rows: int, num_classes: int, dtype: torch.dtype, loss: str, target: str, k: int = 0,
+    compact: bool = False,
+):  # fmt: skip
     """The launches of one step, forward and backward, without a GPU and without running them."""
     family, params = LOSSES[loss]
     launches: list[Launched] = []
 
-    def recorder(kernel, grid, warps, *arguments, **constexprs):
-        launches.append(Launched(kernel, warps, arguments, constexprs))
+    def recorder(kernel, grid, warps, *arguments, **named):
+        constexprs = {name: value for name, value in named.items() if name in kernel.arg_names}
+        options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+        launches.append(Launched(kernel, warps, arguments, constexprs, options))
 
     logits = torch.empty((num_rows, num_classes), dtype=dtype)
     if target == "index":
         y = torch.zeros(num_rows, dtype=torch.int64)
     else:
         y = torch.zeros((num_rows, num_classes), dtype=torch.bool)
-    forward, backward = getattr(launch, f"{family}_forward"), getattr(launch, f"{family}_backward")
-    arguments = loss.split(",")[0], params, 0, -100
+    forward, backward = getattr(doors, f"{family}_forward"), getattr(doors, f"{family}_backward")
+    arguments = loss.split(",")[0], params, k, -100
     honest = launch.profile, launch.launch
     launch.profile, launch.launch = lambda _: device, recorder
     try:
-        values, state, *picks = forward(logits, y, *arguments, False)
-        backward(torch.empty_like(values), logits, y, state, *picks, *arguments, num_classes, False)
+        values, state, *picks = forward(logits, y, *arguments, compact)
+        given = None if compact and target == "index" else logits
+        backward(torch.empty_like(values), given, y, state, *picks, *arguments, num_classes, compact)
     finally:
         launch.profile, launch.launch = honest
     return launches
@@ -153,11 +196,13 @@ def kernels(target: str, dtypes: list[str], losses: list[str]):
     for dtype, loss in itertools.product(dtypes, losses):
         found: dict[str, tuple[Launched, list[int]]] = {}
         shapes = [(4096, 1000), (4096, 751), (4096, 32768), (4096, 21841), (8, 262144), (8, 262143)]
-        for (rows, classes), kind in itertools.product(shapes, ("index", "multi_hot")):
+        steps = [(*shape, 0, False) for shape in shapes] + list(HARDEST)
+        for (rows, classes, k, compact), kind in itertools.product(steps, ("index", "multi_hot")):
             if kind == "multi_hot" and LOSSES[loss][0] == "softmax":
                 continue
-            for launched in record(device, rows, classes, DTYPES[dtype], loss, kind):
+            for launched in record(device, rows, classes, DTYPES[dtype], loss, kind, k, compact):
                 name = loss if kind == "index" else f"{loss}, multi_hot"
+                name += ", hardest" if k else ""
                 _, counts, _ = found.setdefault(launched.key(), (launched, [], name))
                 if classes not in counts:
                     counts.append(classes)
@@ -182,13 +227,41 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
     return usage, code
 
 
+def _innermost(spans: list[tuple[int, int]], code: list[tuple[int, str]]) -> list[list[str]]:
+    """Instructions of the loops, (first address, last), that hold no other."""
+    holds = lambda outer, inner: outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]  # noqa: E731
+    spans = [span for span in spans if not any(holds(span, other) for other in spans)]
+    return [[text for at, text in code if first <= at <= last] for first, last in spans]
+
+
 def _nvidia_loops(code: list[tuple[int, str]]) -> list[list[str]]:
-    loops = []
-    for address, text in code:
+    places = {address: place for place, (address, _) in enumerate(code)}
+    targets = {}  # of branches, by place
+    for place, (_, text) in enumerate(code):
         branch = re.search(r"\bBRA(?:\.\S+)?\s.*?0x([0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < address:
-            loops.append([inner for at, inner in code if int(branch[1], 16) <= at <= address])
-    return loops
+        if branch:
+            targets[place] = places[int(branch[1], 16)]
+
+    def returns(first: int, last: int) -> bool:
+        """Whether the branch is reached from its own target: cold code behind the end branches back, too, only once."""
+        reached, ahead = set(), [first]
+        while ahead:
+            place = ahead.pop()
+            if place in reached or not first <= place <= last:
+                continue
+            if place == last:
+                return True
+            reached.add(place)
+            text = code[place][1]
+            if place in targets:
+                ahead.append(targets[place])
+            if not re.match(r"(BRA\S*\s+0x|EXIT|RET)", text):  # else under a condition, or no branch
+                ahead.append(place + 1)
+        return False
+
+    backward = [(first, last) for last, first in targets.items() if first < last]
+    spans = [(code[first][0], code[last][0]) for first, last in backward if returns(first, last)]
+    return _innermost(spans, code)
 
 
 def _nvidia_access(text: str) -> str | None:
@@ -222,12 +295,12 @@ def _amd_code(text: str) -> tuple[dict[str, int], list[tuple[int, str]], dict[st
 
 
 def _amd_loops(code: list[tuple[int, str]], labels: dict[str, int]) -> list[list[str]]:
-    loops = []
+    spans = []
     for address, text in code:
         branch = re.match(r"s_c?branch\w*\s+(\.?LBB\d+_\d+)", text)
         if branch and labels[branch[1]] <= address:
-            loops.append([inner for at, inner in code if labels[branch[1]] <= at <= address])
-    return loops
+            spans.append((labels[branch[1]], address))
+    return _innermost(spans, code)
 
 
 def _amd_access(text: str) -> str | None:
@@ -248,7 +321,7 @@ def _narrow_rows(ttir: str, launched: Launched) -> bool:
 
 def compile_report(launched: Launched, loss: str, dtype: str, target: str, classes: list[int]) -> Report:
     gpu, _ = TARGETS[target]
-    options = {"num_warps": launched.warps, "enable_fp_fusion": True}
+    options = {"num_warps": launched.warps, "enable_fp_fusion": True, **launched.options}
     compiled = triton.compile(launched.source(), target=gpu, options=options)
     if gpu.backend == "cuda":
         usage, code = _disassemble(compiled.asm["cubin"])
@@ -262,13 +335,16 @@ def compile_report(launched: Launched, loss: str, dtype: str, target: str, class
         spills = usage["vgpr_spill_count"]
     report = Report(
         launched.kernel.__name__, loss, dtype, target, sorted(classes), launched.warps, registers, spills, shared,
-        narrow_rows=_narrow_rows(compiled.asm["ttir"], launched),
+        narrow_rows=_narrow_rows(compiled.asm["ttir"], launched), hardest=loss.endswith("hardest"),
     )  # fmt: skip
     for loop in loops if "ROWS" in launched.constexprs else ():  # the merge of parts walks no row
         accesses = Counter(filter(None, map(access, loop)))
         if not accesses:  # not over logits
             continue
         logits = launched.constexprs["ROWS"] * launched.constexprs["LANES"] / (launched.warps * gpu.warp_size)
+        if report.hardest:  # tiles of several sizes, unrolled or not: what the loop's vectors hold
+            vectors = accesses["load 16"] or accesses["store 16"] or 1
+            logits = vectors * 16 / DTYPES[dtype].itemsize
         inner_spills = sum(bool(re.search(r"\b(LDL|STL)\b|\bscratch_", text)) for text in loop)
         report.loops.append(Loop(len(loop), len(loop) / logits, inner_spills, dict(accesses)))
     return report

@@ -56,7 +56,7 @@ def _backward_shapes(
     grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
 ):
     shape = (pick_logit.shape[0], num_classes)
-    if logits is None or _triton_wing(logits.device, logits.dtype, num_classes, k) is None:
+    if logits is None or _triton_wing(logits.device, logits.dtype, num_classes) is None:
         return pick_logit.new_empty(shape)
     row_stride = gradient_row_stride(num_classes, logits.stride(), logits.element_size())
     return torch.empty_strided(shape, (row_stride, 1), dtype=logits.dtype, device=logits.device)
@@ -98,20 +98,20 @@ def keeps_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
 def _import_triton_wing() -> tuple[ModuleType | None, str]:
     """The Triton kernels, and why there are none: imported when the first CUDA tensor arrives."""
     try:
-        from .gpu import launch
+        from .gpu import doors
     except ImportError as error:
         return None, f"Triton is not usable ({error})"
-    return launch, ""
+    return doors, ""
 
 
 @functools.cache
-def _triton_wing(device: torch.device, dtype: torch.dtype, num_classes: int, k: int) -> ModuleType | None:
+def _triton_wing(device: torch.device, dtype: torch.dtype, num_classes: int) -> ModuleType | None:
     """The one decision between Triton and the reference; a reason for the reference is given once."""
     if device.type != "cuda":
         return None
     wing, why = _import_triton_wing()
     if wing is not None:
-        why = wing.unserved(device, dtype, num_classes, k)
+        why = wing.unserved(device, dtype, num_classes)
     if why:
         _say_once(f"fused_losses: plain PyTorch serves {device.type} instead of the Triton kernels: {why}")
         return None
@@ -125,7 +125,7 @@ def _say_once(message: str) -> None:
 
 def _forward_on_cuda(name: str):
     def door(logits, target, loss, params, k, ignore_index, compact):
-        wing = _triton_wing(logits.device, logits.dtype, logits.shape[1], k) or reference
+        wing = _triton_wing(logits.device, logits.dtype, logits.shape[1]) or reference
         return getattr(wing, name)(logits, target, loss, params, k, ignore_index, compact)
 
     return door
@@ -133,7 +133,7 @@ def _forward_on_cuda(name: str):
 
 def _backward_on_cuda(name: str):
     def door(grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact):
-        wing = _triton_wing(pick_logit.device, pick_logit.dtype, num_classes, k) or reference
+        wing = _triton_wing(pick_logit.device, pick_logit.dtype, num_classes) or reference
         return getattr(wing, name)(
             grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
         )
@@ -179,7 +179,7 @@ def _cuda_server() -> str:
         return "no device here"
     wing, why = _import_triton_wing()
     if wing is not None:
-        why = wing.unserved(torch.device("cuda", torch.cuda.current_device()), torch.float32, 1000, 0)
+        why = wing.unserved(torch.device("cuda", torch.cuda.current_device()), torch.float32, 1000)
     return f"reference (plain PyTorch): {why}" if why else "Triton kernels"
 
 

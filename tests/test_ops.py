@@ -150,7 +150,7 @@ class Wing:
     def __init__(self, reason):
         self.reason = reason
 
-    def unserved(self, device, dtype, num_classes, k):
+    def unserved(self, device, dtype, num_classes):
         return self.reason
 
 
@@ -167,8 +167,8 @@ def fresh_decisions():
 def test_triton_serves_cuda_where_it_can(monkeypatch, recwarn):
     wing = Wing(None)
     monkeypatch.setattr(ops, "_import_triton_wing", lambda: (wing, ""))
-    assert ops._triton_wing(torch.device("cuda:0"), torch.bfloat16, 1000, 0) is wing
-    assert ops._triton_wing(torch.device("cpu"), torch.bfloat16, 1000, 0) is None
+    assert ops._triton_wing(torch.device("cuda:0"), torch.bfloat16, 1000) is wing
+    assert ops._triton_wing(torch.device("cpu"), torch.bfloat16, 1000) is None
     assert not recwarn.list
 
 
@@ -181,7 +181,7 @@ def test_the_reference_serves_cuda_otherwise_and_says_so_once(monkeypatch, impor
     monkeypatch.setattr(ops, "_import_triton_wing", lambda: imported)
     with pytest.warns(UserWarning, match=reason) as said:
         for num_classes in (10, 20, 30):
-            assert ops._triton_wing(torch.device("cuda:0"), torch.float64, num_classes, 0) is None
+            assert ops._triton_wing(torch.device("cuda:0"), torch.float64, num_classes) is None
     assert len(said) == 1
 
 

@@ -24,7 +24,7 @@ _MOST_PARTS = 64
 # --- who is served ----------------------------------------------------------------------------------------------------
 
 
-def unserved(device: torch.device, dtype: torch.dtype, num_classes: int, k: int) -> str | None:
+def unserved(device: torch.device, dtype: torch.dtype, num_classes: int) -> str | None:
     """Why the kernels do not serve such logits, or None if they do."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _OLDEST_TRITON:
@@ -35,8 +35,6 @@ def unserved(device: torch.device, dtype: torch.dtype, num_classes: int, k: int)
         return f"more than {_MOST_CLASSES} classes"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    if k > 0:
-        return "no kernels for the k hardest negatives"
     return None
 
 
@@ -132,7 +130,7 @@ def _copied(x: Tensor, phase: int, stride: int) -> Matrix:
     return matrix
 
 
-def _empty_gradient(logits: Tensor, z: Matrix) -> tuple[Tensor, Matrix]:
+def empty_gradient(logits: Tensor, z: Matrix) -> tuple[Tensor, Matrix]:
     """dlogits, its rows beginning at the same remainders by 16 bytes as the rows of z."""
     stride = gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size())
     return _empty(logits.shape, z.phase, stride, logits)
@@ -217,7 +215,7 @@ def softmax_backward(
     """dlogits (rows, classes) from grad (rows,)."""
     _, slope, a, b = formulas(loss, params)
     z = as_matrix(logits)
-    dlogits, dz = _empty_gradient(logits, z)
+    dlogits, dz = empty_gradient(logits, z)
     if logits.shape[0] == 0:
         return dlogits
     walk = plan(logits)
@@ -283,7 +281,7 @@ def logistic_backward(
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
     _, slope, a, b = formulas(loss, params)
     z = as_matrix(logits)
-    dlogits, dz = _empty_gradient(logits, z)
+    dlogits, dz = empty_gradient(logits, z)
     if logits.shape[0] == 0:
         return dlogits
     walk = plan(logits)

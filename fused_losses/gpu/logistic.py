@@ -56,14 +56,14 @@ def index_row(
 
 
 @triton.jit
-def _open_target(target_ptr, target_phase, row, target_stride, VECTOR: tl.constexpr):
+def open_target(target_ptr, target_phase, row, target_stride, VECTOR: tl.constexpr):
     """-> (address of class 0, address of the first class of the logits' body)"""
     start = target_phase + row * target_stride
     return target_ptr + start, target_ptr + (start + (VECTOR - 1)) // VECTOR * VECTOR
 
 
 @triton.jit
-def _multi_hot(target_ptr, lanes, inside):
+def multi_hot(target_ptr, lanes, inside):
     """Which of these classes are positives."""
     target = tl.load(target_ptr + lanes, mask=inside, other=0)
     if target.dtype.is_floating():
@@ -83,7 +83,7 @@ def multi_hot_row(
     TILE: tl.constexpr = ROWS * LANES
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
-    target_row_ptr, target_body_ptr = _open_target(target_ptr, target_phase, row, target_stride, VECTOR)
+    target_row_ptr, target_body_ptr = open_target(target_ptr, target_phase, row, target_stride, VECTOR)
     lanes = tile_lanes(ROWS, LANES)
     first, behind = part_of(body, TILE)
 
@@ -92,14 +92,14 @@ def multi_hot_row(
     count = tl.zeros((LANES,), tl.float32)
     for tile in range(first, behind):
         z = load_tile(body_ptr, tile, body, ROWS, LANES)
-        positive = _multi_hot(target_body_ptr + tile * TILE, lanes, lanes < body - tile * TILE)
+        positive = multi_hot(target_body_ptr + tile * TILE, lanes, lanes < body - tile * TILE)
         pos += tl.sum(tl.where(positive, softplus(-z, FAST), 0.0), axis=0)
         neg += tl.sum(tl.where(positive, 0.0, VALUE(z, a, b, FAST)), axis=0)
         count += tl.sum(positive.to(tl.float32), axis=0)
 
     rim, inside = rim_classes(head, body, num_classes, VECTOR)
     z = tl.load(row_ptr + rim, mask=inside, other=float("-inf")).to(tl.float32)
-    positive = _multi_hot(target_row_ptr, rim, inside)
+    positive = multi_hot(target_row_ptr, rim, inside)
     return (
         tl.sum(pos, axis=0) + tl.sum(tl.where(positive, softplus(-z, FAST), 0.0), axis=0),
         tl.sum(neg, axis=0) + tl.sum(tl.where(positive, 0.0, VALUE(z, a, b, FAST)), axis=0),
@@ -109,7 +109,7 @@ def multi_hot_row(
 
 
 @triton.jit
-def _finish(sums_ptr, state_ptr, row, pos, neg, z_y, count):
+def finish_row(sums_ptr, state_ptr, row, pos, neg, z_y, count):
     """A NaN among the logits of a row turns both sums and the state to NaN."""
     poison = tl.where(pos + neg == pos + neg, 0.0, float("nan"))
     tl.store(sums_ptr + row * 2, pos + poison)
@@ -132,7 +132,7 @@ def logistic_forward_kernel(
         logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index, a, b,
         VALUE, FAST, ROWS, LANES,
     )  # fmt: skip
-    _finish(sums_ptr, state_ptr, row, pos, neg, z_y, count)
+    finish_row(sums_ptr, state_ptr, row, pos, neg, z_y, count)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -167,7 +167,7 @@ def logistic_merge_kernel(
     part = tl.arange(0, PARTS)
     slot = (row * parts + part) * 4
     inside = part < parts
-    _finish(
+    finish_row(
         sums_ptr, state_ptr, row,
         tl.sum(tl.load(partial_ptr + slot, mask=inside, other=0.0), axis=0),
         tl.sum(tl.load(partial_ptr + slot + 1, mask=inside, other=0.0), axis=0),
@@ -218,17 +218,17 @@ def multi_hot_backward_kernel(
 
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
     drow_ptr, dbody_ptr, _, _ = open_row(dlogits_ptr, phase, row, dlogits_stride, num_classes)
-    target_row_ptr, target_body_ptr = _open_target(target_ptr, target_phase, row, target_stride, VECTOR)
+    target_row_ptr, target_body_ptr = open_target(target_ptr, target_phase, row, target_stride, VECTOR)
     lanes = tile_lanes(ROWS, LANES)
     first, behind = part_of(body, TILE)
     for tile in range(first, behind):
         z = load_tile(body_ptr, tile, body, ROWS, LANES)
-        positive = _multi_hot(target_body_ptr + tile * TILE, lanes, lanes < body - tile * TILE)
+        positive = multi_hot(target_body_ptr + tile * TILE, lanes, lanes < body - tile * TILE)
         values = tl.where(positive, -grad_pos * sigmoid(-z, FAST), grad_neg * SLOPE(z, a, b, FAST))
         store_tile(dbody_ptr, tile, body, values, ROWS, LANES)
 
     rim, inside = rim_classes(head, body, num_classes, VECTOR)
     z = tl.load(row_ptr + rim, mask=inside, other=0.0).to(tl.float32)
-    positive = _multi_hot(target_row_ptr, rim, inside)
+    positive = multi_hot(target_row_ptr, rim, inside)
     values = tl.where(positive, -grad_pos * sigmoid(-z, FAST), grad_neg * SLOPE(z, a, b, FAST))
     tl.store(drow_ptr + rim, values.to(dlogits_ptr.dtype.element_ty), mask=inside)

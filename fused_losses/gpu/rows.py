@@ -40,15 +40,16 @@ def read_index(target_ptr, row, target_stride, num_classes, ignore_index):
 
 @triton.jit
 def open_row(ptr, phase, row, row_stride, num_classes):
-    """-> (address of class 0, address of the body, classes before the body, classes in the body)
+    """-> (address of class 0, address of the body, distance between the two, classes in the body)
 
-    ptr is 16-byte aligned; class c of a row stands phase + row * row_stride + c elements behind it.
+    A row that ends before the next boundary has an empty body, behind its end. ptr is 16-byte aligned; class c of a row
+    stands phase + row * row_stride + c elements behind it.
     """
     VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     start = phase + row * row_stride
     aligned = (start + (VECTOR - 1)) // VECTOR * VECTOR
-    head = tl.minimum((aligned - start).to(tl.int32), num_classes)
-    body = (num_classes - head) // VECTOR * VECTOR
+    head = (aligned - start).to(tl.int32)
+    body = tl.maximum(num_classes - head, 0) // VECTOR * VECTOR
     return ptr + start, ptr + aligned, head, body
 
 
@@ -58,7 +59,8 @@ def rim_classes(head, body, num_classes, VECTOR: tl.constexpr):
     mine = tl.program_id(1) == 0
     lane = tl.arange(0, 2 * VECTOR)
     behind = head + body + lane - VECTOR
-    inside = (lane < tl.where(mine, head, 0)) | ((lane >= VECTOR) & (behind < tl.where(mine, num_classes, 0)))
+    length = tl.where(mine, num_classes, 0)
+    inside = (lane < tl.minimum(head, length)) | ((lane >= VECTOR) & (behind < length))
     return tl.where(lane < VECTOR, lane, behind), inside
 
 

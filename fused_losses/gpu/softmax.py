@@ -48,9 +48,17 @@ def _finish(
     value_ptr, state_ptr, logits_ptr, phase, row, row_stride, target, live, dead, top, total, a, b, VALUE: tl.constexpr,
 ):  # fmt: skip
     """Value and state of a row from the statistics of its negatives."""
-    nan = float("nan")
     z_y_ptr = logits_ptr + (phase + row * row_stride + target)
     z_y = tl.load(z_y_ptr, mask=target >= 0, other=float("-inf")).to(tl.float32)
+    finish_row(value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE)
+
+
+@triton.jit
+def finish_row(
+    value_ptr, state_ptr, row, z_y, live, dead, top, total, a, b, VALUE: tl.constexpr
+):  # fmt: skip
+    """Value and state of a row from its target's logit, and maximum and sum of exp(z - maximum) of its negatives."""
+    nan = float("nan")
     z_y = tl.where(z_y == float("inf"), nan, z_y)
     empty = total == 0.0  # no negative above -inf
     top = tl.where(empty, 0.0, top)

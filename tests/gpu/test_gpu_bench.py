@@ -8,7 +8,7 @@ from gpu_doors import INTERPRETED
 
 from bench import cases, gpu
 from fused_losses import ops
-from fused_losses.gpu import launch
+from fused_losses.gpu import doors
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def tiny(monkeypatch):
     """CPU tensors reach the GPU doors; nothing is compiled by torch."""
     if INTERPRETED:
         for door in ("softmax_forward", "softmax_backward", "logistic_forward", "logistic_backward"):
-            monkeypatch.setattr(ops, door, getattr(launch, door))
+            monkeypatch.setattr(ops, door, getattr(doors, door))
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(cases, "TINY_SHAPES", cases.TINY_SHAPES[:1])
 
@@ -36,11 +36,10 @@ def test_providers_compute_the_same_loss(loss, device):
 
 def test_hard_selection_providers(device):
     found = []
-    for name, provider in cases.providers("hs_lr_loss", k=5).items():
-        if name != "ours":  # the GPU doors have no selection
-            logits, target = cases.make(cases.TINY_SHAPES[0], torch.float32, device.type)
-            provider(logits, target).backward()
-            found.append(logits.grad)
+    for provider in cases.providers("hs_lr_loss", k=5).values():
+        logits, target = cases.make(cases.TINY_SHAPES[0], torch.float32, device.type)
+        provider(logits, target).backward()
+        found.append(logits.grad)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
@@ -64,6 +63,26 @@ def test_family_writes_after_every_row_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "measure", lambda *_: measured.append(1))
     assert gpu.main(arguments) == 0 and not measured
     assert json.loads(done)["rows"] == json.loads(path.read_text())["rows"]
+
+
+def test_hardest(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "DTYPES", {"fp32": torch.float32})
+    monkeypatch.setattr(cases, "SHARES", (0.1,))
+    monkeypatch.setattr(cases, "INPUTS", ("trained head",))
+    assert gpu.main(["--part", "hardest", "--tiny", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "hardest.json").read_text())["rows"]
+    assert all("error" not in row for row in rows.values()), rows
+    assert {key.split(" | ")[3] for key in rows} == {"ours", "eager", "topk"}
+
+
+@pytest.mark.parametrize("inputs", cases.INPUTS)
+def test_hardest_providers_compute_the_same_loss(inputs, device):
+    found = {}
+    for name, provider in cases.hardest_providers(4, inputs).items():
+        if name not in ("authors", "topk"):  # another formula beyond |z| = 4; no loss
+            logits, target = cases.make(cases.TINY_SHAPES[0], torch.float32, device.type, inputs=inputs)
+            found[name] = provider(logits, target).item()
+    assert len(found) >= 2 and max(found.values()) - min(found.values()) < 1e-5 * max(found.values()), found
 
 
 def test_peers(tmp_path, monkeypatch):

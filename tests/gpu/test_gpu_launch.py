@@ -63,14 +63,13 @@ def test_who_is_served(dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
     device = torch.device("cuda", 0)
-    assert launch.unserved(device, dtype, 21841, 0) is None
-    assert "float64" in launch.unserved(device, torch.float64, 21841, 0)
-    assert "hardest" in launch.unserved(device, dtype, 21841, 5)
-    assert "classes" in launch.unserved(device, dtype, 2**31 - 1, 0)
+    assert launch.unserved(device, dtype, 21841) is None
+    assert "float64" in launch.unserved(device, torch.float64, 21841)
+    assert "classes" in launch.unserved(device, dtype, 2**31 - 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "8.0" in launch.unserved(device, dtype, 21841, 0)
+    assert "8.0" in launch.unserved(device, dtype, 21841)
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert "3.5.1 is older than 3.6" in launch.unserved(device, dtype, 21841, 0)
+    assert "3.5.1 is older than 3.6" in launch.unserved(device, dtype, 21841)
 
 
 def test_the_default_exponent_has_its_own_formula():
