@@ -44,16 +44,17 @@ struct NLLR {
 // -log p + beta log(alpha + 1 - p), p the probability of the target
 template <class T>
 struct CRL {
-  T alpha, beta;
-  explicit CRL(const double* params) : alpha(static_cast<T>(params[0])), beta(static_cast<T>(params[1])) {}
+  T alpha, log_alpha, beta;
+  explicit CRL(const double* params)
+      : alpha(static_cast<T>(params[0])), log_alpha(std::log(alpha)), beta(static_cast<T>(params[1])) {}
 
   T value(T d) const {
     const T cross_entropy = softplus(-d);
-    return beta == 0 ? cross_entropy : cross_entropy + beta * logaddexp(std::log(alpha), -softplus(d));
+    return beta == 0 ? cross_entropy : cross_entropy + beta * logaddexp(log_alpha, -softplus(d));
   }
 
   T slope(T d) const {
-    const T competing = alpha == 0 ? T(1) : sigmoid(-(std::log(alpha) + softplus(d)));
+    const T competing = alpha == 0 ? T(1) : sigmoid(-(log_alpha + softplus(d)));
     return -(sigmoid(-d) + beta * sigmoid(d) * competing);
   }
 };

@@ -43,6 +43,7 @@ class SoftmaxForward {
 
   static Partial merge(Partial a, Partial b) {
     if (a.max < b.max) return merge(b, a);
+    if (b.sum == 0) return a;
     const T shift = b.max == a.max ? T(0) : b.max - a.max;
     a.sum += shift == 0 ? b.sum : b.sum * std::exp(static_cast<double>(shift));
     return a;

@@ -183,19 +183,21 @@ class BackwardWalk {
       TargetReader targets(problem_);
       const int64_t pieces = (problem_.classes + kPiece - 1) / kPiece;
       for (int64_t row = 0; row < problem_.rows; ++row) {
+        const Gradient gradient = family_.gradient(row);
         parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
           const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
-          fill(row, begin * kPiece, stop, targets.ignored(row));
+          fill(row, begin * kPiece, stop, targets.ignored(row), gradient);
         });
-        patch(row, targets);
+        patch(row, targets, gradient);
       }
       return;
     }
     parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
       TargetReader targets(problem_);
       for (int64_t row = begin; row < end; ++row) {
-        fill(row, 0, problem_.classes, targets.ignored(row));
-        patch(row, targets);
+        const Gradient gradient = family_.gradient(row);
+        fill(row, 0, problem_.classes, targets.ignored(row), gradient);
+        patch(row, targets, gradient);
       }
     });
   }
@@ -205,8 +207,7 @@ class BackwardWalk {
   S* dlogits(int64_t row) const { return static_cast<S*>(door_.dlogits) + row * problem_.classes; }
 
   // Every element of dlogits[row, begin:end), as if there were no positives and no compact picks.
-  void fill(int64_t row, int64_t begin, int64_t end, bool ignored) const {
-    const Gradient gradient = family_.gradient(row);
+  void fill(int64_t row, int64_t begin, int64_t end, bool ignored, const Gradient& gradient) const {
     if (!ignored && gradient.spoilt) {
       constant(row, begin, end, kNaN<T>);
     } else if (ignored || (problem_.k > 0 && problem_.compact)) {
@@ -237,8 +238,7 @@ class BackwardWalk {
   }
 
   // Scatters the compact picks, then the positives.
-  void patch(int64_t row, TargetReader& targets) const {
-    const Gradient gradient = family_.gradient(row);
+  void patch(int64_t row, TargetReader& targets, const Gradient& gradient) const {
     if (targets.ignored(row) || gradient.spoilt) return;
     S* out = dlogits(row);
     if (problem_.k > 0 && problem_.compact) {
