@@ -1,15 +1,17 @@
 """The losses on the CPU against plain PyTorch, interleaved: ``python -m bench.speed [--check]``.
 
-Every round runs every provider once, so that whatever slows the machine for a while slows all of them; what is judged
-is the ratio of two medians of one run. A step is forward and backward with a fresh gradient. ``clone`` and ``zeros`` of
-the logits stand beside every case as the floor of memory. ``--check`` compares with the bars below and exits with 1 if
-one is missed; ``--write`` records the medians, with the machine and the versions, in ``bench/results/cpu.json``.
+Every round runs every provider once, in an order of its own, so that whatever slows the machine for a while slows all
+of them; what is judged is the ratio of two medians of one run. A step is forward and backward with a fresh gradient.
+``clone`` and ``zeros`` of the logits stand beside every case as the floor of memory. ``--check`` compares with the bars
+below and exits with 1 if one is missed; ``--write`` records the medians, with the machine and the versions, in
+``bench/results/cpu.json``.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -88,10 +90,16 @@ def steps_of(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every round, two rounds of warm-up aside."""
+    """Milliseconds of every round, two rounds of warm-up aside.
+
+    Every round has another order: who runs behind a provider that leaves the caches full of its own would always pay.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffled = list(steps), random.Random(0)
     for number in range(rounds + 2):
-        for name, step in steps.items():
+        shuffled.shuffle(order)
+        for name in order:
+            step = steps[name]
             started = time.perf_counter()
             step()
             elapsed = time.perf_counter() - started

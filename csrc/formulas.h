@@ -7,60 +7,13 @@
 namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
-// log(1 + e^x), sigma(x) and log(e^a + e^b) of one number.
-template <class T>
-inline T softplus(T x) {
-  return (x < 0 ? T(0) : x) + std::log1p(std::exp(-std::abs(x)));
-}
-
-template <class T>
-inline T sigmoid(T x) {
-  const T e = std::exp(-std::abs(x));
-  return x < 0 ? e / (1 + e) : 1 / (1 + e);
-}
-
-template <class T>
-inline T logaddexp(T a, T b) {
-  const T larger = a > b ? a : b;
-  return larger == -kInfinity<T> ? larger : larger + std::log1p(std::exp(-std::abs(a - b)));
-}
-
-// The softmax family: functions of the margin d, the log-odds of the target among the target and S.
-
-template <class T>
-struct CrossEntropy {
-  explicit CrossEntropy(const double*) {}
-  T value(T d) const { return softplus(-d); }
-  T slope(T d) const { return -sigmoid(-d); }
-};
-
-template <class T>
-struct NLLR {
-  explicit NLLR(const double*) {}
-  T value(T d) const { return -d; }
-  T slope(T d) const { return d == d ? T(-1) : d; }
-};
-
-// -log p + beta log(alpha + 1 - p), p the probability of the target
-template <class T>
-struct CRL {
-  T alpha, log_alpha, beta;
-  explicit CRL(const double* params)
-      : alpha(static_cast<T>(params[0])), log_alpha(std::log(alpha)), beta(static_cast<T>(params[1])) {}
-
-  T value(T d) const {
-    const T cross_entropy = softplus(-d);
-    return beta == 0 ? cross_entropy : cross_entropy + beta * logaddexp(log_alpha, -softplus(d));
-  }
-
-  T slope(T d) const {
-    const T competing = alpha == 0 ? T(1) : sigmoid(-(log_alpha + softplus(d)));
-    return -(sigmoid(-d) + beta * sigmoid(d) * competing);
-  }
-};
-
-// The logistic family: phi and phi' of a vector of negative logits. Every quantity comes from e = exp(-|z|):
+// Every quantity comes from e = exp(-|z|):
 //     softplus(z) = max(z, 0) + log1p(e),   sigma(|z|) = 1 / (1 + e),   sigma(-|z|) = e / (1 + e)
+
+template <class V>
+FUSED_LOSSES_INLINE V exp_minus_abs(V z) {
+  return exp_nonpositive(minus_abs(z));
+}
 
 template <class V>
 struct Sigmoid {
@@ -73,15 +26,64 @@ struct Sigmoid {
 };
 
 template <class V>
-FUSED_LOSSES_INLINE V exp_minus_abs(V z) {
-  return exp_nonpositive(minus_abs(z));
+FUSED_LOSSES_INLINE V softplus(V z) {
+  return max(V(0), z) + log1p(exp_minus_abs(z));
 }
+
+template <class V>
+FUSED_LOSSES_INLINE V sigmoid(V z) {
+  return Sigmoid<V>(z, exp_minus_abs(z)).plus;
+}
+
+// log(e^a + e^b)
+template <class V>
+FUSED_LOSSES_INLINE V logaddexp(V a, V b) {
+  const V larger = max(a, b);
+  return select(larger > V(-kInfinity<typename V::Scalar>), larger + log1p(exp_minus_abs(a - b)), larger);
+}
+
+// The softmax family: functions of the margin d, the log-odds of the target among the target and S, of many rows.
+
+template <class V>
+struct CrossEntropy {
+  explicit CrossEntropy(const double*) {}
+  FUSED_LOSSES_INLINE V value(V d) const { return softplus(V(0) - d); }
+  FUSED_LOSSES_INLINE V slope(V d) const { return V(0) - sigmoid(V(0) - d); }
+};
+
+template <class V>
+struct NLLR {
+  explicit NLLR(const double*) {}
+  FUSED_LOSSES_INLINE V value(V d) const { return V(0) - d; }
+  FUSED_LOSSES_INLINE V slope(V d) const { return select(d >= d, V(-1), d); }
+};
+
+// -log p + beta log(alpha + 1 - p), p the probability of the target
+template <class V>
+struct CRL {
+  using T = typename V::Scalar;
+  T alpha, log_alpha, beta;
+  explicit CRL(const double* params)
+      : alpha(static_cast<T>(params[0])), log_alpha(std::log(alpha)), beta(static_cast<T>(params[1])) {}
+
+  FUSED_LOSSES_INLINE V value(V d) const {
+    const V cross_entropy = softplus(V(0) - d);
+    return beta == 0 ? cross_entropy : cross_entropy + V(beta) * logaddexp(V(log_alpha), V(0) - softplus(d));
+  }
+
+  FUSED_LOSSES_INLINE V slope(V d) const {
+    const V competing = alpha == 0 ? V(1) : sigmoid(V(0) - (V(log_alpha) + softplus(d)));
+    return V(0) - (sigmoid(V(0) - d) + V(beta) * sigmoid(d) * competing);
+  }
+};
+
+// The logistic family: phi and phi' of a vector of negative logits.
 
 template <class V>
 struct Logistic {
   explicit Logistic(const double*) {}
-  FUSED_LOSSES_INLINE V value(V z) const { return max(V(0), z) + log1p(exp_minus_abs(z)); }
-  FUSED_LOSSES_INLINE V slope(V z) const { return Sigmoid<V>(z, exp_minus_abs(z)).plus; }
+  FUSED_LOSSES_INLINE V value(V z) const { return softplus(z); }
+  FUSED_LOSSES_INLINE V slope(V z) const { return sigmoid(z); }
 };
 
 // sigma(z)^gamma softplus(z). kGamma is 1 or 2, or 0 for a gamma known only at run time (gamma = 0 itself is Logistic).

@@ -19,12 +19,12 @@ inline void with_storage(DType dtype, const F& f) {
   }
 }
 
-template <class T, class F>
+template <class V, class F>
 inline void with_loss(SoftmaxLoss loss, const double* params, const F& f) {
   switch (loss) {
-    case SoftmaxLoss::cross_entropy: return f(CrossEntropy<T>(params));
-    case SoftmaxLoss::nllr: return f(NLLR<T>(params));
-    default: return f(CRL<T>(params));
+    case SoftmaxLoss::cross_entropy: return f(CrossEntropy<V>(params));
+    case SoftmaxLoss::nllr: return f(NLLR<V>(params));
+    default: return f(CRL<V>(params));
   }
 }
 
@@ -39,7 +39,7 @@ inline void with_phi(LogisticLoss loss, const double* params, const F& f) {
 static void softmax_forward(SoftmaxLoss which, DType dtype, Forward& door) {
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
-    with_loss<Compute<S>>(which, door.problem.params, [&](auto loss) {
+    with_loss<VecOf<S>>(which, door.problem.params, [&](auto loss) {
       using Family = SoftmaxForward<S, decltype(loss)>;
       ForwardWalk<S, Family>(door, Family(door, loss)).run();
     });
@@ -49,7 +49,7 @@ static void softmax_forward(SoftmaxLoss which, DType dtype, Forward& door) {
 static void softmax_backward(SoftmaxLoss which, DType dtype, const Backward& door) {
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
-    with_loss<Compute<S>>(which, door.problem.params, [&](auto loss) {
+    with_loss<VecOf<S>>(which, door.problem.params, [&](auto loss) {
       using Family = SoftmaxBackward<S, decltype(loss)>;
       BackwardWalk<S, Family>(door, Family(door, loss)).run();
     });

@@ -30,17 +30,23 @@ class LogisticForward {
   static Partial merge(Partial a, Partial b) { return {a.sum + b.sum}; }
 
   void finish(int64_t row, const S* logits, Positives positives, Partial negatives) const {
+    using V = VecOf<S>;
+    T z[V::lanes];
     double sum = 0;
-    for (int64_t p = 0; p < positives.count; ++p) sum += softplus(-to_compute(logits[positives.index[p]]));
+    for_each_group<V::lanes>(positives, [&](const int32_t* index, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) z[i] = to_compute(logits[index[i]]);
+      sum += sum_lanes(softplus(V(0) - load_first<V>(z, n, kInfinity<T>)));
+    });
     if (sum != sum || negatives.sum != negatives.sum) return spoil(row, positives);
     const bool one = !door_.problem.multi_hot && positives.count > 0;
-    write(row, T(sum), T(negatives.sum), one ? to_compute(logits[positives.index[0]]) : T(0), T(positives.count));
+    write(row, T(sum), T(negatives.sum), one ? z[0] : T(0), T(positives.count));
   }
 
   void ignore(int64_t row) const { write(row, 0, 0, 0, 0); }
   // Positives are counted all the same: multi-hot rows are normalised over the batch, and the others must not feel this
   // one.
   void spoil(int64_t row, Positives positives) const { write(row, kNaN<T>, kNaN<T>, kNaN<T>, T(positives.count)); }
+  void finish_rows(int64_t, int64_t, const TargetReader&) const {}
 
  private:
   void write(int64_t row, T positive_sum, T negative_sum, T target_logit, T positives) const {
@@ -63,20 +69,21 @@ class LogisticBackward {
   struct Gradient {
     bool spoilt;
     T target_logit;
-    T positive_scale;
-    V negative_scale;
+    V positive_scale, negative_scale;
     const Phi& phi;
 
     FUSED_LOSSES_INLINE V negative(V z) const { return negative_scale * phi.slope(z); }
-    T positive(T z) const { return -positive_scale * sigmoid(-z); }
+    FUSED_LOSSES_INLINE V positive(V z) const { return (V(0) - positive_scale) * sigmoid(V(0) - z); }
   };
 
   LogisticBackward(const Backward& door, Phi phi) : door_(door), phi_(phi) {}
 
-  Gradient gradient(int64_t row) const {
+  void prepare(int64_t, int64_t, T*) const {}
+
+  Gradient gradient(int64_t row, T) const {
     const T* grad = static_cast<const T*>(door_.grad) + row * door_.grad_row_stride;
     const T target = static_cast<const T*>(door_.state)[2 * row];
-    return {target != target, target, grad[0], V(grad[door_.grad_column_stride]), phi_};
+    return {target != target, target, V(grad[0]), V(grad[door_.grad_column_stride]), phi_};
   }
 
  private:

@@ -353,11 +353,7 @@ Tensor logistic_backward(const Tensor& grad, const std::optional<Tensor>& logits
                   Handles(loss, params), k, ignore_index, num_classes, compact);
 }
 
-template <class T>
-Column<T> column_of(const std::optional<Tensor>& tensor) {
-  if (!tensor.has_value()) return {nullptr, 0};
-  return {static_cast<T*>(tensor->const_data_ptr()), tensor->stride(0)};
-}
+// ------------------------------------------------------------------------------------------------------ whole losses
 
 ReductionKind reduction_of(std::string_view name) {
   if (name == "none") return ReductionKind::none;
@@ -366,44 +362,93 @@ ReductionKind reduction_of(std::string_view name) {
   refuse("not a reduction: " + std::string(name));
 }
 
-std::tuple<Tensor, Tensor> reduce_terms(const Tensor& terms, const Tensor& target, const std::optional<Tensor>& weight,
-                                        const std::optional<Tensor>& positives, std::optional<double> alpha,
-                                        int64_t classes, int64_t k, int64_t ignore_index, StringHandle reduction) {
-  const Text kind(reduction);
-  const int64_t rows = terms.size(0);
-  const DType dtype = dtype_of(terms);
-  check(dtype == DType::float32 || dtype == DType::float64, "terms must be float32 or float64");
-  check(terms.dim() == 1 || (terms.dim() == 2 && terms.size(1) == 2), "terms must be what forward returned");
-  check(target.size(0) == rows, "target must have as many rows as the terms");
-  check(target.dim() == 2 || dtype_of(target) == DType::int64, "class indices must be int64");
-  check(!weight.has_value() || (weight->dim() == 1 && weight->size(0) == classes && dtype_of(*weight) == dtype),
-        "weight must be (classes,), of the dtype of the terms");
-  check(!positives.has_value() ||
-            (positives->dim() == 1 && positives->size(0) == rows && dtype_of(*positives) == dtype),
-        "positives must be (rows,), of the dtype of the terms");
+bool is_softmax(std::string_view family) {
+  if (family == "softmax") return true;
+  if (family == "logistic") return false;
+  refuse("not a family of losses: " + std::string(family));
+}
 
+// f(T()) for the compute dtype T.
+template <class F>
+void with_compute(DType dtype, const F& f) {
+  dtype == DType::float64 ? f(0.0) : f(0.0f);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
+    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight, StringHandle family,
+    StringHandle loss, StableListHandle params, std::optional<double> alpha, int64_t k, int64_t ignore_index,
+    StringHandle reduction, bool compact) {
+  const Text family_text(family), reduction_text(reduction);
+  const Handles handles(loss, params);
+  const bool softmax = is_softmax(family_text.view());
+  auto [terms, state, pick_index, pick_logit] =
+      softmax ? forward(chosen().kernels->softmax_forward, logits, target, handles, k, ignore_index, compact)
+              : forward(chosen().kernels->logistic_forward, logits, target, handles, k, ignore_index, compact);
+
+  const DType dtype = dtype_of(terms);
+  const bool multi_hot = target.dim() == 2;
   ReductionProblem problem{};
-  problem.rows = rows;
+  problem.rows = terms.size(0);
   problem.columns = terms.dim();
-  problem.target = column_of<const int64_t>(target.dim() == 1 ? std::optional<Tensor>(target) : std::nullopt);
+  if (!multi_hot) problem.target = {static_cast<const int64_t*>(target.const_data_ptr()), target.stride(0)};
   problem.ignore_index = ignore_index;
-  problem.classes = classes;
+  problem.classes = logits.size(1);
   problem.k = k;
   problem.scaled = alpha.has_value();
   problem.alpha = alpha.value_or(1);
-  problem.kind = reduction_of(kind.view());
+  problem.kind = reduction_of(reduction_text.view());
+  check(!weight.has_value() || (weight->dim() == 1 && weight->size(0) == problem.classes && dtype_of(*weight) == dtype),
+        "weight must be (classes,), of the compute dtype");
 
-  Tensor loss = problem.kind == ReductionKind::none ? empty({rows}, torch_dtype(dtype)) : empty({}, torch_dtype(dtype));
-  Tensor slopes = terms.dim() == 1 ? empty({rows}, torch_dtype(dtype)) : empty({rows, 2}, torch_dtype(dtype));
-  const auto run = [&](auto zero) {
+  if (softmax && problem.kind == ReductionKind::none && !weight.has_value()) {  // the loss is the terms
+    Tensor none = empty({0}, torch_dtype(dtype));
+    return {std::move(terms), std::move(none), std::move(state), std::move(pick_index), std::move(pick_logit)};
+  }
+  Tensor value = problem.kind == ReductionKind::none ? empty({problem.rows}, torch_dtype(dtype))
+                                                     : empty({}, torch_dtype(dtype));
+  Tensor slopes = softmax ? empty({problem.rows}, torch_dtype(dtype)) : empty({problem.rows, 2}, torch_dtype(dtype));
+  with_compute(dtype, [&](auto zero) {
     using T = decltype(zero);
-    weigh_terms<T>(problem, {static_cast<const T*>(terms.const_data_ptr()), terms.stride(0)},
-                                  terms.dim() == 2 ? terms.stride(1) : 0, column_of<const T>(positives),
-                                  column_of<const T>(weight), static_cast<T*>(loss.mutable_data_ptr()),
-                                  static_cast<T*>(slopes.mutable_data_ptr()));
+    Column<const T> positives{}, weights{};
+    if (multi_hot) positives = {static_cast<const T*>(state.const_data_ptr()) + 1, 2};
+    if (weight.has_value()) weights = {static_cast<const T*>(weight->const_data_ptr()), weight->stride(0)};
+    reduce_terms(problem, static_cast<const T*>(terms.const_data_ptr()), positives, weights,
+                 static_cast<T*>(value.mutable_data_ptr()), static_cast<T*>(slopes.mutable_data_ptr()));
+  });
+  return {std::move(value), std::move(slopes), std::move(state), std::move(pick_index), std::move(pick_logit)};
+}
+
+Tensor loss_backward(const Tensor& grad, const Tensor& slopes, const std::optional<Tensor>& logits,
+                     const Tensor& target, const Tensor& state, const Tensor& pick_index, const Tensor& pick_logit,
+                     StringHandle family, StringHandle loss, StableListHandle params, int64_t k, int64_t ignore_index,
+                     int64_t num_classes, bool compact) {
+  const Text family_text(family);
+  const Handles handles(loss, params);
+  const auto door = [&](const Tensor& of_terms) {
+    return is_softmax(family_text.view())
+               ? backward(chosen().kernels->softmax_backward, of_terms, logits, target, state, pick_index, pick_logit,
+                          handles, k, ignore_index, num_classes, compact)
+               : backward(chosen().kernels->logistic_backward, of_terms, logits, target, state, pick_index, pick_logit,
+                          handles, k, ignore_index, num_classes, compact);
   };
-  dtype == DType::float32 ? run(0.0f) : run(0.0);
-  return {std::move(loss), std::move(slopes)};
+  const DType dtype = dtype_of(slopes);
+  const int64_t rows = state.size(0), columns = slopes.dim();
+  if (grad.dim() == 1 && columns == 1 && slopes.size(0) == 0) return door(grad);
+  check(slopes.size(0) == rows && (columns == 1 || slopes.size(1) == 2), "slopes must be what loss_forward returned");
+  check(dtype == DType::float32 || dtype == DType::float64, "slopes must be what loss_forward returned");
+  check(dtype_of(grad) == dtype && (grad.dim() == 0 || (grad.dim() == 1 && grad.size(0) == rows)),
+        "grad must have the shape and the dtype of the loss");
+  const Tensor factors = packed(slopes);
+  Tensor of_terms = columns == 1 ? empty({rows}, torch_dtype(dtype)) : empty({rows, 2}, torch_dtype(dtype));
+  with_compute(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* of_loss = static_cast<const T*>(grad.const_data_ptr());
+    const T* factor = static_cast<const T*>(factors.const_data_ptr());
+    T* product = static_cast<T*>(of_terms.mutable_data_ptr());
+    const int64_t stride = grad.dim() == 0 ? 0 : grad.stride(0);
+    for (int64_t i = 0; i < rows * columns; ++i) product[i] = of_loss[i / columns * stride] * factor[i];
+  });
+  return door(of_terms);
 }
 
 // -------------------------------------------------------------------------------------------------------- for tests
@@ -447,7 +492,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("softmax_backward", TORCH_BOX(&fused_losses::softmax_backward));
   m.impl("logistic_forward", TORCH_BOX(&fused_losses::logistic_forward));
   m.impl("logistic_backward", TORCH_BOX(&fused_losses::logistic_backward));
-  m.impl("reduce_terms", TORCH_BOX(&fused_losses::reduce_terms));
+  m.impl("loss_forward", TORCH_BOX(&fused_losses::loss_forward));
+  m.impl("loss_backward", TORCH_BOX(&fused_losses::loss_backward));
   m.impl("_cpu_elementary", TORCH_BOX(&fused_losses::cpu_elementary));
 }
 

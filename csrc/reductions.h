@@ -26,11 +26,11 @@ struct ReductionProblem {
   ReductionKind kind;
 };
 
-// positives: how many a row has; null for one each. weight: of the classes, may be null. All of dtype T.
-// loss: one number, or one per row for kind none. slopes (rows, columns), contiguous: d(loss) / d(term).
+// row_terms (rows, columns), contiguous. positives: how many a row has; null for one each. weight: of the classes, may
+// be null. loss: one number, or one per row for kind none. slopes (rows, columns): d(loss) / d(term).
 template <class T>
-void weigh_terms(const ReductionProblem& p, Column<const T> row_terms, int64_t column_stride, Column<const T> positives,
-                  Column<const T> weight, T* loss, T* slopes) {
+void reduce_terms(const ReductionProblem& p, const T* row_terms, Column<const T> positives, Column<const T> weight,
+                  T* loss, T* slopes) {
   double scale[2] = {1, 1};
   if (p.scaled && positives.data == nullptr) {
     const int64_t chosen = p.k > 0 && p.k < p.classes - 1 ? p.k : p.classes - 1;
@@ -64,7 +64,7 @@ void weigh_terms(const ReductionProblem& p, Column<const T> row_terms, int64_t c
     const double w = weight.data == nullptr ? 1 : weight_of(i);
     double value = 0;
     for (int64_t c = 0; c < p.columns; ++c) {
-      value += scale[c] * (&row_terms[i])[c * column_stride];
+      value += scale[c] * row_terms[i * p.columns + c];
       slopes[i * p.columns + c] = static_cast<T>(w * scale[c] / divisor);
     }
     if (p.kind == ReductionKind::none) loss[i] = static_cast<T>(w * value);

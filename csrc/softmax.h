@@ -15,6 +15,18 @@ struct SoftmaxState {
   T margin() const { return (target - max) - log_sum; }
 };
 
+// body(row, margins of n rows from there on, n)
+template <class T, class Body>
+FUSED_LOSSES_INLINE void for_margins(const SoftmaxState<T>* states, int64_t begin, int64_t end, const Body& body) {
+  using V = VecOf<T>;
+  T margin[V::lanes] = {};
+  for (int64_t row = begin; row < end; row += V::lanes) {
+    const int64_t n = end - row < V::lanes ? end - row : V::lanes;
+    for (int64_t i = 0; i < n; ++i) margin[i] = states[row + i].margin();
+    body(row, V::load(margin), n);
+  }
+}
+
 template <class S, class Loss>
 class SoftmaxForward {
  public:
@@ -55,17 +67,25 @@ class SoftmaxForward {
     if (partial.sum != partial.sum) state.max = state.log_sum = kNaN<T>;
     if (positives.count > 0) state.target = to_compute(logits[positives.index[0]]);
     if (state.target == kInfinity<T>) state.target = kNaN<T>;
-    write(row, loss_.value(state.margin()), state);
+    states()[row] = state;
   }
 
-  void ignore(int64_t row) const { write(row, 0, {0, 0, 0}); }
-  void spoil(int64_t row, Positives) const { write(row, kNaN<T>, {kNaN<T>, kNaN<T>, kNaN<T>}); }
+  void ignore(int64_t row) const { states()[row] = {0, 0, 0}; }
+  void spoil(int64_t row, Positives) const { states()[row] = {kNaN<T>, kNaN<T>, kNaN<T>}; }
+
+  // The values of rows, many at a time: one by one they would cost as much as 500 of their logits.
+  void finish_rows(int64_t begin, int64_t end, const TargetReader& targets) const {
+    T* value = static_cast<T*>(door_.result);
+    for_margins(states(), begin, end, [&](int64_t row, VecOf<S> d, int64_t n) {
+      store_first(value + row, loss_.value(d), n);
+    });
+    for (int64_t row = begin; row < end; ++row) {
+      if (targets.ignored(row)) value[row] = 0;
+    }
+  }
 
  private:
-  void write(int64_t row, T value, SoftmaxState<T> state) const {
-    static_cast<T*>(door_.result)[row] = value;
-    static_cast<SoftmaxState<T>*>(door_.state)[row] = state;
-  }
+  SoftmaxState<T>* states() const { return static_cast<SoftmaxState<T>*>(door_.state); }
 
   const Forward& door_;
   Loss loss_;
@@ -80,23 +100,34 @@ class SoftmaxBackward {
   struct Gradient {
     bool spoilt;
     T target_logit;
-    T target_gradient;
-    V minus_gradient, max, log_sum;
+    V of_margin, max, log_sum;
 
-    FUSED_LOSSES_INLINE V negative(V z) const { return minus_gradient * exp_nonpositive((z - max) - log_sum); }
-    T positive(T) const { return target_gradient; }
+    FUSED_LOSSES_INLINE V negative(V z) const {
+      return (V(0) - of_margin) * exp_nonpositive((z - max) - log_sum);
+    }
+    V positive(V) const { return of_margin; }
   };
 
   SoftmaxBackward(const Backward& door, Loss loss) : door_(door), loss_(loss) {}
 
-  Gradient gradient(int64_t row) const {
-    const SoftmaxState<T> state = static_cast<const SoftmaxState<T>*>(door_.state)[row];
-    const T c = static_cast<const T*>(door_.grad)[row * door_.grad_row_stride] * loss_.slope(state.margin());
+  // of_margin (rows,): d(objective) / d(margin)
+  void prepare(int64_t begin, int64_t end, T* of_margin) const {
+    const T* grad = static_cast<const T*>(door_.grad);
+    for_margins(states(), begin, end, [&](int64_t row, V d, int64_t n) {
+      store_first(of_margin + (row - begin), loss_.slope(d), n);
+    });
+    for (int64_t row = begin; row < end; ++row) of_margin[row - begin] *= grad[row * door_.grad_row_stride];
+  }
+
+  Gradient gradient(int64_t row, T of_margin) const {
+    const SoftmaxState<T> state = states()[row];
     const T log_sum = state.log_sum == -kInfinity<T> ? T(0) : state.log_sum;  // all of S is masked: exp(-inf - 0)
-    return {c != c, state.target, c, V(-c), V(state.max), V(log_sum)};
+    return {of_margin != of_margin, state.target, V(of_margin), V(state.max), V(log_sum)};
   }
 
  private:
+  const SoftmaxState<T>* states() const { return static_cast<const SoftmaxState<T>*>(door_.state); }
+
   const Backward& door_;
   Loss loss_;
 };

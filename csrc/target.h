@@ -13,6 +13,14 @@ struct Positives {
   int64_t count;
 };
 
+// body(index, n) for every n <= kMost positives, in order.
+template <int kMost, class Body>
+FUSED_LOSSES_INLINE void for_each_group(Positives positives, const Body& body) {
+  for (int64_t p = 0; p < positives.count; p += kMost) {
+    body(positives.index + p, positives.count - p < kMost ? positives.count - p : kMost);
+  }
+}
+
 // Reads targets row by row. One per thread.
 class TargetReader {
  public:

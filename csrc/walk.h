@@ -59,6 +59,7 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
 //          static Partial merge(Partial, Partial)
 //          finish(row, const S* logits, positives, Partial)   writes the row's result and state
 //          ignore(row), spoil(row, positives)                 the same for an ignored row, for a row with a NaN
+//          finish_rows(begin, end, targets)                   what of it is better done for many rows at once
 template <class S, class Family>
 class ForwardWalk {
  public:
@@ -74,6 +75,7 @@ class ForwardWalk {
       for (int64_t row = 0; row < problem_.rows; ++row) {
         visit<true>(row, targets, selector);
       }
+      family_.finish_rows(0, problem_.rows, targets);
       return;
     }
     parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
@@ -82,6 +84,7 @@ class ForwardWalk {
       for (int64_t row = begin; row < end; ++row) {
         visit<false>(row, targets, selector);
       }
+      family_.finish_rows(begin, end, targets);
     });
   }
 
@@ -168,8 +171,9 @@ class ForwardWalk {
 // Family:  using Gradient              that of one row
 //              bool spoilt             the whole row is NaN
 //              V negative(V z)         the gradient at negatives with these logits; 0 at -inf
-//              T positive(T z)         at a positive with this logit
-//          Gradient gradient(row)
+//              V positive(V z)         at positives with these logits
+//          prepare(begin, end, T*)     a number for each of these rows, where it is better made for many at once
+//          Gradient gradient(row, T)   T: that number
 template <class S, class Family>
 class BackwardWalk {
  public:
@@ -183,8 +187,10 @@ class BackwardWalk {
     if (problem_.rows < num_threads()) {
       TargetReader targets(problem_);
       const int64_t pieces = (problem_.classes + kPiece - 1) / kPiece;
+      Buffer<T> prepared(problem_.rows);
+      family_.prepare(0, problem_.rows, prepared.get());
       for (int64_t row = 0; row < problem_.rows; ++row) {
-        const Gradient gradient = family_.gradient(row);
+        const Gradient gradient = family_.gradient(row, prepared[row]);
         parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
           const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
           fill(row, begin * kPiece, stop, targets.ignored(row), gradient);
@@ -195,8 +201,10 @@ class BackwardWalk {
     }
     parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
       TargetReader targets(problem_);
+      Buffer<T> prepared(end - begin);
+      family_.prepare(begin, end, prepared.get());
       for (int64_t row = begin; row < end; ++row) {
-        const Gradient gradient = family_.gradient(row);
+        const Gradient gradient = family_.gradient(row, prepared[row - begin]);
         fill(row, 0, problem_.classes, targets.ignored(row), gradient);
         patch(row, targets, gradient);
       }
@@ -256,10 +264,14 @@ class BackwardWalk {
     }
     Positives positives;
     targets.read(row, &positives);
-    for (int64_t p = 0; p < positives.count; ++p) {
-      const int32_t y = positives.index[p];
-      from_compute(out + y, gradient.positive(problem_.multi_hot ? to_compute(logits(row)[y]) : gradient.target_logit));
-    }
+    for_each_group<V::lanes>(positives, [&](const int32_t* index, int64_t n) {
+      T z[V::lanes], gradients[V::lanes];
+      for (int64_t i = 0; i < n; ++i) {
+        z[i] = problem_.multi_hot ? to_compute(logits(row)[index[i]]) : gradient.target_logit;
+      }
+      gradient.positive(load_first<V>(z, n, 0)).store(gradients);
+      for (int64_t i = 0; i < n; ++i) from_compute(out + index[i], gradients[i]);
+    });
   }
 
   void constant(int64_t row, int64_t begin, int64_t end, T value) const {

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .reductions import grad_of_terms
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -47,21 +46,12 @@ class LossFromLogits(torch.autograd.Function):
         num_classes = logits.shape[1]
         multi_hot = target.dim() == 2
         compact = ops.keeps_picks(logits.device, num_classes, k, multi_hot)
-        door = ops.softmax_forward if family == "softmax" else ops.logistic_forward
-        terms, state, pick_index, pick_logit = door(logits, target, formula, params, k, ignore_index, compact)
-        positives = state[:, 1] if multi_hot else None
-        if weight is None and reduction == "none" and family == "softmax":
-            loss, slopes = terms, None
-        else:
-            if weight is not None:
-                weight = weight.to(terms.dtype)
-            loss, slopes = ops.reduce_terms(
-                terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction
-            )
+        loss, slopes, state, pick_index, pick_logit = ops.loss_forward(
+            logits, target, weight, family, formula, params, alpha, k, ignore_index, reduction, compact
+        )
         kept = None if compact and not multi_hot else logits
-        ctx.save_for_backward(kept, target, state, pick_index, pick_logit, slopes)
-        ctx.family = family
-        ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
+        ctx.save_for_backward(slopes, kept, target, state, pick_index, pick_logit)
+        ctx.door_arguments = family, formula, params, k, ignore_index, num_classes, compact
         ctx.set_materialize_grads(False)  # the states have none
         return loss, state
 
@@ -69,7 +59,6 @@ class LossFromLogits(torch.autograd.Function):
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 10
-        *saved, slopes = ctx.saved_tensors
-        door = ops.softmax_backward if ctx.family == "softmax" else ops.logistic_backward
-        dlogits = door(grad_of_terms(grad, slopes), *saved, *ctx.door_arguments)
-        return once(dlogits, saved[2], grad), *(None,) * 9
+        saved = ctx.saved_tensors
+        dlogits = ops.loss_backward(grad, *saved, *ctx.door_arguments)
+        return once(dlogits, saved[3], grad), *(None,) * 9

@@ -208,6 +208,8 @@ def apply(
     if check_targets and logits.device.type != "cpu":  # the CPU doors always check
         reference.check_target(target, rows.shape[1], ignore_index)
     alpha = loss.alpha if loss.family == "logistic" else None
+    if weight is not None:
+        weight = weight.to(reference.compute_dtype(logits.dtype))
     result, _ = LossFromLogits.apply(
         rows, target, weight, loss.family, loss.formula, loss.params, alpha, k, ignore_index, reduction
     )

@@ -26,6 +26,8 @@ class Loss:
 
     def __post_init__(self):
         for name, value in vars(self).items():
+            if type(value) is float and 0 <= value < math.inf:
+                continue
             if not isinstance(value, Real):
                 raise TypeError(f"{self.name}: {name} must be a number, got {type(value).__name__}")
             if not (math.isfinite(value) and value >= 0):

@@ -1,9 +1,9 @@
 """The raw ops: schema, shapes, and who serves which device.
 
 Four ops, ``torch.ops.fused_losses.{softmax,logistic}_{forward,backward}``, are the doors of every wing;
-``reference.py`` states their contract. PyTorch's dispatcher picks the wing by device: the C++ extension serves the CPU
-where it was built, the reference every other device. They are not differentiable by themselves: ``autograd.py`` pairs
-them.
+``reference.py`` states their contract. ``loss_{forward,backward}`` are a door and ``reductions.py`` in one call.
+PyTorch's dispatcher picks the wing by device: the C++ extension serves the CPU where it was built, the reference every
+other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
 """
 
 import functools
@@ -62,8 +62,20 @@ def _backward_shapes(
     return torch.empty_strided(shape, (row_stride, 1), dtype=logits.dtype, device=logits.device)
 
 
-def _reduced_shapes(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction):
-    return terms.new_empty(terms.shape[:1] if reduction == "none" else ()), torch.empty_like(terms)
+def _loss_forward_shapes(logits, target, weight, family, loss, params, alpha, k, ignore_index, reduction, compact):
+    shapes = _softmax_forward_shapes if family == "softmax" else _logistic_forward_shapes
+    terms, *kept = shapes(logits, target, loss, params, k, ignore_index, compact)
+    value = terms.new_empty(terms.shape[:1] if reduction == "none" else ())
+    return value, terms.new_empty(reductions.slopes_shape(terms, weight, reduction)), *kept
+
+
+def _loss_backward_shapes(
+    grad, slopes, logits, target, state, pick_index, pick_logit, family, loss, params, k, ignore_index, num_classes,
+    compact,
+):  # fmt: skip
+    return _backward_shapes(
+        grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
+    )
 
 
 # --- doors ------------------------------------------------------------------------------------------------------------
@@ -84,14 +96,6 @@ logistic_forward = define(
     "logistic_forward" + _FORWARD.format("sums"), reference.logistic_forward, _logistic_forward_shapes
 )
 logistic_backward = define("logistic_backward" + _BACKWARD, reference.logistic_backward, _backward_shapes)
-
-
-reduce_terms = define(
-    "reduce_terms(Tensor terms, Tensor target, Tensor? weight, Tensor? positives, float? alpha, int num_classes, "
-    "int k, int ignore_index, str reduction) -> (Tensor loss, Tensor slopes)",
-    reductions.reduce_terms,
-    _reduced_shapes,
-)
 
 
 def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool) -> bool:
@@ -154,15 +158,48 @@ def _backward_on_cuda(name: str):
     return door
 
 
-def _reduce_terms_on_cuda(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction):
-    wing = _triton_wing(terms.device, terms.dtype, num_classes) or reductions
-    return wing.reduce_terms(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction)
-
-
-_library.impl("reduce_terms", torch.no_grad()(_reduce_terms_on_cuda), "CUDA")
 for _family in ("softmax", "logistic"):
     for _pass, _on_cuda in (("forward", _forward_on_cuda), ("backward", _backward_on_cuda)):
         _library.impl(f"{_family}_{_pass}", torch.no_grad()(_on_cuda(f"{_family}_{_pass}")), "CUDA")
+
+
+# --- whole losses -----------------------------------------------------------------------------------------------------
+
+
+def _loss_forward(logits, target, weight, family, loss, params, alpha, k, ignore_index, reduction, compact):
+    door = softmax_forward if family == "softmax" else logistic_forward
+    terms, state, pick_index, pick_logit = door(logits, target, loss, params, k, ignore_index, compact)
+    if reductions.slopes_shape(terms, weight, reduction) != terms.shape:
+        return terms, terms.new_empty((0,)), state, pick_index, pick_logit
+    num_classes = logits.shape[1]
+    wing = _triton_wing(logits.device, logits.dtype, num_classes) or reductions
+    positives = state[:, 1] if target.dim() == 2 else None
+    value, slopes = wing.reduce_terms(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction)
+    return value, slopes, state, pick_index, pick_logit
+
+
+def _loss_backward(grad, slopes, logits, target, state, pick_index, pick_logit, family, *door_arguments):
+    door = softmax_backward if family == "softmax" else logistic_backward
+    of_terms = reductions.grad_of_terms(grad, slopes)
+    return door(of_terms, logits, target, state, pick_index, pick_logit, *door_arguments)
+
+
+# A door and the reduction in one call, so that autograd pays for one. slopes: d(loss) / d(terms of the rows); of no
+# elements where the loss is the terms.
+loss_forward = define(
+    "loss_forward(Tensor logits, Tensor target, Tensor? weight, str family, str loss, float[] params, float? alpha, "
+    "int k, int ignore_index, str reduction, bool compact) "
+    "-> (Tensor value, Tensor slopes, Tensor state, Tensor pick_index, Tensor pick_logit)",
+    _loss_forward,
+    _loss_forward_shapes,
+)
+loss_backward = define(
+    "loss_backward(Tensor grad, Tensor slopes, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, "
+    "Tensor pick_logit, str family, str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) "
+    "-> Tensor",
+    _loss_backward,
+    _loss_backward_shapes,
+)
 
 
 # --- who serves the CPU -----------------------------------------------------------------------------------------------

@@ -97,8 +97,7 @@ def reduce_terms(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and slopes: d(loss) / d(term), of the shape of terms, (rows,) or (rows, 2). What ``ops.reduce_terms``
-    does in one call, in plain PyTorch.
+    """The loss, and slopes: d(loss) / d(term), of the shape of terms, (rows,) or (rows, 2).
 
     positives (rows,): how many a row has; given for multi-hot targets only. weight: of the dtype of terms. alpha, k: as
     in :func:`term_scales`.
@@ -112,8 +111,14 @@ def reduce_terms(
     return reduced.loss(scales.values(terms)), scales.grad_of_sums(slopes).expand(terms.shape).clone()
 
 
-def grad_of_terms(grad: Tensor, slopes: Tensor | None) -> Tensor:
-    """d(objective) / d(terms) from d(objective) / d(loss), a scalar or (rows,). slopes None: the loss is the terms."""
-    if slopes is None:
+def slopes_shape(terms: Tensor, weight: Tensor | None, reduction: str) -> torch.Size:
+    """The terms' own, but no elements where the loss is the terms themselves."""
+    plain = terms.dim() == 1 and weight is None and reduction == "none"
+    return torch.Size((0,)) if plain else terms.shape
+
+
+def grad_of_terms(grad: Tensor, slopes: Tensor) -> Tensor:
+    """d(objective) / d(terms) from d(objective) / d(loss), a scalar or (rows,)."""
+    if grad.dim() == 1 and slopes.shape == (0,):
         return grad
     return grad * slopes if grad.dim() in (0, slopes.dim()) else grad.unsqueeze(1) * slopes

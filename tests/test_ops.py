@@ -200,53 +200,91 @@ def test_cuda_doors_pass_their_arguments_on():
     )
 
 
-# --- the reduction ----------------------------------------------------------------------------------------------------
+# --- whole losses -----------------------------------------------------------------------------------------------------
 
 
-def reduction_inputs(columns: int, dtype: torch.dtype, form: str, weighted: bool):
-    """terms, target, weight, positives of 7 rows over 11 classes; the rows 2 and 5 are ignored where rows can be."""
-    torch.manual_seed(3)
-    terms = torch.rand(7, columns, dtype=dtype).squeeze(1) + 0.5
+def whole_loss_inputs(formula, dtype: torch.dtype, form: str, weighted: bool):
+    """logits, target, weight of 7 rows over 11 classes; the rows 2 and 5 are ignored where rows can be."""
+    logits = make_logits(7, 11, dtype)
     if form == "multihot":
-        target = make_multihot(7, 11)
-        return terms, target, None, torch.stack([target.sum(1).to(dtype)] * 2, 1)[:, 1]
+        return logits, make_multihot(7, 11), None
     target = make_index(7, 11)
     target[[2, 5]] = -100
-    terms[[2, 5]] = 0
-    return terms, target, torch.rand(11, dtype=dtype) if weighted else None, None
+    return logits, target, torch.linspace(0.5, 2, 11, dtype=dtype) if weighted else None
 
 
-REDUCED = [(1, "index", None), (2, "index", None), (2, "index", 1.5), (2, "multihot", None), (2, "multihot", 1.5)]
+WHOLE = [
+    (CRL, "index", False, None),
+    (CRL, "index", True, None),
+    (LR, "index", False, None),
+    (SS_LR, "index", False, 1.5),
+    (SS_LR, "index", True, 1.5),
+    (SS_LR, "multihot", False, None),
+    (SS_LR, "multihot", False, 1.5),
+]
+each_whole = pytest.mark.parametrize("formula, form, weighted, alpha", WHOLE, ids=str)
+each_reduction = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("k", [0, 3, 11])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("columns, form, alpha", REDUCED)
+@each_reduction
+@pytest.mark.parametrize("k, compact", [(0, False), (3, True), (3, False), (11, True)])
+@each_whole
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_reduction_op_is_the_plain_one(dtype, columns, form, alpha, weighted, k, reduction):
-    """The loss, and slopes that are its derivative."""
-    terms, *rest = reduction_inputs(columns, dtype, form, weighted)
-    loss, slopes = OPS.reduce_terms(terms, *rest, alpha, 11, k, -100, reduction)
+def test_a_whole_loss_is_a_door_and_the_reduction(dtype, formula, form, weighted, alpha, k, compact, reduction):
+    """Values, slopes that are their derivative by the rows' terms, and the gradient that these give."""
+    logits, target, weight = whole_loss_inputs(formula, dtype, form, weighted)
+    options = formula.loss, formula.params
+    value, slopes, *kept = OPS.loss_forward(
+        logits, target, weight, formula.family, *options, alpha, k, -100, reduction, compact
+    )
+    terms, *expected_kept = door = forward(OPS, formula, logits, target, k, compact)
+    for ours, expected in zip(kept, expected_kept, strict=True):
+        assert torch.equal(ours, expected)
+
     exact = terms.double().requires_grad_()
-    doubled = [t.double() if t is not None and t.is_floating_point() else t for t in rest]
-    expected, expected_slopes = reductions.reduce_terms(exact, *doubled, alpha, 11, k, -100, reduction)
-    torch.testing.assert_close(loss, expected.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=0)
-    torch.testing.assert_close(slopes, expected_slopes.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    positives = kept[0][:, 1].double() if form == "multihot" else None
+    expected, expected_slopes = reductions.reduce_terms(
+        exact, target, None if weight is None else weight.double(), positives, alpha, 11, k, -100, reduction
+    )
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(value, expected.to(dtype), **close)
     (derivative,) = torch.autograd.grad(expected.sum(), exact)
     torch.testing.assert_close(expected_slopes, derivative)
+    if slopes.shape == (0,):
+        assert torch.equal(value, terms)
+    else:
+        torch.testing.assert_close(slopes, expected_slopes.to(dtype), **close)
+
+    grad = torch.rand_like(value)
+    ours = OPS.loss_backward(grad, slopes, logits, target, *kept, formula.family, *options, k, -100, 11, compact)
+    of_terms = reductions.grad_of_terms(grad, expected_slopes.to(dtype))
+    expected = backward(OPS, formula, of_terms, logits, target, door, k, compact)
+    torch.testing.assert_close(ours, expected, rtol=8 * torch.finfo(dtype).eps, atol=1e-30)
 
 
-def test_reduction_op_with_nothing_to_reduce():
-    terms, target = torch.zeros(3), torch.full((3,), -100)
-    assert OPS.reduce_terms(terms, target, None, None, None, 5, 0, -100, "mean")[0].isnan()
-    assert OPS.reduce_terms(terms[:0], target[:0], None, None, None, 5, 0, -100, "mean")[0].isnan()
-    assert OPS.reduce_terms(terms[:0], target[:0], None, None, None, 5, 0, -100, "sum")[0] == 0
+@each_reduction
+@pytest.mark.parametrize("formula, alpha", [(CRL, None), (SS_LR, 1.5)], ids=str)
+def test_a_whole_loss_with_nothing_to_reduce(formula, alpha, reduction):
+    for rows in 3, 0:
+        logits, target = make_logits(rows, 5, torch.float32), torch.full((rows,), -100)
+        value, *_ = OPS.loss_forward(
+            logits, target, None, formula.family, formula.loss, formula.params, alpha, 0, -100, reduction, False
+        )
+        shape = (rows,) if reduction == "none" else ()
+        expected = torch.full(shape, torch.nan if reduction == "mean" else 0.0)
+        torch.testing.assert_close(value, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("columns, form, alpha", REDUCED)
-def test_opcheck_of_the_reduction(columns, form, alpha, reduction):
-    terms, *rest = reduction_inputs(columns, torch.float32, form, form == "index")
-    opcheck(OPS.reduce_terms.default, terms, *rest, alpha, 11, 3, -100, reduction)
-    opcheck(OPS.reduce_terms.default, terms.requires_grad_(), *rest, alpha, 11, 3, -100, reduction)
+@each_reduction
+@each_whole
+def test_opcheck_of_a_whole_loss(formula, form, weighted, alpha, reduction):
+    logits, target, weight = whole_loss_inputs(formula, torch.float32, form, weighted)
+    options = formula.family, formula.loss, formula.params
+    arguments = target, weight, *options, alpha, 3, -100, reduction, True
+    opcheck(OPS.loss_forward.default, logits, *arguments)
+    opcheck(OPS.loss_forward.default, logits.clone().requires_grad_(), *arguments)
+    value, slopes, *kept = OPS.loss_forward(logits, *arguments)
+    withheld = None if form == "index" else logits
+    opcheck(
+        OPS.loss_backward.default, torch.ones_like(value), slopes, withheld, target, *kept, *options, 3, -100, 11, True
+    )
