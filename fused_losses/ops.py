@@ -21,7 +21,8 @@ def define(schema: str, implementation: Callable, fake: Callable):
     """Registers an op for every device without a kernel of its own; fake gives the shapes of its results."""
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    # no_grad: an op below autograd must not record what its implementation does inside
+    _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_losses::{name}", fake, lib=_library)
     return getattr(torch.ops.fused_losses, name).default
 
