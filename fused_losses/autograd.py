@@ -14,27 +14,32 @@ class _SecondDerivative(torch.autograd.Function):
     """The identity on dlogits under ``create_graph=True``; its backward raises.
 
     ``once_differentiable`` would not do: it lets dlogits pass as a constant when the upstream gradient is one, and a gradient
-    penalty would silently lose its gradient.
+    penalty would silently lose its gradient. For the same reason a gradient must lead back to what it is the gradient of: the
+    engine skips whatever does not, and ``torch.autograd.grad`` of loss + penalty would be that of the loss alone.
     """
 
     @staticmethod
-    def forward(ctx, dlogits):
-        return dlogits.view_as(dlogits)
+    def forward(ctx, gradient, *through):
+        return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx, grad):
         raise RuntimeError("the losses of fused_losses are differentiable once: second derivatives are not supported")
 
 
-def once(dlogits: Tensor) -> Tensor:
-    """A gradient that refuses to be differentiated, under ``create_graph=True``."""
+def once(gradient: Tensor, *through: Tensor) -> Tensor:
+    """A gradient that refuses to be differentiated, under ``create_graph=True``.
+
+    ``through``: the upstream gradient, and a tensor that leads back to the inputs. In the compact form nothing is kept that does;
+    hence the row states leave forward as a second output, which does.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiled graph refuses by itself
-        return dlogits
-    return _SecondDerivative.apply(dlogits.detach().requires_grad_())
+        return gradient
+    return _SecondDerivative.apply(gradient.detach(), *through)
 
 
 class SoftmaxLoss(torch.autograd.Function):
-    """CE, NLLR, CRL: logits (rows, classes), target (rows,) -> loss."""
+    """CE, NLLR, CRL: logits (rows, classes), target (rows,) -> loss, state."""
 
     @staticmethod
     def forward(ctx, logits, target, weight, formula, params, k, ignore_index, reduction):
@@ -44,19 +49,21 @@ class SoftmaxLoss(torch.autograd.Function):
         ctx.reduction = reduction_of(target, weight, ignore_index, reduction, values.dtype)
         ctx.save_for_backward(None if compact else logits, target, state, *picks)
         ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
-        return ctx.reduction.loss(values)
+        ctx.set_materialize_grads(False)  # the states have none
+        return ctx.reduction.loss(values), state
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 8
         logits, target, state, *picks = ctx.saved_tensors
-        with torch.no_grad():
-            grad = ctx.reduction.grad_of_values(grad).expand(state.shape[0])
-            dlogits = ops.softmax_backward(grad, logits, target, state, *picks, *ctx.door_arguments)
-        return once(dlogits), *[None] * 7
+        grad_rows = ctx.reduction.grad_of_values(grad).expand(state.shape[0])
+        dlogits = ops.softmax_backward(grad_rows, logits, target, state, *picks, *ctx.door_arguments)
+        return once(dlogits, state, grad), *(None,) * 7
 
 
 class LogisticLoss(torch.autograd.Function):
-    """LR, HS-LR, SS-LR: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss."""
+    """LR, HS-LR, SS-LR: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss, state."""
 
     @staticmethod
     def forward(ctx, logits, target, weight, formula, params, alpha, k, ignore_index, reduction):
@@ -68,12 +75,14 @@ class LogisticLoss(torch.autograd.Function):
         ctx.reduction = reduction_of(target, weight, ignore_index, reduction, sums.dtype)
         ctx.save_for_backward(None if compact and not multi_hot else logits, target, state, *picks)
         ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
-        return ctx.reduction.loss(ctx.scales.values(sums))
+        ctx.set_materialize_grads(False)  # the states have none
+        return ctx.reduction.loss(ctx.scales.values(sums)), state
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 9
         logits, target, state, *picks = ctx.saved_tensors
-        with torch.no_grad():
-            grad = ctx.scales.grad_of_sums(ctx.reduction.grad_of_values(grad)).expand(state.shape[0], 2)
-            dlogits = ops.logistic_backward(grad, logits, target, state, *picks, *ctx.door_arguments)
-        return once(dlogits), *[None] * 8
+        grad_rows = ctx.scales.grad_of_sums(ctx.reduction.grad_of_values(grad)).expand(state.shape[0], 2)
+        dlogits = ops.logistic_backward(grad_rows, logits, target, state, *picks, *ctx.door_arguments)
+        return once(dlogits, state, grad), *(None,) * 8

@@ -206,9 +206,9 @@ def apply(
     if check_targets and logits.device.type != "cpu":  # the CPU doors always check
         reference.check_target(target, rows.shape[1], ignore_index)
     if loss.family == "softmax":
-        result = SoftmaxLoss.apply(rows, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
+        result, _ = SoftmaxLoss.apply(rows, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
     else:
-        result = LogisticLoss.apply(
+        result, _ = LogisticLoss.apply(
             rows, target, weight, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction
         )
     return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
@@ -237,6 +237,8 @@ def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str
         raise ValueError(f"k and ratio exclude each other, got k={k} and ratio={ratio}")
     if k is None and ratio is None and isinstance(loss, HSLR):
         raise ValueError("hs_lr_loss needs k or ratio: how many of the most confusing negatives to keep")
+    if k is not None and not hasattr(k, "__index__"):
+        raise TypeError(f"k must be an integer, got {type(k).__name__}")
     if k is not None and operator.index(k) < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if ratio is not None and not isinstance(ratio, Real):
@@ -287,32 +289,41 @@ def _check_target(loss: Loss, shape: torch.Size, device: torch.device, target: T
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     check_device("target", target, device)
-    shapes = f"got target {tuple(target.shape)} for logits {tuple(shape)}"
     if target.dim() == len(shape):
-        same = target.shape == shape
-        hint = ""
-        if not same and target.shape == (*shape[:-1], 1):
-            hint = "; for class indices, squeeze the target: target.squeeze(-1)"
-        if loss.family == "softmax" and same and target.dtype.is_floating_point:
-            raise TypeError(
-                f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; {shapes}"
-            )
-        if loss.family == "softmax":
-            raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {shapes}{hint}")
-        if not same:
-            raise ValueError(f"multi-hot target size must be the same as logits size: {shapes}{hint}")
-        if target.dtype.is_complex:
-            raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
-        return
+        return _check_same_rank(loss, shape, target)
     if target.dim() != len(shape) - 1:
-        raise ValueError(f"expected class indices of shape {tuple(shape[:-1])}: {shapes}")
+        raise ValueError(f"expected class indices of shape {tuple(shape[:-1])}: {_shapes(shape, target)}")
     if target.shape != shape[:-1]:
         raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
     if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise TypeError(f"expected class indices of an integer dtype, got {target.dtype}; {shapes}")
+        raise TypeError(f"expected class indices of an integer dtype, got {target.dtype}; {_shapes(shape, target)}")
+
+
+def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
+    """A target of the logits' rank: multi-hot, where the loss takes that."""
+    same = target.shape == shape
+    hint = ""
+    if not same and target.shape == (*shape[:-1], 1):
+        hint = "; for class indices, squeeze the target: target.squeeze(-1)"
+    if loss.family == "softmax" and same and target.dtype.is_floating_point:
+        raise TypeError(
+            f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; {_shapes(shape, target)}"
+        )
+    if loss.family == "softmax":
+        raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {_shapes(shape, target)}{hint}")
+    if not same:
+        raise ValueError(f"multi-hot target size must be the same as logits size: {_shapes(shape, target)}{hint}")
+    if target.dtype.is_complex:
+        raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
+
+
+def _shapes(shape: torch.Size, target: Tensor) -> str:
+    return f"got target {tuple(target.shape)} for logits {tuple(shape)}"
 
 
 def _check_weight(weight: Tensor, num_classes: int, device: torch.device, multi_hot: bool) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     if multi_hot:
         raise ValueError("weight works with class-index targets only, got multi-hot targets")
     if weight.shape != (num_classes,):

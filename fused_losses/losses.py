@@ -10,7 +10,7 @@ backend: ``reference.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
@@ -25,13 +25,12 @@ class Loss:
     alpha = None  # logistic family: the weight of the negatives' mean, None for plain sums
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if not isinstance(value, Real):
-                raise TypeError(f"{self.name}: {field.name} must be a number, got {type(value).__name__}")
+                raise TypeError(f"{self.name}: {name} must be a number, got {type(value).__name__}")
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{self.name}: {field.name} must be finite and >= 0, got {value}")
-            object.__setattr__(self, field.name, float(value))
+                raise ValueError(f"{self.name}: {name} must be finite and >= 0, got {value}")
+            object.__setattr__(self, name, float(value))
 
     @property
     def params(self) -> list[float]:

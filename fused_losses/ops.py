@@ -2,12 +2,13 @@
 
 Four ops, ``torch.ops.fused_losses.{softmax,logistic}_{forward,backward}``, are the doors of every wing; ``reference.py`` states
 their contract. PyTorch's dispatcher picks the wing by device: the C++ extension serves the CPU where it was built, the reference
-serves every other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
+every other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
 """
 
 import importlib.metadata
 import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -81,6 +82,24 @@ def keeps_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
     return 0 < k <= num_classes // 32 and not multi_hot
 
 
+# --- who serves the CPU -----------------------------------------------------------------------------------------------
+
+
+def _load_extension() -> str:
+    """Loads the C++ kernels, which register themselves for the CPU. Returns why that failed, or nothing."""
+    path = next(Path(__file__).parent.glob("_C.*"), None)
+    if path is None:
+        return "the C++ extension was not built"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"the C++ extension does not load: {error}"
+    return ""
+
+
+_extension_failure = _load_extension()
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -93,12 +112,17 @@ def _version(package: str) -> str:
 
 def show_config() -> None:
     """Prints the versions in use and which backend serves which device, with the reason where it is the reference."""
+    reference_because = "reference (plain PyTorch): {}".format
+    if _extension_failure:
+        cpu = reference_because(_extension_failure)
+    else:
+        cpu = f"C++ kernels, {torch.ops.fused_losses._cpu_isa('')}, {torch.get_num_threads()} threads"
     print(
         f"fused_losses {_version('fused_losses')}\n"
         f"  python     {platform.python_version()}, {platform.system()} {platform.machine()}\n"
         f"  torch      {torch.__version__}\n"
         f"  triton     {_version('triton')}\n"
-        f"  CPU        reference (plain PyTorch): the C++ extension is not part of this version\n"
-        f"  CUDA       reference (plain PyTorch): the Triton kernels are not part of this version\n"
+        f"  CPU        {cpu}\n"
+        f"  CUDA       {reference_because('the Triton kernels are not part of this version')}\n"
         f"  others     reference (plain PyTorch)"
     )

@@ -45,18 +45,19 @@ def reduction_of(target: Tensor, weight: Tensor | None, ignore_index: int, kind:
 class TermScales(NamedTuple):
     """What the sums pos and neg of the logistic rows are multiplied by to become their values."""
 
-    pos: Tensor | float
+    pos: Tensor | None  # None for 1
     neg: Tensor | float
 
     def values(self, sums: Tensor) -> Tensor:
-        pos, neg = sums.unbind(1)
-        if isinstance(self.neg, Tensor):
+        pos, neg = sums[:, 0], sums[:, 1]
+        if self.pos is not None:
             return pos * self.pos + neg * self.neg
         return torch.add(pos, neg, alpha=self.neg)
 
     def grad_of_sums(self, grad: Tensor) -> Tensor:
         """(rows, 2), or (2,) that holds for every row, from d(objective)/d(values)."""
-        return torch.stack((grad * self.pos, grad * self.neg), dim=-1)
+        pos = grad if self.pos is None else grad * self.pos
+        return torch.stack((pos, grad * self.neg), dim=-1)
 
 
 def term_scales(alpha: float | None, num_positives: Tensor | None, num_classes: int, k: int) -> TermScales:
@@ -66,9 +67,9 @@ def term_scales(alpha: float | None, num_positives: Tensor | None, num_classes: 
     k as at the doors: 0 for all negatives.
     """
     if alpha is None:
-        return TermScales(1.0, 1.0)
+        return TermScales(None, 1.0)
     if num_positives is None:
-        return TermScales(1.0, alpha / max(1, min(k or num_classes, num_classes - 1)))
+        return TermScales(None, alpha / max(1, min(k or num_classes, num_classes - 1)))
     num_negatives = num_classes - num_positives  # (rows,)
     chosen = num_negatives.clamp(max=k) if k > 0 else num_negatives
     rows = num_positives.shape[0]

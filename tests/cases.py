@@ -1,0 +1,153 @@
+"""What the tests run over: the losses with their hyper-parameters, shapes, inputs, and the tolerance rule."""
+
+from dataclasses import dataclass
+
+import eager
+import paper
+import pytest
+import torch
+from torch import Tensor
+
+import fused_losses as fl
+
+NO_TARGET = -(2**63)
+
+
+@dataclass(frozen=True)
+class Loss:
+    name: str  # of the function
+    module: str
+    family: str
+    door: str  # the name by which the doors know its formula
+    hypers: tuple[dict, ...] = ({},)  # the defaults first, then corners
+    needs_k: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, *args, **kwargs) -> Tensor:
+        return getattr(fl, self.name)(*args, **kwargs)
+
+    @property
+    def paper(self):
+        return getattr(paper, self.name.removesuffix("_loss"))
+
+    @property
+    def eager(self):
+        return getattr(eager, self.name.removesuffix("_loss"))
+
+    def module_class(self) -> type[torch.nn.Module]:
+        return getattr(fl, self.module)
+
+    def ks(self, *ks: int | None) -> list[int | None]:
+        """Those of the given k that this loss takes: None is all negatives."""
+        return [k for k in ks if k is not None or not self.needs_k]
+
+
+CE = Loss("cross_entropy", "CrossEntropyLoss", "softmax", "cross_entropy")
+NLLR = Loss("nllr_loss", "NLLRLoss", "softmax", "nllr")
+CRL = Loss(
+    "crl_loss",
+    "CRLLoss",
+    "softmax",
+    "crl",
+    (
+        {"alpha": 1.5, "beta": 1.0},
+        {"alpha": 0.0, "beta": 1.0},
+        {"alpha": 0.3, "beta": 2.5},
+        {"alpha": 0.0, "beta": 0.25},
+        {"alpha": 4.0, "beta": 0.0},
+    ),
+)
+LR = Loss("lr_loss", "LRLoss", "logistic", "lr")
+HS_LR = Loss("hs_lr_loss", "HSLRLoss", "logistic", "lr", ({"alpha": 1.0}, {"alpha": 10.0}, {"alpha": 0.0}), needs_k=True)
+SS_LR = Loss(
+    "ss_lr_loss",
+    "SSLRLoss",
+    "logistic",
+    "ss_lr",
+    (
+        {"alpha": 1.0, "gamma": 2.0},
+        {"alpha": 5.0, "gamma": 0.5},
+        {"alpha": 2.0, "gamma": 0.0},
+        {"alpha": 0.0, "gamma": 1.0},
+    ),
+)
+
+LOSSES = (CE, NLLR, CRL, LR, HS_LR, SS_LR)
+SOFTMAX = (CE, NLLR, CRL)
+LOGISTIC = (LR, HS_LR, SS_LR)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CLASSES = (1, 2, 3, 10, 751, 1000, 21841)
+
+
+def each(losses, **kwargs):
+    """pytest.mark.parametrize over losses, with readable names."""
+    return pytest.mark.parametrize("loss", losses, ids=str, **kwargs)
+
+
+each_form = pytest.mark.parametrize(
+    "loss, form", [(loss, "index") for loss in LOSSES] + [(loss, "multihot") for loss in LOGISTIC], ids=str
+)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make_logits(rows: int, classes: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Random logits of a trained head's spread, (rows, classes)."""
+    generator = torch.Generator().manual_seed(1000 * seed + classes)
+    return (3 * torch.randn(rows, classes, dtype=torch.float64, generator=generator)).to(dtype)
+
+
+def make_index(rows: int, classes: int, seed: int = 0) -> Tensor:
+    """Random class indices, (rows,)."""
+    return torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(1000 * seed + classes + 1))
+
+
+def make_multihot(rows: int, classes: int, seed: int = 0) -> Tensor:
+    """Random 0/1 matrix, (rows, classes): the first row without positives, the last without negatives."""
+    generator = torch.Generator().manual_seed(1000 * seed + classes + 2)
+    target = torch.rand(rows, classes, generator=generator) < 0.2
+    target[0] = False
+    target[-1] = True
+    return target
+
+
+def make_target(form: str, rows: int, classes: int, seed: int = 0) -> Tensor:
+    return {"index": make_index, "multihot": make_multihot}[form](rows, classes, seed)
+
+
+def value_and_grad(function, logits: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """function(logits) and the gradient of (upstream * function(logits)).sum(), at a copy of the logits."""
+    logits = logits.detach().clone().requires_grad_()
+    value = function(logits)
+    value.backward(torch.ones_like(value) if upstream is None else upstream.to(value.dtype))
+    return value.detach(), logits.grad
+
+
+def assert_as_accurate(ours: Tensor, eager: Tensor, truth: Tensor, what: str) -> None:
+    """The tolerance rule: the error against float64 is at most twice that of torch's own computation in the same
+    precision plus one rounding unit of the result at its scale. (Float64 results may be as far off as the judge.)"""
+    truth = truth.double()
+    error, torchs = (ours.double() - truth).abs().max(), (eager.to(ours.dtype).double() - truth).abs().max()
+    units = 32 if ours.dtype == torch.float64 else 1
+    bound = 2 * torchs + units * torch.finfo(ours.dtype).eps * truth.abs().max()
+    assert error <= bound, f"{what}: error {error:.3e} against float64, allowed {bound:.3e} (torch's own: {torchs:.3e})"
+
+
+def assert_elementwise(ours: Tensor, truth: Tensor, what: str, atol: float = 0.0) -> None:
+    """The second net: each entry for itself, small ones included, relative to its own size. Half precision may be off
+    by one rounding unit; `atol` is given where a value may come out of a cancellation."""
+    eps = torch.finfo(ours.dtype).eps
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(ours.dtype, eps)
+    floor = max(atol, 1e-15, torch.finfo(ours.dtype).smallest_normal * eps)
+    torch.testing.assert_close(ours.double(), truth.double(), rtol=rtol, atol=floor, msg=lambda m: f"{what}: {m}")
+
+
+def signed_nan(sign: int, dtype: torch.dtype) -> Tensor:
+    """A NaN with that sign bit. Casts between dtypes may drop the sign, so it is made from its bits."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    return torch.tensor(torch.iinfo(bits).max if sign > 0 else -1, dtype=bits).view(dtype)

@@ -1,0 +1,421 @@
+"""The doors themselves, in every wing that CPU tensors reach: both forms, state, picks, special rows, strides."""
+
+import copy
+import math
+
+import doors
+import paper
+import pytest
+import torch
+from cases import NO_TARGET, assert_elementwise, compute_dtype, make_index, make_logits, make_multihot, make_target, signed_nan
+from doors import CE, CRL, FORMS, LOGISTIC, LR, NLLR, SOFTMAX, SS_LR, backward, forward, grad_like, paper_rows_and_grad
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+INF, NAN = math.inf, math.nan
+FAMILIES = [CRL, SS_LR]  # one formula of each family, where the formula does not matter
+
+every_form = pytest.mark.parametrize("k, compact", FORMS, ids=[f"{k}-{'compact' if c else 'threshold'}" for k, c in FORMS])
+both_forms = pytest.mark.parametrize("compact", [False, True], ids=["threshold", "compact"])
+both_families = pytest.mark.parametrize("formula", FAMILIES, ids=str)
+
+
+def roundtrip(wing, formula, logits, target, k=0, compact=False, ignore_index=-100, grad=None):
+    """What forward keeps, and dlogits for an upstream gradient (random if not given)."""
+    kept = forward(wing, formula, logits, target, k, compact, ignore_index)
+    grad = grad_like(formula, logits) if grad is None else grad
+    return kept, backward(wing, formula, grad, logits, target, kept, k, compact, ignore_index)
+
+
+# --- values and gradients ---------------------------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("formula", SOFTMAX, ids=str)
+def test_softmax_doors_agree_with_paper(wing, formula, dtype, k, compact):
+    logits, target = make_logits(5, 33, dtype), make_index(5, 33)
+    grad = grad_like(formula, logits)
+    kept, dlogits = roundtrip(wing, formula, logits, target, k, compact, grad=grad)
+    value, gradient = paper_rows_and_grad(formula, logits, target, k, grad)
+    assert kept.rows.dtype == kept.state.dtype == compute_dtype(dtype)
+    assert dlogits.dtype == dtype
+    atol = 1e-5 if kept.rows.dtype == torch.float32 else 1e-13
+    assert_elementwise(kept.rows, value, "value", atol=atol)
+    assert_elementwise(dlogits, gradient, "gradient")
+
+
+@every_form
+@pytest.mark.parametrize("form", ["index", "multihot"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("formula", LOGISTIC, ids=str)
+def test_logistic_doors_agree_with_paper(wing, formula, dtype, form, k, compact):
+    logits, target = make_logits(5, 33, dtype), make_target(form, 5, 33)
+    grad = grad_like(formula, logits)
+    kept, dlogits = roundtrip(wing, formula, logits, target, k, compact, grad=grad)
+    sums, gradient = paper_rows_and_grad(formula, logits, target, k, grad)
+    assert kept.rows.dtype == kept.state.dtype == compute_dtype(dtype)
+    assert dlogits.dtype == dtype
+    assert_elementwise(kept.rows, sums, "sums")
+    assert_elementwise(dlogits, gradient, "gradient")
+
+
+@pytest.mark.parametrize("formula", [CE, NLLR, CRL, LR, SS_LR], ids=str)
+@pytest.mark.parametrize("k", [1, 4, 32, 33, 40])
+def test_compact_and_threshold_form_agree(wing, formula, k):
+    """The same picks in the same arithmetic: only the kept form differs. Ties included."""
+    logits, target = make_logits(7, 33).mul(2).round().div(2), make_index(7, 33)
+    compact, of_compact = roundtrip(wing, formula, logits, target, k, True)
+    threshold, of_threshold = roundtrip(wing, formula, logits, target, k, False)
+    torch.testing.assert_close(compact.rows, threshold.rows, rtol=1e-14, atol=0)
+    torch.testing.assert_close(compact.state, threshold.state, rtol=1e-14, atol=0)
+    torch.testing.assert_close(of_compact, of_threshold, rtol=1e-14, atol=0)
+    assert torch.equal(of_compact != 0, of_threshold != 0)
+
+
+# --- picks and state --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["index", "multihot"])
+@pytest.mark.parametrize("k", [1, 4, 12, 13, 20])
+def test_compact_picks_are_the_hardest_with_empty_slots_behind(wing, form, k):
+    rows, classes = 6, 13
+    logits = make_logits(rows, classes, torch.float32).round()  # many ties
+    target = make_target(form, rows, classes)
+    kept = forward(wing, LR, logits, target, k, True)
+    assert kept.pick_index.shape == kept.pick_logit.shape == (rows, k)
+    assert kept.pick_index.dtype == torch.int32
+    assert kept.pick_logit.dtype == torch.float32
+    chosen = paper.negatives(logits, target, k)
+    for row in range(rows):
+        index, logit = kept.pick_index[row].long(), kept.pick_logit[row]
+        taken = index >= 0
+        assert sorted(index[taken].tolist()) == chosen[row].nonzero().flatten().tolist()
+        assert torch.equal(logit[taken], logits[row, index[taken]])
+        assert (index[~taken] == -1).all()
+        assert (logit[~taken] == -INF).all()
+
+
+@pytest.mark.parametrize("form", ["index", "multihot"])
+@pytest.mark.parametrize("k", [1, 4, 12, 13, 20])
+def test_threshold_pick_is_the_last_one_taken(wing, form, k):
+    rows, classes = 6, 13
+    logits = make_logits(rows, classes, torch.bfloat16).round()
+    target = make_target(form, rows, classes)
+    kept = forward(wing, LR, logits, target, k, False)
+    assert kept.pick_index.shape == kept.pick_logit.shape == (rows, 1)
+    assert kept.pick_index.dtype == torch.int32
+    assert kept.pick_logit.dtype == torch.bfloat16
+    chosen = paper.negatives(logits, target, k)
+    for row in range(rows):
+        taken = chosen[row].nonzero().flatten().tolist()
+        last = max(taken, key=lambda j: (-logits[row, j].item(), j), default=-1)
+        assert kept.pick_index[row].item() == last
+        assert kept.pick_logit[row].item() == (logits[row, last].item() if taken else -INF)
+
+
+@both_families
+def test_all_negatives_keep_no_picks(wing, formula):
+    logits = make_logits(4, 9, torch.float16)
+    kept = forward(wing, formula, logits, make_index(4, 9))
+    assert kept.pick_index.shape == kept.pick_logit.shape == (4, 0)
+    assert kept.pick_index.dtype == torch.int32
+    assert kept.pick_logit.dtype == torch.float16
+
+
+@every_form
+def test_softmax_state_is_largest_negative_logsumexp_and_target(wing, k, compact):
+    logits, target = make_logits(5, 33), make_index(5, 33)
+    m, l, z_y = forward(wing, CE, logits, target, k, compact).state.unbind(1)
+    negatives = logits.masked_fill(~paper.negatives(logits, target, k or None), -INF)
+    assert torch.equal(m, negatives.amax(1))
+    assert torch.equal(z_y, logits[range(5), target])
+    torch.testing.assert_close(l, (negatives - m[:, None]).exp().sum(1).log(), rtol=1e-13, atol=1e-15)
+
+
+@every_form
+def test_softmax_state_without_negatives_above_minus_inf(wing, k, compact):
+    logits = torch.tensor([[-INF, 2.0, -INF], [-INF, -INF, -INF]])
+    kept = forward(wing, CE, logits, torch.tensor([1, 1]), k, compact)
+    assert kept.state[0].tolist() == [0.0, -INF, 2.0]
+    assert kept.rows[0] == 0
+    assert kept.rows[1].isnan()
+
+
+@every_form
+def test_logistic_state_is_target_logit_and_number_of_positives(wing, k, compact):
+    logits, target, multihot = make_logits(5, 33), make_index(5, 33), make_multihot(5, 33)
+    z_y, count = forward(wing, SS_LR, logits, target, k, compact).state.unbind(1)
+    assert torch.equal(z_y, logits[range(5), target])
+    assert count.tolist() == [1] * 5
+    z_y, count = forward(wing, SS_LR, logits, multihot, k, compact).state.unbind(1)
+    assert z_y.tolist() == [0] * 5
+    assert torch.equal(count, multihot.sum(1).double())
+
+
+# --- rows without a target of their own -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formula", SOFTMAX, ids=str)
+def test_shards_of_a_row_merge_to_the_whole_row(wing, formula):
+    """What NO_TARGET is for: a shard that does not hold the target gives its negatives' statistics, and its part of the
+    gradient from the merged state."""
+    rows, cut, classes = 6, 5, 12
+    logits, target = make_logits(rows, classes), make_index(rows, classes)
+    grad = grad_like(formula, logits)
+    shards = [(logits[:, :cut], 0), (logits[:, cut:], cut)]
+    targets = [
+        torch.where((target >= start) & (target < start + z.shape[1]), target - start, NO_TARGET) for z, start in shards
+    ]
+    kept = [forward(wing, formula, z, t) for (z, _), t in zip(shards, targets, strict=True)]
+    m_s, l_s, z_y_s = torch.stack([part.state for part in kept]).unbind(2)  # (shards, rows) each
+    assert torch.equal(z_y_s == -INF, torch.stack(targets) == NO_TARGET)
+    m = m_s.amax(0)
+    l = torch.logsumexp(l_s + (m_s - m), dim=0)
+    merged = torch.stack([m, l, z_y_s.amax(0)], dim=1)
+    dlogits = [
+        backward(wing, formula, grad, z, t, part._replace(state=merged))
+        for (z, _), t, part in zip(shards, targets, kept, strict=True)
+    ]
+    whole, of_whole = roundtrip(wing, formula, logits, target, grad=grad)
+    torch.testing.assert_close(merged, whole.state, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(torch.cat(dlogits, dim=1), of_whole, rtol=1e-12, atol=1e-15)
+
+
+@every_form
+def test_softmax_row_without_target_is_hopeless_but_has_statistics(wing, k, compact):
+    logits = make_logits(3, 9)
+    target = torch.tensor([2, NO_TARGET, NO_TARGET])
+    logits[2, 4] = NAN
+    kept = forward(wing, CE, logits, target, k, compact)
+    assert kept.rows[1] == INF
+    assert kept.state[1, 2] == -INF
+    assert kept.state[1, 0] == logits[1].max()  # every class is a negative here
+    assert kept.rows[2].isnan()
+    assert kept.state[2].isnan().any()
+
+
+@every_form
+def test_logistic_row_without_target_has_only_negatives(wing, k, compact):
+    logits = make_logits(3, 9)
+    target = torch.tensor([2, NO_TARGET, NO_TARGET])
+    logits[2, 4] = NAN
+    grad = grad_like(SS_LR, logits)
+    kept, dlogits = roundtrip(wing, SS_LR, logits, target, k, compact, grad=grad)
+    assert kept.rows[1, 0] == 0
+    assert kept.state[1].tolist() == [0, 0]
+    no_positive = torch.zeros(3, 9, dtype=torch.bool)
+    sums, gradient = paper_rows_and_grad(SS_LR, logits, no_positive, k, grad)
+    assert_elementwise(kept.rows[1, 1], sums[1, 1], "negative sum")
+    assert_elementwise(dlogits[1], gradient[1], "gradient")
+    assert kept.rows[2].isnan().all()
+    assert kept.state[2, 0].isnan()
+    assert dlogits[2].isnan().all()
+
+
+@every_form
+@both_families
+@pytest.mark.parametrize("ignore_index", [-100, 3, 77, -1])
+def test_ignored_rows_are_literal_zeros(wing, formula, ignore_index, k, compact):
+    """Whatever the row and its upstream gradient hold; ignore_index is looked at before the class range."""
+    logits = make_logits(4, 9, torch.float32)
+    logits[0], logits[1] = NAN, INF
+    target = torch.tensor([ignore_index, ignore_index, 5, ignore_index])
+    grad = torch.full_like(grad_like(formula, logits), NAN)
+    grad[2], grad[1] = 1, INF
+    kept, dlogits = roundtrip(wing, formula, logits, target, k, compact, ignore_index, grad)
+    ignored = [0, 1, 3]
+    assert (kept.rows[ignored] == 0).all()
+    assert (kept.state[ignored] == 0).all()
+    assert (dlogits[ignored] == 0).all()
+    assert kept.rows[2].isfinite().all()
+    assert (dlogits[2] != 0).any()
+
+
+# --- special values ---------------------------------------------------------------------------------------------------
+
+
+@every_form
+@both_families
+@pytest.mark.parametrize("sign", [1, -1], ids=["nan", "minus-nan"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("where", ["target", "hardest", "easiest"])
+def test_nan_of_either_sign_spoils_its_row_and_no_other(wing, formula, sign, dtype, where, k, compact):
+    logits, target = make_logits(3, 9, dtype), torch.tensor([1, 1, 1])
+    clean, clean_dlogits = roundtrip(wing, formula, logits, target, k, compact)
+    others = torch.arange(9) != 1
+    column = {"target": 1, "hardest": logits[1].masked_fill(~others, -INF).argmax(), "easiest": logits[1].argmin()}[where]
+    logits[1, column] = signed_nan(sign, dtype)
+    kept, dlogits = roundtrip(wing, formula, logits, target, k, compact)
+    assert kept.rows[1].isnan().all()
+    assert dlogits[1].isnan().all()
+    for row in (0, 2):
+        assert torch.equal(kept.rows[row], clean.rows[row])
+        assert torch.equal(kept.state[row], clean.state[row])
+        assert torch.equal(dlogits[row], clean_dlogits[row])
+
+
+@both_forms
+def test_nan_coefficient_spoils_the_whole_softmax_row(wing, compact):
+    logits, target = make_logits(3, 9), make_index(3, 9)
+    _, dlogits = roundtrip(wing, CRL, logits, target, 2, compact, grad=torch.tensor([1.0, NAN, 1.0]).double())
+    assert dlogits[1].isnan().all()
+    assert dlogits[[0, 2]].isfinite().all()
+
+
+@every_form
+@both_families
+def test_masked_class_may_be_picked_last_and_gets_nothing(wing, formula, k, compact):
+    logits, target = make_logits(4, 9), torch.tensor([0, 1, 2, 3])
+    logits[:, 5:] = -INF
+    kept, dlogits = roundtrip(wing, formula, logits, target, k, compact)
+    assert kept.rows.isfinite().all()
+    assert (dlogits[:, 5:] == 0).all()
+    assert (dlogits[:, :5] != 0).any(1).all()
+    if compact:
+        assert ((kept.pick_index >= 0).sum(1) == min(k, 8)).all()
+    # the finite classes see nothing of it
+    _, expected = paper_rows_and_grad(formula, logits[:, :5], target, k, grad_like(formula, logits))
+    assert_elementwise(dlogits[:, :5], expected, "gradient")
+
+
+# --- bad targets ------------------------------------------------------------------------------------------------------
+
+
+@both_families
+@pytest.mark.parametrize("bad", [7, -1, -101, 2**62, NO_TARGET + 1])
+def test_class_out_of_range_raises_in_torchs_words(wing, formula, bad):
+    with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\."):
+        forward(wing, formula, make_logits(3, 7), torch.tensor([0, bad, 6]))
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(0.5), torch.tensor(2), torch.tensor(-1), torch.tensor(NAN)], ids=str)
+def test_multihot_entries_other_than_0_and_1_raise(wing, wrong):
+    target = make_multihot(3, 7).to(wrong.dtype)
+    target[1, 2] = wrong
+    with pytest.raises((ValueError, RuntimeError), match="0 or 1"):
+        forward(wing, LR, make_logits(3, 7), target)
+
+
+# --- tensors as they come ---------------------------------------------------------------------------------------------
+
+
+def strided(logits):
+    """The same (rows, classes) numbers under other strides."""
+    rows, classes = logits.shape
+    yield "transposed", logits.t().contiguous().t()
+    yield "odd row stride", torch.cat([logits, logits[:, :3]], dim=1)[:, :classes]
+    yield "every second column", logits.repeat_interleave(2, dim=1)[:, ::2]
+    yield "every second row", logits.repeat_interleave(2, dim=0)[::2]
+    yield "offset storage", torch.cat([logits.new_zeros(1), logits.flatten()])[1:].view(rows, classes)
+
+
+@every_form
+@both_families
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_strides_of_logits_do_not_matter(wing, formula, dtype, k, compact):
+    logits, target = make_logits(5, 19, dtype), make_index(5, 19)
+    expected, expected_dlogits = roundtrip(wing, formula, logits, target, k, compact)
+    # torch's own vector and scalar loops, one per memory layout, differ in the last bits
+    rtol = 16 * torch.finfo(compute_dtype(dtype)).eps
+    dlogits_rtol = torch.finfo(dtype).eps if dtype == torch.bfloat16 else rtol
+    for name, view in strided(logits):
+        kept, dlogits = roundtrip(wing, formula, view, target, k, compact)
+        assert torch.equal(kept.pick_index, expected.pick_index), name
+        assert torch.equal(kept.pick_logit, expected.pick_logit), name
+        torch.testing.assert_close(kept.rows, expected.rows, rtol=rtol, atol=0, msg=name)
+        torch.testing.assert_close(kept.state, expected.state, rtol=rtol, atol=0, msg=name)
+        torch.testing.assert_close(dlogits, expected_dlogits, rtol=dlogits_rtol, atol=0, msg=name)
+        assert dlogits.is_contiguous(), name
+
+
+@every_form
+@both_families
+def test_expanded_logits(wing, formula, k, compact):
+    row, target = make_logits(1, 19), make_index(5, 19)
+    kept, dlogits = roundtrip(wing, formula, row.expand(5, 19), target, k, compact)
+    expected, expected_dlogits = roundtrip(wing, formula, row.repeat(5, 1), target, k, compact)
+    assert torch.equal(kept.pick_index, expected.pick_index)
+    torch.testing.assert_close(kept.rows, expected.rows, rtol=1e-14, atol=0)
+    torch.testing.assert_close(dlogits, expected_dlogits, rtol=1e-14, atol=0)
+
+
+@every_form
+@both_families
+def test_strides_of_target_and_grad_do_not_matter(wing, formula, k, compact):
+    logits, target = make_logits(5, 19), make_index(5, 19)
+    grad = grad_like(formula, logits)
+    _, expected = roundtrip(wing, formula, logits, target, k, compact, grad=grad)
+    wide_target = torch.stack([target, torch.full_like(target, 10**6)], dim=1)[:, 0]
+    wide_grad = torch.stack([grad, torch.full_like(grad, NAN)], dim=1).select(1, 0)
+    _, dlogits = roundtrip(wing, formula, logits, wide_target, k, compact, grad=wide_grad)
+    assert torch.equal(dlogits, expected)
+
+    one = torch.tensor(0.37, dtype=torch.float64)
+    _, expected = roundtrip(wing, formula, logits, target, k, compact, grad=one.repeat(grad.shape))
+    _, dlogits = roundtrip(wing, formula, logits, target, k, compact, grad=one.expand(grad.shape))
+    assert torch.equal(dlogits, expected)
+
+    same = target[:1].expand(5)
+    _, expected = roundtrip(wing, formula, logits, same.contiguous(), k, compact, grad=grad)
+    _, dlogits = roundtrip(wing, formula, logits, same, k, compact, grad=grad)
+    assert torch.equal(dlogits, expected)
+
+
+@both_forms
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64], ids=str
+)
+def test_multihot_of_any_dtype_and_stride(wing, dtype, compact):
+    logits, target = make_logits(5, 19), make_multihot(5, 19)
+    expected, expected_dlogits = roundtrip(wing, SS_LR, logits, target, 3, compact)
+    for view in (target.to(dtype), target.to(dtype).t().contiguous().t()):
+        kept, dlogits = roundtrip(wing, SS_LR, logits, view, 3, compact)
+        assert all(map(torch.equal, kept, expected))
+        assert torch.equal(dlogits, expected_dlogits)
+
+
+@every_form
+@pytest.mark.parametrize("formula, form", [(CRL, "index"), (SS_LR, "index"), (SS_LR, "multihot")], ids=str)
+def test_doors_touch_none_of_their_arguments(wing, formula, form, k, compact):
+    logits, target = make_logits(5, 19, torch.float32), make_target(form, 5, 19)
+    grad = grad_like(formula, logits)
+    before = copy.deepcopy((logits, target, grad))
+    kept = forward(wing, formula, logits, target, k, compact)
+    kept_before = copy.deepcopy(kept)
+    dlogits = backward(wing, formula, grad, logits, target, kept, k, compact)
+    assert all(map(torch.equal, (logits, target, grad), before))
+    assert all(map(torch.equal, kept, kept_before))
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in (logits, target, grad, *kept) if tensor.numel()}
+    assert dlogits.untyped_storage().data_ptr() not in theirs
+
+
+@every_form
+@both_families
+@pytest.mark.parametrize("rows, classes", [(0, 5), (1, 1), (1, 5), (3, 1)])
+def test_smallest_shapes(wing, formula, rows, classes, k, compact):
+    logits, target = make_logits(rows, classes, torch.float32), make_index(rows, classes)
+    kept, dlogits = roundtrip(wing, formula, logits, target, k, compact)
+    slots = k if compact else min(k, 1)
+    assert kept.rows.shape == ((rows,) if formula.family == "softmax" else (rows, 2))
+    assert kept.state.shape == ((rows, 3) if formula.family == "softmax" else (rows, 2))
+    assert kept.pick_index.shape == kept.pick_logit.shape == (rows, slots)
+    assert dlogits.shape == (rows, classes)
+    assert not dlogits.isnan().any()
+
+
+@every_form
+@both_families
+def test_bits_do_not_depend_on_the_number_of_threads(wing, formula, k, compact):
+    logits, target = make_logits(9, 4099, torch.float32), make_index(9, 4099)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            kept, dlogits = roundtrip(wing, formula, logits, target, k, compact)
+        finally:
+            torch.set_num_threads(threads)
+        results.append((*kept, dlogits))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
