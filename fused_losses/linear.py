@@ -4,6 +4,7 @@ Signatures follow ``torch.nn.functional.linear_cross_entropy``. How it is comput
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .functional import FLOATING, IGNORE_INDEX, as_rows, check_batch, check_device, check_options
-from .linear_autograd import LinearRowLoss, gathers_picks
+from .linear_autograd import LinearRowLoss
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 from .modules import CrossEntropyLoss, RowLoss
 
@@ -24,27 +25,30 @@ class LinearLossOptions:
     """How a linear loss is computed; never what it is.
 
     Args:
-        chunk_bytes: budget for the logits of one chunk of rows, at least one row. Default: the larger of 16 MiB (256 MiB on an
-            accelerator) and a quarter of the weight's bytes.
-        sparse_grad: the weight's gradient is a coalesced sparse COO tensor over the classes picked, as ``nn.Embedding(sparse=True)`` gives,
-            for ``torch.optim.SparseAdam`` and SGD. Only over the k hardest with k at most C / 16, and index targets.
+        chunk_bytes: budget for the logits of one chunk of rows, at least one row. Default: the larger of 16 MiB
+            (256 MiB on an accelerator) and a quarter of the weight's bytes. Where the gradient of the logits is needed
+            too, as over all negatives, it takes as much again.
+        sparse_grad: the gradients of weight and bias are coalesced sparse COO tensors over the classes picked, as
+            ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and SGD. Needs class-index targets and
+            ``k`` (or ``ratio``) below C - 1. Not under ``torch.compile``, which knows no sparse gradients.
     """
 
     chunk_bytes: int | None = None
     sparse_grad: bool = False
 
     def __post_init__(self):
+        if self.chunk_bytes is not None and not isinstance(self.chunk_bytes, int):
+            raise TypeError(f"chunk_bytes must be an integer, got {type(self.chunk_bytes).__name__}")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {self.chunk_bytes}")
 
-    def chunk_rows(self, num_rows: int, weight: Tensor, dtype: torch.dtype) -> int:
+    def chunk_elements(self, weight: Tensor) -> int:
+        """How many logits of weight's dtype the budget holds."""
         budget = self.chunk_bytes
         if budget is None:
             least = 16 * MIB if weight.device.type == "cpu" else 256 * MIB
             budget = max(least, weight.numel() * weight.element_size() // 4)
-        most = max(1, budget // (weight.shape[0] * dtype.itemsize))
-        num_chunks = max(1, -(-num_rows // most))
-        return max(1, -(-num_rows // num_chunks))  # chunks of equal size
+        return max(1, budget // weight.element_size())
 
 
 def linear_cross_entropy(
@@ -65,8 +69,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Softmax cross-entropy of ``F.linear(input, linear_weight, linear_bias)``, whose logits are never held as a whole.
 
-    The same as the loss of the logits, with one pass over the weight per chunk of rows: see :class:`LinearLossOptions` for the memory.
-    Over the k hardest, with k a small share of C, backward touches N * (k + 1) rows of the weight and nothing else.
+    The same as the loss of the logits, with one pass over the weight per chunk of rows: see :class:`LinearLossOptions`
+    for the memory. Over the k hardest, with k a small share of C, backward reads N * (k + 1) rows of the weight and
+    computes no logits.
 
     Args:
         input: (N, D) or (D,), floating. Under autocast it is cast with the weight, as ``F.linear`` does.
@@ -77,12 +82,13 @@ def linear_cross_entropy(
         scale: finite, > 0; the scale of cosine logits. Default 1.
         options: :class:`LinearLossOptions`.
 
-    Other arguments, defaults and errors as in :func:`fused_losses.cross_entropy`. Differentiable once, by input, linear_weight and
-    linear_bias. A row with a NaN logit is NaN in the loss and in its gradient by input; over the k hardest the weight's gradient is then
-    NaN at the row's target and picks only.
+    Other arguments, defaults and errors as in :func:`fused_losses.cross_entropy`. Differentiable once, by input,
+    linear_weight and linear_bias. A row with a NaN logit is NaN in the loss and in its gradient by input; over the
+    k hardest the weight's gradient is then NaN at the row's target, and elsewhere may be.
 
     Raises:
-        ValueError: also for shapes of the layer that do not fit, and for ``sparse_grad`` where the gradient is not sparse.
+        ValueError: also for shapes of the layer that do not fit, a scale out of range or without ``normalize``, and for
+            ``sparse_grad`` where the gradient is not sparse.
         RuntimeError: also for input and weight of different dtypes.
     """
     loss = CrossEntropy()
@@ -108,7 +114,8 @@ def linear_nllr_loss(
 ) -> Tensor:
     """Negative log likelihood ratio of a linear layer's logits.
 
-    Layer arguments as in :func:`linear_cross_entropy`, loss arguments, defaults and errors as in :func:`fused_losses.nllr_loss`.
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.nllr_loss`.
     """
     loss = NLLR()
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
@@ -135,7 +142,8 @@ def linear_crl_loss(
 ) -> Tensor:
     """Competing ratio loss of a linear layer's logits.
 
-    Layer arguments as in :func:`linear_cross_entropy`, loss arguments, defaults and errors as in :func:`fused_losses.crl_loss`.
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.crl_loss`.
     """
     loss = CRL(alpha, beta)
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
@@ -160,7 +168,8 @@ def linear_lr_loss(
 ) -> Tensor:
     """Vanilla logistic regression, one-vs-rest, of a linear layer's logits.
 
-    Layer arguments as in :func:`linear_cross_entropy`, loss arguments, defaults and errors as in :func:`fused_losses.lr_loss`.
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.lr_loss`.
     """
     loss = LR()
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
@@ -186,7 +195,8 @@ def linear_hs_lr_loss(
 ) -> Tensor:
     """Logistic regression with hard selection of a linear layer's logits.
 
-    Layer arguments as in :func:`linear_cross_entropy`, loss arguments, defaults and errors as in :func:`fused_losses.hs_lr_loss`.
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.hs_lr_loss`.
     """
     loss = HSLR(alpha)
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
@@ -213,7 +223,8 @@ def linear_ss_lr_loss(
 ) -> Tensor:
     """Logistic regression with soft selection of a linear layer's logits.
 
-    Layer arguments as in :func:`linear_cross_entropy`, loss arguments, defaults and errors as in :func:`fused_losses.ss_lr_loss`.
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.ss_lr_loss`.
     """
     loss = SSLR(alpha, gamma)
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
@@ -221,18 +232,18 @@ def linear_ss_lr_loss(
 
 
 class LinearLoss(nn.Module):
-    """A classifier that owns its weight and its loss: ``LinearLoss(D, C, loss=fl.HSLRLoss(ratio=0.01))(embeddings, target)``.
+    """A classifier that owns its weight and its loss: ``LinearLoss(D, C, loss=HSLRLoss(ratio=0.01))(input, target)``.
 
     Args:
         in_features: D.
         num_classes: C.
-        loss: one of the loss modules of this package; its options are used as they stand. Default: ``CrossEntropyLoss()``.
+        loss: one of the loss modules of this package, used with its options. Default: ``CrossEntropyLoss()``.
         bias: whether the layer has a bias. Default: False.
         normalize, scale, options: as in :func:`linear_cross_entropy`.
         device, dtype: of the weight, as in ``nn.Linear``.
 
-    ``weight`` (C, D) and ``bias`` (C,) bear the names and the initialisation of ``nn.Linear``: state dicts of the two are
-    interchangeable (a class-weight buffer of the loss aside).
+    ``weight`` (C, D) and ``bias`` (C,) bear the names and the initialisation of ``nn.Linear``: state dicts of the two
+    are interchangeable (a class-weight buffer of the loss aside).
     """
 
     def __init__(
@@ -275,7 +286,8 @@ class LinearLoss(nn.Module):
     def extra_repr(self) -> str:
         cosine = f", normalize=True, scale={self.scale}" if self.normalize else ""
         options = "" if self.options is None else f", options={self.options}"
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}{cosine}{options}"
+        layer = f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}"
+        return layer + cosine + options
 
     def logits(self, input: Tensor) -> Tensor:
         """(N, C) logits of (N, D) input, for evaluation."""
@@ -303,32 +315,39 @@ def apply(
     """The one way from a user's arguments to the autograd function."""
     check_options(loss, k, ratio, reduction)
     _check_layer(input, linear_weight, linear_bias, normalize, scale)
-    device_type = input.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+    dtype = input.dtype
     if normalize:
-        input = F.normalize(input, dim=-1) * scale
+        input = (F.normalize(input.to(reference.compute_dtype(dtype)), dim=-1) * scale).to(dtype)
+    input, linear_weight, linear_bias = _as_autocast(input, linear_weight, linear_bias)
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise RuntimeError(f"expected input and {name} of one dtype, but got {input.dtype} and {tensor.dtype}")
 
     num_classes = linear_weight.shape[0]
     shape = torch.Size((*input.shape[:-1], num_classes))
     check_batch(loss, shape, input.device, target, weight, ignore_index)
     rows, target, k = as_rows(input, target, num_classes, k, ratio)
-    if check_targets and device_type != "cpu":  # the CPU doors always check
+    if check_targets and input.device.type != "cpu":  # the CPU doors always check
         reference.check_target(target, num_classes, ignore_index)
     options = options or LinearLossOptions()
-    if options.sparse_grad and not gathers_picks(num_classes, k, target.dim() == 2):
-        raise ValueError(
-            "sparse_grad needs class-index targets and k (or ratio) of at most C / 16: "
-            f"got {'all negatives' if k == 0 else f'k = {k}'} of C = {num_classes}"
-        )
+    if options.sparse_grad and (k == 0 or target.dim() == 2):
+        got = "multi-hot targets" if target.dim() == 2 else f"all {num_classes - 1} negatives"
+        raise ValueError(f"sparse_grad needs class-index targets and k (or ratio) below C - 1, got {got}")
     result = LinearRowLoss.apply(
         rows, linear_weight, linear_bias, target, weight,
         loss.family, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction,
-        normalize, options.chunk_rows(rows.shape[0], linear_weight, rows.dtype), options.sparse_grad, torch.is_grad_enabled(),
+        normalize, options.chunk_elements(linear_weight), options.sparse_grad, torch.is_grad_enabled(),
     )  # fmt: skip
     return result.squeeze(0) if input.dim() == 1 and reduction == "none" else result
+
+
+def _as_autocast(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    """The tensors in the dtype in which F.linear would see them."""
+    for tensor in tensors:
+        if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+            yield tensor
+        else:
+            yield tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, scale: float) -> None:
@@ -340,8 +359,6 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: 
         if tensor.dtype not in FLOATING:
             raise TypeError(f"expected a floating-point {name}, got {tensor.dtype}")
         check_device(name, tensor, input.device)
-        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise RuntimeError(f"expected input and {name} of one dtype, but got {input.dtype} and {tensor.dtype}")
     if input.dim() not in (1, 2) or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             "expected input (N, D) or (D,) and linear_weight (C, D), "

@@ -1,13 +1,12 @@
 """How a linear layer and a loss are computed together without ever holding the logits of the whole batch.
 
-The batch is walked in chunks of rows whose logits fit a byte budget. Three ways lead to the gradients, chosen by
-``gathers_picks`` and ``_gradients_with_forward``:
+The batch is walked in chunks of rows whose logits fit a budget. Three ways lead to the gradients:
 
-- over the k hardest, k a small share of the classes: forward keeps (index, logit) pairs; backward touches N * (k + 1) rows of the weight;
-- a scalar loss over many classes: each chunk's gradient follows its forward at once (three matmuls of N x C x D instead of four), and
-  backward only multiplies by the upstream scalar;
-- otherwise (one upstream gradient per row, or float16, whose gradients would underflow before the scaler's factor is known): backward
-  computes the chunk's logits again.
+- *picks*: over the k hardest, k a small share of the classes. Forward keeps (index, logit) pairs; backward touches the
+  k + 1 rows of the weight that each row of the batch has picked, and computes no logits.
+- *at once*: a scalar loss. Each chunk's gradient follows its forward (three matmuls instead of four), and backward only
+  multiplies by the upstream scalar.
+- *again*: where that scalar cannot be factored out. Backward computes each chunk's logits once more.
 """
 
 import math
@@ -22,17 +21,20 @@ from . import ops, reference
 from .autograd import once
 from .reductions import reduction_of, term_scales
 
+LEAST_NORM = 1e-12  # F.normalize divides by nothing smaller either
+
 
 def gathers_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
     """Whether backward gathers the picked classes; a larger share is cheaper as a dense matmul."""
     return 0 < k <= num_classes // 16 and not multi_hot
 
 
-def _gradients_with_forward(reduction: str, dtype: torch.dtype) -> bool:
-    return reduction != "none" and dtype != torch.float16
+def _gradients_at_once(reduction: str, dtype: torch.dtype, scales_known: bool) -> bool:
+    """Not in float16: its gradients would underflow, for the scaler's factor arrives with backward."""
+    return reduction != "none" and dtype != torch.float16 and scales_known
 
 
-# --- chunks of rows ---------------------------------------------------------------------------------------------------
+# --- the layer --------------------------------------------------------------------------------------------------------
 
 
 class _Layer(NamedTuple):
@@ -42,11 +44,15 @@ class _Layer(NamedTuple):
     bias: Tensor | None  # (classes,)
     norms: Tensor | None  # (classes,)
 
-    def chunks(self, input: Tensor, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their logits, one chunk at a time, always in the same memory."""
-        buffer = input.new_empty((min(chunk_rows, input.shape[0]), self.weight.shape[0]))
-        for start in range(0, input.shape[0], chunk_rows):
-            rows = slice(start, min(start + chunk_rows, input.shape[0]))
+    def chunks(self, input: Tensor, chunk_elements: int) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their logits, one row or at most so many logits at a time, always in the same memory."""
+        num_rows, num_classes = input.shape[0], self.weight.shape[0]
+        most_rows = max(1, chunk_elements // num_classes)
+        num_chunks = max(1, -(-num_rows // most_rows))
+        chunk_rows = max(1, -(-num_rows // num_chunks))  # chunks of about equal size
+        buffer = input.new_empty((min(chunk_rows, num_rows), num_classes))
+        for start in range(0, num_rows, chunk_rows):
+            rows = slice(start, min(start + chunk_rows, num_rows))
             z = buffer[: rows.stop - rows.start]
             if self.bias is None:
                 torch.mm(input[rows], self.weight.t(), out=z)
@@ -55,43 +61,6 @@ class _Layer(NamedTuple):
             if self.norms is not None:
                 z /= self.norms
             yield rows, z
-
-
-class _Gradients:
-    """The gradients of a layer, summed chunk by chunk; those of weight and bias in float32 for 16-bit logits."""
-
-    def __init__(self, input: Tensor, layer: _Layer, wanted: list[bool]):
-        num_classes, num_features = layer.weight.shape
-        dtype = reference.compute_dtype(input.dtype)
-        want_input, want_weight, want_bias = wanted
-        self.x, self.layer = input, layer
-        self.input = torch.empty_like(input) if want_input else None
-        self.weight = input.new_zeros((num_classes, num_features), dtype=dtype) if want_weight else None
-        self.bias = input.new_zeros((num_classes,), dtype=dtype) if want_bias else None
-        self.pull = input.new_zeros((num_classes,), dtype=dtype) if want_weight and layer.norms is not None else None
-
-    def add(self, rows: slice, z: Tensor, dz: Tensor) -> None:
-        if self.pull is not None:
-            self.pull += (dz.to(self.pull.dtype) * z).sum(0)
-        if self.bias is not None:
-            self.bias += dz.sum(0, dtype=self.bias.dtype)
-        if self.layer.norms is not None:
-            dz = dz.div_(self.layer.norms)
-        if self.input is not None:
-            torch.mm(dz, self.layer.weight, out=self.input[rows])
-        if self.weight is not None:
-            _add_product(self.weight, dz.t(), self.x[rows])
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = self.x.dtype
-        if self.pull is not None:
-            _pull_back(self.weight, self.layer.weight, self.layer.norms, self.pull)
-        none = self.x.new_empty((0,))
-        return (
-            none if self.input is None else self.input,
-            none if self.weight is None else self.weight.to(dtype),
-            none if self.bias is None else self.bias.to(dtype),
-        )
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -104,10 +73,52 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _pull_back(dweight: Tensor, weight: Tensor, norms: Tensor, pull: Tensor) -> None:
-    """The part of dw that runs through |w|: -(sum over rows of dz * z) * w / |w|^2. Rows alike in all four."""
-    dweight.addcmul_(weight.to(dweight.dtype), (pull / norms**2)[:, None], value=-1)
+def _norms(weight: Tensor, dtype: torch.dtype, chunk_elements: int) -> Tensor:
+    """|w| of each class, (classes,). In pieces: torch copies a bfloat16 tensor to reduce it in float32."""
+    pieces = weight.split(max(1, chunk_elements // max(1, weight.shape[1])))
+    norms = torch.cat([torch.linalg.vector_norm(w, dim=1, dtype=dtype) for w in pieces])
+    return norms.clamp_(min=LEAST_NORM)
 
+
+def _through_norms(dweight: Tensor, weight: Tensor, norms: Tensor, chunk_elements: int) -> None:
+    """From dw at constant |w| to dw: the part along w goes, since the length of w moves no cosine."""
+    classes = max(1, chunk_elements // max(1, weight.shape[1]))
+    for dw, w, norm in zip(dweight.split(classes), weight.split(classes), norms.split(classes), strict=True):
+        w = w.to(dw.dtype)
+        dw.addcmul_(w, ((dw * w).sum(1) / norm**2)[:, None], value=-1)
+
+
+class _Gradients:
+    """The gradients of a layer, summed chunk by chunk; those of weight and bias in float32 for 16-bit logits."""
+
+    def __init__(self, input: Tensor, layer: _Layer, wanted: list[bool]):
+        self.x, self.layer, self.wanted = input, layer, wanted
+        want_input, want_weight, want_bias = wanted
+        dtype = reference.compute_dtype(input.dtype)
+        self.input = input.new_empty(input.shape if want_input else (0,))
+        self.weight = input.new_zeros(layer.weight.shape if want_weight else (0,), dtype=dtype)
+        self.bias = input.new_zeros(layer.weight.shape[:1] if want_bias else (0,), dtype=dtype)
+
+    def add(self, rows: slice, dz: Tensor) -> None:
+        """dz: the gradient of a chunk's logits, free to be overwritten."""
+        want_input, want_weight, want_bias = self.wanted
+        if want_bias:
+            self.bias += dz.sum(0, dtype=self.bias.dtype)
+        if self.layer.norms is not None:
+            dz /= self.layer.norms
+        if want_input:
+            torch.mm(dz, self.layer.weight, out=self.input[rows])
+        if want_weight:
+            _add_product(self.weight, dz.t(), self.x[rows])
+
+    def result(self, chunk_elements: int) -> tuple[Tensor, Tensor, Tensor]:
+        weight, norms = self.layer.weight, self.layer.norms
+        if norms is not None and self.wanted[1]:
+            _through_norms(self.weight, weight, norms, chunk_elements)
+        return self.input, self.weight.to(weight.dtype), self.bias.to(weight.dtype)
+
+
+# --- chunks of rows through the doors ---------------------------------------------------------------------------------
 
 _DOORS = {
     "softmax": (ops.softmax_forward, ops.softmax_backward),
@@ -116,18 +127,15 @@ _DOORS = {
 
 
 def _linear_forward(
-    input, weight, bias, norms, target, family, loss, params, k, ignore_index, compact, chunk_rows
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward door of the family over all rows."""
     forward, _ = _DOORS[family]
+    _check_target(input, weight, target, ignore_index)
     outputs = _forward_shapes(
-        input, weight, bias, norms, target, family, loss, params, k, ignore_index, compact, chunk_rows
+        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact
     )
-    if input.device.type == "cpu" and target.dim() == 1:
-        reference.check_target(
-            target, weight.shape[0], ignore_index
-        )  # with the row's number in the batch, not in the chunk
-    for rows, z in _Layer(weight, bias, norms).chunks(input, chunk_rows):
+    for rows, z in _Layer(weight, bias, norms).chunks(input, chunk_elements):
         for whole, part in zip(outputs, forward(z, target[rows], loss, params, k, ignore_index, compact), strict=True):
             whole[rows] = part
     return outputs
@@ -135,45 +143,149 @@ def _linear_forward(
 
 def _linear_backward(
     grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, family, loss, params, k, ignore_index, chunk_rows, wanted,
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight and bias from grad of the rows: logits chunk by chunk once more."""
+    """Gradients of input, weight and bias from grad of the rows: *again*."""
     _, backward = _DOORS[family]
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, wanted)
-    num_classes = weight.shape[0]
-    for rows, z in layer.chunks(input, chunk_rows):
+    for rows, z in layer.chunks(input, chunk_elements):
         saved = z, target[rows], state[rows], pick_index[rows], pick_logit[rows]
-        gradients.add(rows, z, backward(grad[rows], *saved, loss, params, k, ignore_index, num_classes, False))
-    return gradients.result()
+        gradients.add(rows, backward(grad[rows], *saved, loss, params, k, ignore_index, z.shape[1], False))
+    return gradients.result(chunk_elements)
 
 
-def _linear_forward_backward(
-    grad, input, weight, bias, norms, target, family, loss, params, k, ignore_index, chunk_rows, wanted
+def _linear_at_once(
+    grad, input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The values or sums of the rows, and the gradients of input, weight and bias for grad of the rows."""
     forward, backward = _DOORS[family]
+    _check_target(input, weight, target, ignore_index)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, wanted)
-    num_classes = weight.shape[0]
     values = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    if input.device.type == "cpu" and target.dim() == 1:
-        reference.check_target(target, num_classes, ignore_index)
-    for rows, z in layer.chunks(input, chunk_rows):
+    for rows, z in layer.chunks(input, chunk_elements):
         values[rows], *saved = forward(z, target[rows], loss, params, k, ignore_index, False)
-        dz = backward(grad[rows], z, target[rows], *saved, loss, params, k, ignore_index, num_classes, False)
-        gradients.add(rows, z, dz)
-    return values, *gradients.result()
+        dz = backward(grad[rows], z, target[rows], *saved, loss, params, k, ignore_index, z.shape[1], False)
+        gradients.add(rows, dz)
+    return values, *gradients.result(chunk_elements)
+
+
+def _check_target(input: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> None:
+    """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here."""
+    if input.device.type == "cpu" and target.dim() == 1:
+        reference.check_target(target, weight.shape[0], ignore_index)
+
+
+# --- picks alone ------------------------------------------------------------------------------------------------------
+
+
+class _ByClass:
+    """The entries of a (rows, slots) matrix of classes, sorted by class and, within a class, in the order of the batch.
+
+    A bag holds the entries of one class: of every class, or only of those that occur. Entries of class num_classes
+    belong nowhere.
+    """
+
+    def __init__(self, classes: Tensor, num_classes: int, only_picked: bool):
+        sorted_classes, self.order = classes.flatten().sort(stable=True)
+        self.row = self.order // classes.shape[1]
+        self.picked = None
+        if only_picked:
+            bags, counts = sorted_classes.unique_consecutive(return_counts=True)
+            self.picked = bags[bags < num_classes]
+            self.num_bags = self.picked.shape[0]
+        else:
+            counts = classes.new_zeros(num_classes + 1).scatter_add_(0, sorted_classes, torch.ones_like(sorted_classes))
+            self.num_bags = num_classes
+        self.starts = counts.cumsum(0) - counts
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The rows of a (classes, ...) tensor, one a bag."""
+        return rows if self.picked is None else rows[self.picked]
+
+    def sum_rows(self, factors: Tensor, x: Tensor) -> Tensor:
+        """Sum of factor * x[row] over each bag, (bags, features), from factors (rows, slots) and x (rows, features)."""
+        factors = factors.flatten()[self.order]
+        return F.embedding_bag(self.row, x, self.starts, mode="sum", per_sample_weights=factors)[: self.num_bags]
+
+
+def _pick_gradients(
+    grad, state, pick_index, pick_logit,
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, only_picked,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of input, weight and bias through the target and the k picks of each row alone: O(rows * k * features).
+
+    With only_picked, those of weight and bias are of the classes that come last. No float atomics: the same bits in
+    every run.
+    """
+    num_classes = weight.shape[0]
+    z = pick_logit.to(state.dtype)  # (rows, k)
+    if family == "softmax":
+        dz_y, dz = reference.softmax_gradient(grad, state, z, loss, params)
+        dz_y = dz_y[:, None]
+    else:
+        dz_y, dz = reference.logistic_gradient(grad, state[:, :1], z, loss, params)
+    classes = torch.cat((target[:, None], pick_index), dim=1)  # (rows, 1 + k)
+    ignored = (target == ignore_index)[:, None]
+    nowhere = (classes < 0) | (classes >= num_classes) | ignored
+    dz = torch.cat((dz_y, dz), dim=1).masked_fill(nowhere, 0)
+    inside = classes.masked_fill(nowhere, 0)
+    dz_by_norm = dz if norms is None else dz / norms[inside]
+
+    want_input, want_weight, want_bias = wanted
+    dinput, dweight, dbias = _gradient_shapes(input, weight, wanted)
+    by_class = None
+    if want_input and input.shape[0] > 0:
+        dinput = F.embedding_bag(inside, weight, mode="sum", per_sample_weights=dz_by_norm.to(weight.dtype))
+        poisoned = dz_y.isnan() | state.isnan().any(1, keepdim=True)
+        dinput = dinput.masked_fill(poisoned, math.nan).masked_fill(ignored, 0)
+    if want_weight or want_bias:
+        by_class = _ByClass(classes.masked_fill(nowhere, num_classes), num_classes, only_picked)
+    if want_weight:
+        dweight = by_class.sum_rows(dz_by_norm, input.to(dz.dtype))
+        if norms is not None:
+            _through_norms(dweight, by_class.of(weight), by_class.of(norms), chunk_elements)
+        dweight = dweight.to(weight.dtype)
+    if want_bias:
+        dbias = by_class.sum_rows(dz, dz.new_ones((dz.shape[0], 1))).squeeze(1).to(bias.dtype)
+    return dinput, dweight, dbias, None if by_class is None else by_class.picked
+
+
+def _linear_backward_picks(
+    grad, state, pick_index, pick_logit,
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of input, weight and bias from grad of the rows: *picks*, dense."""
+    *gradients, _ = _pick_gradients(
+        grad, state, pick_index, pick_logit,
+        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, False,
+    )  # fmt: skip
+    return tuple(gradients)
+
+
+@torch.no_grad()  # under create_graph=True the graph is recorded here, where no op hides it
+def _sparse_gradients(*saved) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias from grad of the rows: *picks*, coalesced COO for weight and bias."""
+    weight, wanted = saved[5], saved[-1]
+    dinput, *of_picked, picked = _pick_gradients(*saved, True)
+
+    def scattered(values: Tensor) -> Tensor:
+        size = (weight.shape[0], *values.shape[1:])
+        return torch.sparse_coo_tensor(picked[None], values, size, is_coalesced=True, check_invariants=False)
+
+    return dinput, *(scattered(values) if want else None for values, want in zip(of_picked, wanted[1:], strict=True))
 
 
 # --- the same as ops: opaque to the compiler, which would unroll the loop over chunks ---------------------------------
 
-_LAYER = "Tensor input, Tensor weight, Tensor? bias, Tensor? norms, Tensor target, "
+_LAYER = "Tensor input, Tensor weight, Tensor? bias, Tensor? norms, Tensor target, int chunk_elements, "
 _LOSS = "str family, str loss, float[] params, int k, int ignore_index, "
+_SAVED = "Tensor state, Tensor pick_index, Tensor pick_logit"
 _GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias)"
 
 
-def _forward_shapes(input, weight, bias, norms, target, family, loss, params, k, ignore_index, compact, chunk_rows):
+def _forward_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact):
     rows = input.shape[0]
     dtype = reference.compute_dtype(input.dtype)
     values = input.new_empty((rows,) if family == "softmax" else (rows, 2), dtype=dtype)
@@ -188,33 +300,34 @@ def _gradient_shapes(input, weight, wanted):
 
 def _backward_shapes(
     grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, family, loss, params, k, ignore_index, chunk_rows, wanted,
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
 ):  # fmt: skip
     return _gradient_shapes(input, weight, wanted)
 
 
-def _forward_backward_shapes(
-    grad, input, weight, bias, norms, target, family, loss, params, k, ignore_index, chunk_rows, wanted
+def _at_once_shapes(
+    grad, input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted
 ):
     return grad.new_empty(grad.shape), *_gradient_shapes(input, weight, wanted)
 
 
 linear_forward = ops.define(
-    f"linear_forward({_LAYER}{_LOSS}bool compact, int chunk_rows) "
-    "-> (Tensor values, Tensor state, Tensor pick_index, Tensor pick_logit)",
-    _linear_forward,
-    _forward_shapes,
+    f"linear_forward({_LAYER}{_LOSS}bool compact) -> (Tensor values, {_SAVED})", _linear_forward, _forward_shapes
+)
+linear_at_once = ops.define(
+    f"linear_at_once(Tensor grad, {_LAYER}{_LOSS}bool[] wanted) -> (Tensor values, {_GRADIENTS}",
+    _linear_at_once,
+    _at_once_shapes,
 )
 linear_backward = ops.define(
-    "linear_backward(Tensor grad, Tensor state, Tensor pick_index, Tensor pick_logit, "
-    f"{_LAYER}{_LOSS}int chunk_rows, bool[] wanted) -> ({_GRADIENTS}",
+    f"linear_backward(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}bool[] wanted) -> ({_GRADIENTS}",
     _linear_backward,
     _backward_shapes,
 )
-linear_forward_backward = ops.define(
-    f"linear_forward_backward(Tensor grad, {_LAYER}{_LOSS}int chunk_rows, bool[] wanted) -> (Tensor values, {_GRADIENTS}",
-    _linear_forward_backward,
-    _forward_backward_shapes,
+linear_backward_picks = ops.define(
+    f"linear_backward_picks(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}bool[] wanted) -> ({_GRADIENTS}",
+    _linear_backward_picks,
+    _backward_shapes,
 )
 
 
@@ -227,51 +340,50 @@ class LinearRowLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, weight, bias, target, class_weight, family, formula, params, alpha, k, ignore_index, reduction,
-        normalize, chunk_rows, sparse_grad, grad_enabled,
+        normalize, chunk_elements, sparse_grad, grad_enabled,
     ):  # fmt: skip
         num_classes = weight.shape[0]
         multi_hot = target.dim() == 2
         dtype = reference.compute_dtype(input.dtype)
-        norms = None
-        if normalize:
-            norms = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).clamp_(min=torch.finfo(dtype).tiny)
+        norms = _norms(weight, dtype, chunk_elements) if normalize else None
+        layer = input, weight, bias, norms, target
+        arguments = chunk_elements, family, formula, params, k, ignore_index
+        ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
+        ctx.arguments, ctx.sparse_grad = arguments, sparse_grad
+        ctx.picks = sparse_grad or gathers_picks(num_classes, k, multi_hot)
         ctx.reduction = reduction_of(target, class_weight, ignore_index, reduction, dtype)
         ctx.scales = None
-        if family == "logistic":
-            num_positives = (target != 0).sum(1).to(dtype) if multi_hot else None
-            ctx.scales = term_scales(alpha, num_positives, num_classes, k)
+        # means over the terms of a multi-hot batch: forward counts them, and nothing of the target's size is made here
+        counted = family == "logistic" and multi_hot and alpha is not None
+        if family == "logistic" and not counted:
+            ctx.scales = term_scales(alpha, None, num_classes, k)
 
-        gathers = gathers_picks(num_classes, k, multi_hot)
-        wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
-        layer = input, weight, bias, norms, target
-        loss = family, formula, params, k, ignore_index
-        ctx.finished = any(wanted) and not gathers and _gradients_with_forward(reduction, input.dtype)
-        if ctx.finished:
-            grad = _grad_of_rows(ctx, input.new_ones((), dtype=dtype), input.shape[0])
-            values, *gradients = linear_forward_backward(grad, *layer, *loss, chunk_rows, wanted)
-            ctx.save_for_backward(*gradients)
+        ctx.at_once = any(ctx.wanted) and not ctx.picks and _gradients_at_once(reduction, input.dtype, not counted)
+        if ctx.at_once:
+            grad_rows = _grad_of_rows(ctx, input.new_ones((), dtype=dtype), input.shape[0])
+            values, *saved = linear_at_once(grad_rows, *layer, *arguments, ctx.wanted)
         else:
-            values, *state = linear_forward(*layer, *loss, gathers, chunk_rows)
-            ctx.save_for_backward(*state, *layer)
-        ctx.arguments = loss, chunk_rows, wanted
-        ctx.gathers, ctx.sparse_grad = gathers, sparse_grad
+            values, *saved = linear_forward(*layer, *arguments, ctx.picks)
+        if counted:
+            ctx.scales = term_scales(alpha, saved[0][:, 1], num_classes, k)
+        ctx.save_for_backward(*layer, *saved)
         return ctx.reduction.loss(values if ctx.scales is None else ctx.scales.values(values))
 
     @staticmethod
     def backward(ctx, grad):
-        loss, chunk_rows, wanted = ctx.arguments
-        with torch.no_grad():
-            if ctx.finished:
-                gradients = [gradient * grad.to(gradient.dtype) for gradient in ctx.saved_tensors]
+        layer, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        if ctx.at_once:
+            gradients = [gradient * grad.to(gradient.dtype) for gradient in saved]
+        else:
+            grad_rows = _grad_of_rows(ctx, grad, layer[0].shape[0])
+            if ctx.sparse_grad:
+                backward = _sparse_gradients
             else:
-                saved = ctx.saved_tensors
-                grad = _grad_of_rows(ctx, grad, saved[0].shape[0])
-                if ctx.gathers:
-                    gradients = _gather_gradients(grad, *saved, *loss, wanted, ctx.sparse_grad)
-                else:
-                    gradients = linear_backward(grad, *saved, *loss, chunk_rows, wanted)
-        gradients = (once(gradient) if want else None for gradient, want in zip(gradients, wanted, strict=True))
-        return *gradients, *[None] * 13
+                backward = linear_backward_picks if ctx.picks else linear_backward
+            gradients = backward(grad_rows, *saved, *layer, *ctx.arguments, ctx.wanted)
+        leads_back = [tensor for tensor in layer[:3] if tensor is not None]
+        pairs = zip(gradients, ctx.wanted, strict=True)
+        return *(once(gradient, *leads_back, grad) if want else None for gradient, want in pairs), *(None,) * 13
 
 
 def _grad_of_rows(ctx, grad: Tensor, num_rows: int) -> Tensor:
@@ -280,91 +392,3 @@ def _grad_of_rows(ctx, grad: Tensor, num_rows: int) -> Tensor:
     if ctx.scales is None:
         return grad.expand(num_rows)
     return ctx.scales.grad_of_sums(grad).expand(num_rows, 2)
-
-
-def _gather_gradients(
-    grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, family, loss, params, k, ignore_index, wanted, sparse_grad,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of input, weight and bias through the target and the k picks of each row alone: O(rows * k * features).
-
-    The picks are sorted by class, and each class sums its rows in the order of the batch: no float atomics, the same bits in
-    every run.
-    """
-    num_classes = weight.shape[0]
-    z_y = state[:, -1:] if family == "softmax" else state[:, :1]
-    z = torch.cat((z_y, pick_logit.to(state.dtype)), dim=1)  # (rows, 1 + k)
-    classes = torch.cat((target[:, None], pick_index), dim=1)
-    if family == "softmax":
-        dz_y, dz = reference.softmax_gradient(grad, state, z[:, 1:], loss, params)
-        dz_y = dz_y[:, None]
-    else:
-        dz_y, dz = reference.logistic_gradient(grad, z_y, z[:, 1:], loss, params)
-    dz = torch.cat((dz_y, dz), dim=1)
-    nowhere = (classes < 0) | (classes >= num_classes) | (target == ignore_index)[:, None]
-    classes = classes.masked_fill(nowhere, num_classes)  # sorted behind every class
-    dz = dz.masked_fill(nowhere, 0)
-    du = dz if norms is None else dz / norms[classes.clamp(max=num_classes - 1)]  # by x w^T
-
-    want_input, want_weight, want_bias = wanted
-    dinput = dweight = dbias = None
-    if want_input:
-        dinput = F.embedding_bag(
-            classes.clamp(max=num_classes - 1), weight, mode="sum", per_sample_weights=du.to(weight.dtype)
-        )
-        poisoned = (dz_y.isnan() & (target != ignore_index)[:, None]) | state.isnan().any(1, keepdim=True)
-        dinput = dinput.masked_fill(poisoned, math.nan)
-    if want_weight or want_bias:
-        by_class = _ByClass(classes, num_classes, only_picked=sparse_grad)
-    if want_weight:
-        dweight = by_class.sum_rows(du, input.to(du.dtype))  # (bags, features)
-        if norms is not None:
-            _pull_back(dweight, by_class.of(weight), by_class.of(norms), by_class.sum(dz * z))
-        dweight = by_class.gradient(dweight.to(weight.dtype))
-    if want_bias:
-        dbias = by_class.gradient(by_class.sum(dz).to(bias.dtype))
-    return dinput, dweight, dbias
-
-
-class _ByClass:
-    """The entries of a (rows, slots) matrix of classes, sorted by class and, within a class, in the order of the batch.
-
-    A bag holds the entries of one class: of every class, or only of those that occur. Entries of class num_classes belong nowhere.
-    """
-
-    def __init__(self, classes: Tensor, num_classes: int, only_picked: bool):
-        sorted_classes, self.order = classes.flatten().sort(stable=True)
-        self.row = self.order // classes.shape[1]
-        self.num_classes = num_classes
-        self.picked = None
-        if only_picked:
-            bags, counts = sorted_classes.unique_consecutive(return_counts=True)
-            self.picked = bags[bags < num_classes]
-            self.starts = counts.cumsum(0) - counts
-            self.num_bags = self.picked.shape[0]
-        else:
-            bags = torch.arange(num_classes + 1, device=classes.device, dtype=sorted_classes.dtype)
-            self.starts = torch.searchsorted(sorted_classes, bags)
-            self.num_bags = num_classes
-
-    def of(self, rows: Tensor) -> Tensor:
-        """The rows of a (classes, ...) tensor, one a bag."""
-        return rows if self.picked is None else rows[self.picked]
-
-    def sum_rows(self, factors: Tensor, x: Tensor) -> Tensor:
-        """Sum of factor * x[row] over each bag, (bags, features), from factors (rows, slots) and x (rows, features)."""
-        factors = factors.flatten()[self.order]
-        return F.embedding_bag(self.row, x, self.starts, mode="sum", per_sample_weights=factors)[: self.num_bags]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of each bag, (bags,), from values (rows, slots)."""
-        ends = self.starts.new_full((1,), values.numel())
-        offsets = torch.cat((self.starts, ends))
-        return torch.segment_reduce(values.flatten()[self.order], "sum", offsets=offsets, initial=0)[: self.num_bags]
-
-    def gradient(self, bags: Tensor) -> Tensor:
-        """The gradient of a (classes, ...) tensor from its bags: dense, or sparse where only the classes picked have bags."""
-        if self.picked is None:
-            return bags
-        size = (self.num_classes, *bags.shape[1:])
-        return torch.sparse_coo_tensor(self.picked[None], bags, size, is_coalesced=True, check_invariants=False)
