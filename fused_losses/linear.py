@@ -4,8 +4,8 @@ Signatures follow ``torch.nn.functional.linear_cross_entropy``. How it is comput
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +42,13 @@ class LinearLossOptions:
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {self.chunk_bytes}")
 
-    def chunk_elements(self, weight: Tensor) -> int:
-        """How many logits of weight's dtype the budget holds."""
+    def chunk_elements(self, weight: Tensor, dtype: torch.dtype) -> int:
+        """How many logits of that dtype the budget holds."""
         budget = self.chunk_bytes
         if budget is None:
             least = 16 * MIB if weight.device.type == "cpu" else 256 * MIB
             budget = max(least, weight.numel() * weight.element_size() // 4)
-        return max(1, budget // weight.element_size())
+        return max(1, budget // dtype.itemsize)
 
 
 def linear_cross_entropy(
@@ -260,7 +260,7 @@ class LinearLoss(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        _check_cosine(bias, normalize, scale)
+        _check_options(options, bias, normalize, scale)
         loss = CrossEntropyLoss() if loss is None else loss
         if not isinstance(loss, RowLoss):
             raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}")
@@ -314,14 +314,11 @@ def apply(
 ) -> Tensor:
     """The one way from a user's arguments to the autograd function."""
     check_options(loss, k, ratio, reduction)
-    _check_layer(input, linear_weight, linear_bias, normalize, scale)
-    dtype = input.dtype
+    _check_options(options, linear_bias is not None, normalize, scale)
+    _check_layer(input, linear_weight, linear_bias)
+    dtype = _dtype_of_linear(input, linear_weight, linear_bias)
     if normalize:
-        input = (F.normalize(input.to(reference.compute_dtype(dtype)), dim=-1) * scale).to(dtype)
-    input, linear_weight, linear_bias = _as_autocast(input, linear_weight, linear_bias)
-    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise RuntimeError(f"expected input and {name} of one dtype, but got {input.dtype} and {tensor.dtype}")
+        input = F.normalize(input.to(reference.compute_dtype(input.dtype)), dim=-1) * scale
 
     num_classes = linear_weight.shape[0]
     shape = torch.Size((*input.shape[:-1], num_classes))
@@ -329,28 +326,34 @@ def apply(
     rows, target, k = as_rows(input, target, num_classes, k, ratio)
     if check_targets and input.device.type != "cpu":  # the CPU doors always check
         reference.check_target(target, num_classes, ignore_index)
-    options = options or LinearLossOptions()
+    options = LinearLossOptions() if options is None else options
     if options.sparse_grad and (k == 0 or target.dim() == 2):
         got = "multi-hot targets" if target.dim() == 2 else f"all {num_classes - 1} negatives"
         raise ValueError(f"sparse_grad needs class-index targets and k (or ratio) below C - 1, got {got}")
     result = LinearRowLoss.apply(
         rows, linear_weight, linear_bias, target, weight,
         loss.family, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction,
-        normalize, options.chunk_elements(linear_weight), options.sparse_grad, torch.is_grad_enabled(),
+        dtype, normalize, options.chunk_elements(linear_weight, dtype), options.sparse_grad, torch.is_grad_enabled(),
     )  # fmt: skip
     return result.squeeze(0) if input.dim() == 1 and reduction == "none" else result
 
 
-def _as_autocast(*tensors: Tensor | None) -> Iterator[Tensor | None]:
-    """The tensors in the dtype in which F.linear would see them."""
-    for tensor in tensors:
-        if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
-            yield tensor
-        else:
-            yield tensor.to(torch.get_autocast_dtype(tensor.device.type))
+def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype in which F.linear computes: under autocast not theirs, unless that is float64."""
+
+    def seen(tensor: Tensor) -> torch.dtype:
+        device_type = tensor.device.type
+        if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+            return tensor.dtype
+        return torch.get_autocast_dtype(device_type)
+
+    for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is not None and seen(tensor) != seen(input):
+            raise RuntimeError(f"expected input and {name} of one dtype, but got {seen(input)} and {seen(tensor)}")
+    return seen(input)
 
 
-def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, scale: float) -> None:
+def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
         if tensor is None and name == "linear_bias":
             continue
@@ -368,12 +371,15 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: 
         raise ValueError(f"expected at least one class, got linear_weight of shape {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected linear_bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    _check_cosine(bias is not None, normalize, scale)
 
 
-def _check_cosine(has_bias: bool, normalize: bool, scale: float) -> None:
+def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> None:
+    if options is not None and not isinstance(options, LinearLossOptions):
+        raise TypeError(f"options must be LinearLossOptions, got {type(options).__name__}")
     if has_bias and normalize:
         raise ValueError("cosine logits (normalize=True) take no linear_bias")
+    if not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     if scale != 1 and not normalize:

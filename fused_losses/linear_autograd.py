@@ -89,15 +89,13 @@ def _through_norms(dweight: Tensor, weight: Tensor, norms: Tensor, chunk_element
 
 
 class _Gradients:
-    """The gradients of a layer, summed chunk by chunk; those of weight and bias in float32 for 16-bit logits."""
+    """The gradients of a layer, summed chunk by chunk; those of weight and bias in float32 for a 16-bit layer."""
 
     def __init__(self, input: Tensor, layer: _Layer, wanted: list[bool]):
         self.x, self.layer, self.wanted = input, layer, wanted
-        want_input, want_weight, want_bias = wanted
-        dtype = reference.compute_dtype(input.dtype)
-        self.input = input.new_empty(input.shape if want_input else (0,))
-        self.weight = input.new_zeros(layer.weight.shape if want_weight else (0,), dtype=dtype)
-        self.bias = input.new_zeros(layer.weight.shape[:1] if want_bias else (0,), dtype=dtype)
+        self.input, self.weight, self.bias = _gradient_shapes(input, layer.weight, wanted)
+        self.weight.zero_()
+        self.bias.zero_()
 
     def add(self, rows: slice, dz: Tensor) -> None:
         """dz: the gradient of a chunk's logits, free to be overwritten."""
@@ -112,10 +110,9 @@ class _Gradients:
             _add_product(self.weight, dz.t(), self.x[rows])
 
     def result(self, chunk_elements: int) -> tuple[Tensor, Tensor, Tensor]:
-        weight, norms = self.layer.weight, self.layer.norms
-        if norms is not None and self.wanted[1]:
-            _through_norms(self.weight, weight, norms, chunk_elements)
-        return self.input, self.weight.to(weight.dtype), self.bias.to(weight.dtype)
+        if self.layer.norms is not None and self.wanted[1]:
+            _through_norms(self.weight, self.layer.weight, self.layer.norms, chunk_elements)
+        return self.input, self.weight, self.bias
 
 
 # --- chunks of rows through the doors ---------------------------------------------------------------------------------
@@ -246,9 +243,8 @@ def _pick_gradients(
         dweight = by_class.sum_rows(dz_by_norm, input.to(dz.dtype))
         if norms is not None:
             _through_norms(dweight, by_class.of(weight), by_class.of(norms), chunk_elements)
-        dweight = dweight.to(weight.dtype)
     if want_bias:
-        dbias = by_class.sum_rows(dz, dz.new_ones((dz.shape[0], 1))).squeeze(1).to(bias.dtype)
+        dbias = by_class.sum_rows(dz, dz.new_ones((dz.shape[0], 1))).squeeze(1)
     return dinput, dweight, dbias, None if by_class is None else by_class.picked
 
 
@@ -274,7 +270,7 @@ def _sparse_gradients(*saved) -> tuple[Tensor, Tensor, Tensor]:
         size = (weight.shape[0], *values.shape[1:])
         return torch.sparse_coo_tensor(picked[None], values, size, is_coalesced=True, check_invariants=False)
 
-    return dinput, *(scattered(values) if want else None for values, want in zip(of_picked, wanted[1:], strict=True))
+    return dinput, *(scattered(values) if want else values for values, want in zip(of_picked, wanted[1:], strict=True))
 
 
 # --- the same as ops: opaque to the compiler, which would unroll the loop over chunks ---------------------------------
@@ -294,8 +290,13 @@ def _forward_shapes(input, weight, bias, norms, target, chunk_elements, family, 
 
 
 def _gradient_shapes(input, weight, wanted):
-    shapes = (input.shape, weight.shape, weight.shape[:1])
-    return tuple(input.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))
+    want_input, want_weight, want_bias = wanted
+    dtype = reference.compute_dtype(input.dtype)
+    return (
+        input.new_empty(input.shape if want_input else (0,)),
+        input.new_empty(weight.shape if want_weight else (0,), dtype=dtype),
+        input.new_empty(weight.shape[:1] if want_bias else (0,), dtype=dtype),
+    )
 
 
 def _backward_shapes(
@@ -335,55 +336,67 @@ linear_backward_picks = ops.define(
 
 
 class LinearRowLoss(torch.autograd.Function):
-    """input (rows, features), weight (classes, features), target -> loss."""
+    """input (rows, features), weight (classes, features), target -> loss.
+
+    The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias, and those of weight and
+    bias are rounded once.
+    """
 
     @staticmethod
     def forward(
         ctx, input, weight, bias, target, class_weight, family, formula, params, alpha, k, ignore_index, reduction,
-        normalize, chunk_elements, sparse_grad, grad_enabled,
+        dtype, normalize, chunk_elements, sparse_grad, grad_enabled,
     ):  # fmt: skip
         num_classes = weight.shape[0]
         multi_hot = target.dim() == 2
-        dtype = reference.compute_dtype(input.dtype)
-        norms = _norms(weight, dtype, chunk_elements) if normalize else None
-        layer = input, weight, bias, norms, target
+        compute_dtype = reference.compute_dtype(dtype)
+        x, w, b = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
+        layer = x, w, b, _norms(w, compute_dtype, chunk_elements) if normalize else None, target
         arguments = chunk_elements, family, formula, params, k, ignore_index
         ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
         ctx.arguments, ctx.sparse_grad = arguments, sparse_grad
         ctx.picks = sparse_grad or gathers_picks(num_classes, k, multi_hot)
-        ctx.reduction = reduction_of(target, class_weight, ignore_index, reduction, dtype)
+        ctx.reduction = reduction_of(target, class_weight, ignore_index, reduction, compute_dtype)
         ctx.scales = None
         # means over the terms of a multi-hot batch: forward counts them, and nothing of the target's size is made here
         counted = family == "logistic" and multi_hot and alpha is not None
         if family == "logistic" and not counted:
             ctx.scales = term_scales(alpha, None, num_classes, k)
 
-        ctx.at_once = any(ctx.wanted) and not ctx.picks and _gradients_at_once(reduction, input.dtype, not counted)
+        ctx.at_once = any(ctx.wanted) and not ctx.picks and _gradients_at_once(reduction, dtype, not counted)
         if ctx.at_once:
-            grad_rows = _grad_of_rows(ctx, input.new_ones((), dtype=dtype), input.shape[0])
-            values, *saved = linear_at_once(grad_rows, *layer, *arguments, ctx.wanted)
+            grad_rows = _grad_of_rows(ctx, x.new_ones((), dtype=compute_dtype), x.shape[0])
+            values, *gradients = linear_at_once(grad_rows, *layer, *arguments, ctx.wanted)
+            ctx.save_for_backward(input, weight, bias, *_in_dtypes_of((input, weight, bias), gradients, ctx.wanted))
         else:
             values, *saved = linear_forward(*layer, *arguments, ctx.picks)
-        if counted:
-            ctx.scales = term_scales(alpha, saved[0][:, 1], num_classes, k)
-        ctx.save_for_backward(*layer, *saved)
+            if counted:
+                ctx.scales = term_scales(alpha, saved[0][:, 1], num_classes, k)
+            ctx.save_for_backward(input, weight, bias, *saved, *layer)
         return ctx.reduction.loss(values if ctx.scales is None else ctx.scales.values(values))
 
     @staticmethod
     def backward(ctx, grad):
-        layer, saved = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        parameters, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         if ctx.at_once:
-            gradients = [gradient * grad.to(gradient.dtype) for gradient in saved]
+            gradients = [None if gradient is None else gradient * grad for gradient in saved]
         else:
-            grad_rows = _grad_of_rows(ctx, grad, layer[0].shape[0])
+            grad_rows = _grad_of_rows(ctx, grad, parameters[0].shape[0])
             if ctx.sparse_grad:
                 backward = _sparse_gradients
             else:
                 backward = linear_backward_picks if ctx.picks else linear_backward
-            gradients = backward(grad_rows, *saved, *layer, *ctx.arguments, ctx.wanted)
-        leads_back = [tensor for tensor in layer[:3] if tensor is not None]
-        pairs = zip(gradients, ctx.wanted, strict=True)
-        return *(once(gradient, *leads_back, grad) if want else None for gradient, want in pairs), *(None,) * 13
+            gradients = _in_dtypes_of(parameters, backward(grad_rows, *saved, *ctx.arguments, ctx.wanted), ctx.wanted)
+        leads_back = [tensor for tensor in parameters if tensor is not None]
+        return *(None if gradient is None else once(gradient, *leads_back, grad) for gradient in gradients), *(
+            None,
+        ) * 14
+
+
+def _in_dtypes_of(tensors, gradients, wanted: list[bool]) -> list[Tensor | None]:
+    """The gradients that are wanted, each in the dtype of its tensor."""
+    triples = zip(tensors, gradients, wanted, strict=True)
+    return [gradient.to(tensor.dtype) if want else None for tensor, gradient, want in triples]
 
 
 def _grad_of_rows(ctx, grad: Tensor, num_rows: int) -> Tensor:
