@@ -13,9 +13,10 @@ from .reductions import reduction_of, term_scales
 class _SecondDerivative(torch.autograd.Function):
     """The identity on dlogits under ``create_graph=True``; its backward raises.
 
-    ``once_differentiable`` would not do: it lets dlogits pass as a constant when the upstream gradient is one, and a gradient
-    penalty would silently lose its gradient. For the same reason a gradient must lead back to what it is the gradient of: the
-    engine skips whatever does not, and ``torch.autograd.grad`` of loss + penalty would be that of the loss alone.
+    ``once_differentiable`` would not do: it lets dlogits pass as a constant when the upstream gradient is one, and a
+    gradient penalty would silently lose its gradient. For the same reason a gradient must lead back to what it is the
+    gradient of: the engine skips whatever does not, and ``torch.autograd.grad`` of loss + penalty would be that of the
+    loss alone.
     """
 
     @staticmethod
@@ -30,8 +31,8 @@ class _SecondDerivative(torch.autograd.Function):
 def once(gradient: Tensor, *through: Tensor) -> Tensor:
     """A gradient that refuses to be differentiated, under ``create_graph=True``.
 
-    ``through``: the upstream gradient, and a tensor that leads back to the inputs. In the compact form nothing is kept that does;
-    hence the row states leave forward as a second output, which does.
+    ``through``: the upstream gradient, and a tensor that leads back to the inputs. In the compact form nothing is kept
+    that does; hence the row states leave forward as a second output, which does.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiled graph refuses by itself
         return gradient

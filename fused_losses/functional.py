@@ -2,12 +2,14 @@
 
 All six take
 
-- ``logits`` (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never modified.
-- ``target``: class indices (N,) of any integer dtype. The logistic family (LR, HS-LR, SS-LR) also takes multi-hot targets (N, C) of
-  any dtype that holds only 0 and 1, told apart by their rank.
+- ``logits`` (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+  modified.
+- ``target``: class indices (N,) of any integer dtype. The logistic family (LR, HS-LR, SS-LR) also takes multi-hot
+  targets (N, C) of any dtype that holds only 0 and 1, told apart by their rank.
 
-and return float32 (float64 for float64 logits): a scalar, or (N,) for ``reduction="none"``. They are differentiable once, by the logits;
-the gradient has the logits' dtype. A row with a NaN logit is NaN, in the loss and in its whole gradient row.
+and return float32 (float64 for float64 logits): a scalar, or (N,) for ``reduction="none"``. They are differentiable
+once, by the logits; the gradient has the logits' dtype. A row with a NaN logit is NaN, in the loss and in its whole
+gradient row.
 """
 
 import math
@@ -44,14 +46,14 @@ def cross_entropy(
     Args:
         logits: (N, C) or (C,), floating.
         target: class indices (N,) or (), any integer dtype.
-        k: keep only the k negatives with the largest logits (all, if there are fewer); equal logits at the edge: lowest class
-            index first. Default: all negatives.
+        k: keep only the k negatives with the largest logits (all, if there are fewer); equal logits at the edge: lowest
+            class index first. Default: all negatives.
         ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
         weight: (C,), floating: row i counts weight[target[i]] times, and the mean divides by the sum of these.
         ignore_index: rows with this target count nothing and get a zero gradient.
         reduction: "none" | "mean" (over the rows not ignored; NaN if there are none) | "sum".
-        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked; elsewhere it
-            costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
 
     Raises:
         TypeError: logits or target of a wrong dtype, an argument that is not a number.
@@ -120,15 +122,15 @@ def lr_loss(
 ) -> Tensor:
     """Vanilla logistic regression, one-vs-rest: softplus(-z_y) + sum over the negatives of softplus(z_j).
 
-    The sum over classes of ``binary_cross_entropy_with_logits``: it starts at C * log 2, so it wants a smaller learning rate than
-    cross-entropy. The baseline of Dong, Zhu, Gong, AAAI 2019, arXiv 1811.08400.
+    The sum over classes of ``binary_cross_entropy_with_logits``: it starts at C * log 2, so it wants a smaller learning
+    rate than cross-entropy. The baseline of Dong, Zhu, Gong, AAAI 2019, arXiv 1811.08400.
 
     Args:
         target: class indices (N,), or multi-hot (N, C): 0 and 1 of any dtype, any number of positives per row.
         weight, ignore_index: index targets only.
 
-    Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for a multi-hot entry other than 0 and 1 (checked as
-    class indices are).
+    Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for a multi-hot entry other than
+    0 and 1 (checked as class indices are).
     """
     return apply(LR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
 
@@ -145,11 +147,11 @@ def hs_lr_loss(
     reduction: str = "mean",
     check_targets: bool = False,
 ) -> Tensor:
-    """Logistic regression with hard selection: softplus(-z_y) + alpha * mean over the k hardest negatives of softplus(z_j).
+    """Logistic regression with hard selection: softplus(-z_y) + alpha * mean of softplus(z_j) over the k hardest.
 
-    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 5. The gradient touches k + 1 classes.
-    With multi-hot targets the two terms are means over all positives and all chosen negatives of the batch, as in the authors'
-    code; "none" then gives rows whose mean is that.
+    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 5. The gradient touches
+    k + 1 classes. With multi-hot targets the two terms are means over all positives and all chosen negatives of the
+    batch, as in the authors' code; "none" then gives rows whose mean is that.
 
     Args:
         k, ratio: one of them is required.
@@ -173,10 +175,10 @@ def ss_lr_loss(
     reduction: str = "mean",
     check_targets: bool = False,
 ) -> Tensor:
-    """Logistic regression with soft selection: softplus(-z_y) + alpha * mean over the negatives of sigma(z_j)^gamma * softplus(z_j).
+    """Logistic regression with soft selection: softplus(-z_y) + alpha * mean of sigma(z_j)^gamma * softplus(z_j).
 
-    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 6. The gradient flows through the weight
-    sigma^gamma too. Multi-hot targets are normalised as in :func:`hs_lr_loss`.
+    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 6. The gradient flows
+    through the weight sigma^gamma too. Multi-hot targets are normalised as in :func:`hs_lr_loss`.
 
     Args:
         alpha: weight of the negatives, finite, >= 0; default 1 (ours: the authors' code has none).
@@ -307,7 +309,8 @@ def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
         hint = "; for class indices, squeeze the target: target.squeeze(-1)"
     if loss.family == "softmax" and same and target.dtype.is_floating_point:
         raise TypeError(
-            f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; {_shapes(shape, target)}"
+            f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; "
+            f"{_shapes(shape, target)}"
         )
     if loss.family == "softmax":
         raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {_shapes(shape, target)}{hint}")

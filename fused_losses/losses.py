@@ -1,12 +1,12 @@
 """What each loss is: family, hyper-parameters and their defaults, paper, formula.
 
-Notation: z logits of one row, y the target, S the chosen negatives (all of them, or the k most confusing), sigma the sigmoid,
-softplus(x) = log(1 + e^x). The softmax family sees a row through its margin
+Notation: z logits of one row, y the target, S the chosen negatives (all of them, or the k most confusing), sigma the
+sigmoid, softplus(x) = log(1 + e^x). The softmax family sees a row through its margin
 
     d = z_y - log sum over S of exp(z_j),        the log-odds of the target among {y} + S,
 
-the logistic family through two sums, pos over the positives P and neg over S. How a formula is evaluated stands once per
-backend: ``reference.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
+the logistic family through two sums, pos over the positives P and neg over S. How a formula is evaluated stands once
+per backend: ``reference.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The losses as ``nn.Module``: the arguments of the function twin, given once.
 
-``forward(logits, target)`` is the twin's. ``weight`` is a buffer: it moves with ``.to(device)`` and stands in the state dict. Options are
-checked when the module is made.
+``forward(logits, target)`` is the twin's. ``weight`` is a buffer: it moves with ``.to(device)`` and stands in the state
+dict. Options are checked when the module is made.
 """
 
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class LRLoss(RowLoss):
 
 
 class HSLRLoss(RowLoss):
-    """Module twin of :func:`fused_losses.hs_lr_loss`: logistic regression with hard selection; ``k`` or ``ratio`` required."""
+    """Module twin of :func:`fused_losses.hs_lr_loss`: hard selection; ``k`` or ``ratio`` is required."""
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
 """The raw ops: schema, shapes, and who serves which device.
 
-Four ops, ``torch.ops.fused_losses.{softmax,logistic}_{forward,backward}``, are the doors of every wing; ``reference.py`` states
-their contract. PyTorch's dispatcher picks the wing by device: the C++ extension serves the CPU where it was built, the reference
-every other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
+Four ops, ``torch.ops.fused_losses.{softmax,logistic}_{forward,backward}``, are the doors of every wing;
+``reference.py`` states their contract. PyTorch's dispatcher picks the wing by device: the C++ extension serves the CPU
+where it was built, the reference every other device. They are not differentiable by themselves: ``autograd.py`` pairs
+them.
 """
 
 import importlib.metadata
@@ -76,8 +77,8 @@ logistic_backward = define("logistic_backward" + _BACKWARD, reference.logistic_b
 def keeps_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
     """Whether the compact form serves: then backward needs no logits, and autograd keeps none alive.
 
-    Scattered stores cost more than reading the logits once more as soon as the picks are no small share of the classes. With
-    multi-hot targets backward reads the positives' logits anyway.
+    Scattered stores cost more than reading the logits once more as soon as the picks are no small share of the classes.
+    With multi-hot targets backward reads the positives' logits anyway.
     """
     return 0 < k <= num_classes // 32 and not multi_hot
 

@@ -1,4 +1,4 @@
-"""From one value per row to the loss, and back: class weights, reductions, the normalisers of the logistic family. N numbers each."""
+"""From one value per row to the loss, and back: class weights, reductions, normalisers. N numbers each."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Reduction(NamedTuple):
-    """How the values of the rows become the loss: none, sum, or mean with its divisor; w[y] per row, if there are weights."""
+    """How the values of the rows become the loss: weighed by w[y], if there are weights; none, sum, or mean."""
 
     kind: str
     row_weight: Tensor | None  # (rows,), 0 where ignored
@@ -61,8 +61,9 @@ class TermScales(NamedTuple):
 
 
 def term_scales(alpha: float | None, num_positives: Tensor | None, num_classes: int, k: int) -> TermScales:
-    """alpha None: plain sums. A number: means over the terms of a row for index targets (num_positives None), over those of the
-    batch for multi-hot targets (num_positives per row), as the FRLR authors normalise. A term without members is 0.
+    """alpha None: plain sums. A number: means over the terms of a row for index targets (num_positives None), over
+    those of the batch for multi-hot targets (num_positives per row), as the FRLR authors normalise. A term without
+    members is 0.
 
     k as at the doors: 0 for all negatives.
     """

@@ -4,18 +4,19 @@ Contract of the four doors, shared by all wings, z = logits, (rows, classes):
 
 - Arithmetic and row outputs are float64 for float64 logits, else float32 (the compute dtype).
 - target: int64 (rows,), or multi-hot (rows, classes) for the logistic doors, where every entry != 0 is a positive.
-  An index is ``ignore_index`` (checked first: an ignored row), ``NO_TARGET`` (a row whose positive is elsewhere: another
-  shard has it), or a class. Anything else raises on the CPU; on other devices its row becomes NaN.
+  An index is ``ignore_index`` (checked first: an ignored row), ``NO_TARGET`` (a row whose positive is elsewhere:
+  another shard has it), or a class. Anything else raises on the CPU; on other devices its row becomes NaN.
 - k = 0: S is all negatives. k >= 1: the k largest z_j with j not positive, the lowest class index first among equals.
-- Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, in any order; the threshold form
-  keeps one, the last taken, the *edge*; k = 0 keeps none.
+- Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, in any order; the threshold
+  form keeps one, the last taken, the *edge*; k = 0 keeps none.
 - softmax state (rows, 3) = m, l, z_y: m the largest logit of S (0 if that is -inf), l = log sum over S of exp(z_j - m).
-  m + l is never one number: at offset 1000 that would cost two digits in fp32. A row with a NaN, a +inf or a bad target has
-  NaN among them.
-- logistic sums (rows, 2) = pos, neg; state (rows, 2) = z_y (0 for multi-hot, NaN for a row with a NaN or a bad target), number of positives.
-- backward takes d(objective)/d(value) or d(objective)/d(sums), any strides, and writes every element of (rows, classes).
-  A row whose coefficient is NaN becomes NaN as a whole; an ignored row becomes literal zeros. ``logits`` is None in the
-  compact form with index targets: the picks and the state hold all that it needs.
+  m + l is never one number: at offset 1000 that would cost two digits in fp32. A row with a NaN, a +inf or a bad target
+  has NaN among them.
+- logistic sums (rows, 2) = pos, neg; state (rows, 2) = z_y (0 for multi-hot, NaN for a row with a NaN or a bad target),
+  number of positives.
+- backward takes d(objective)/d(value) or d(objective)/d(sums), any strides, and writes every element of (rows,
+  classes). A row whose coefficient is NaN becomes NaN as a whole; an ignored row becomes literal zeros. ``logits`` is
+  None in the compact form with index targets: the picks and the state hold all that it needs.
 """
 
 import math

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-import eager
-import paper
 import pytest
 import torch
 from torch import Tensor
 
+import eager
 import fused_losses as fl
+import paper
 
 NO_TARGET = -(2**63)
 
@@ -60,7 +60,9 @@ CRL = Loss(
     ),
 )
 LR = Loss("lr_loss", "LRLoss", "logistic", "lr")
-HS_LR = Loss("hs_lr_loss", "HSLRLoss", "logistic", "lr", ({"alpha": 1.0}, {"alpha": 10.0}, {"alpha": 0.0}), needs_k=True)
+HS_LR = Loss(
+    "hs_lr_loss", "HSLRLoss", "logistic", "lr", ({"alpha": 1.0}, {"alpha": 10.0}, {"alpha": 0.0}), needs_k=True
+)
 SS_LR = Loss(
     "ss_lr_loss",
     "SSLRLoss",

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-import paper
 import torch
 from torch import Tensor
+
+import paper
 
 
 class Formula(NamedTuple):
@@ -20,7 +21,14 @@ class Formula(NamedTuple):
 
 CE, NLLR, LR = Formula("softmax", "cross_entropy", []), Formula("softmax", "nllr", []), Formula("logistic", "lr", [])
 CRL, SS_LR = Formula("softmax", "crl", [1.5, 1.0]), Formula("logistic", "ss_lr", [2.0])
-SOFTMAX = (CE, NLLR, CRL, CRL._replace(params=[0.0, 1.0]), CRL._replace(params=[0.3, 2.5]), CRL._replace(params=[4.0, 0.0]))
+SOFTMAX = (
+    CE,
+    NLLR,
+    CRL,
+    CRL._replace(params=[0.0, 1.0]),
+    CRL._replace(params=[0.3, 2.5]),
+    CRL._replace(params=[4.0, 0.0]),
+)
 LOGISTIC = (LR, SS_LR, SS_LR._replace(params=[0.5]), SS_LR._replace(params=[0.0]))
 
 # (k, compact): k = 0 is all negatives; both forms of the k hardest

@@ -1,10 +1,11 @@
 """The same losses as a careful PyTorch user writes them: torch's own functions, in float32 for half-precision logits,
 else in the logits' dtype. The yardstick of the tolerance rule (cases.py), not a judge."""
 
-import paper
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import paper
 
 
 def working(logits: Tensor) -> Tensor:

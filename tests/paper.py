@@ -1,7 +1,7 @@
-"""The judge: every loss from the formula that its authors' code states, in float64, naively, differentiated by autograd.
+"""The judge: every loss from the formula that its authors' code states, naively, in float64, with autograd's gradient.
 
 Nothing of the package is imported here. A function takes logits (rows, classes) and a target, class indices (rows,) or
-a multi-hot matrix (rows, classes), and returns one value per row (rows,), whose mean is the loss as its paper states it.
+a multi-hot matrix (rows, classes), and returns one value per row (rows,), whose mean is the loss that its paper states.
 `k` restricts the negatives of a row to its k hardest; `None` means all of them. Meant for finite logits whose
 differences stay below 700, where float64 neither overflows nor underflows in any of these formulas.
 """

@@ -1,12 +1,28 @@
-"""The functions inside autograd: upstream gradients, several backward passes, what is kept alive, second derivatives."""
+"""The functions inside autograd: upstream gradients, several passes, what is kept alive, second derivatives."""
 
 import warnings
 
-import fused_losses as fl
 import pytest
 import torch
-from cases import CE, CRL, DTYPES, LOGISTIC, LOSSES, LR, SS_LR, each, each_form, make_index, make_logits, make_multihot, make_target, value_and_grad
 from torch.multiprocessing.reductions import StorageWeakRef
+
+import fused_losses as fl
+from cases import (
+    CE,
+    CRL,
+    DTYPES,
+    LOGISTIC,
+    LOSSES,
+    LR,
+    SS_LR,
+    each,
+    each_form,
+    make_index,
+    make_logits,
+    make_multihot,
+    make_target,
+    value_and_grad,
+)
 
 CLASSES = 100
 FORMS = {"all": None, "compact": 2, "threshold": 50}  # which form serves k of 100 classes
@@ -105,8 +121,8 @@ def test_squared_rows(loss, k):
 
 
 def test_zero_upstream_gradient_is_zero():
+    logits, target = make_logits(5, CLASSES), make_index(5, CLASSES)
     for loss in LOSSES:
-        logits, target = make_logits(5, CLASSES), make_index(5, CLASSES)
         _, grad = value_and_grad(lambda z, f=loss: f(z, target, k=3) * 0, logits)
         assert (grad == 0).all()
 
@@ -277,7 +293,7 @@ def test_second_derivative_is_right_or_raises(loss, form, reduction, k):
         try:
             (second,) = torch.autograd.grad(penalty, logits)
         except RuntimeError as error:
-            assert "second derivative" in str(error)  # noqa: PT017
+            assert "second derivative" in str(error)
             continue
         z = logits.detach().clone().requires_grad_()
         rows = loss.paper(z, target, k, **loss.hypers[0])
@@ -326,24 +342,29 @@ def test_second_derivative_of_something_else_still_works():
 @each_k
 @each_form
 def test_gradscaler_in_float16(loss, form, k):
-    """Scaled loss, unscaled gradient: what comes out is the plain gradient, and an overflow skips the step."""
+    """A step with scaled float16 gradients is the plain step; one that overflows is skipped and lowers the scale."""
     target, k = make_target(form, 5, CLASSES), k_of(loss, k)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1)
-    logits = torch.nn.Parameter(make_logits(5, CLASSES, torch.float16))
-    optimizer = torch.optim.SGD([logits], lr=1.0)
-    before = logits.detach().clone()
-    scaled = scaler.scale(loss(logits, target, k=k))
-    assert scaled.dtype == torch.float32
-    scaled.backward()
-    _, truth = value_and_grad(lambda z: loss.paper(z, target, k, **loss.hypers[0]).mean(), before.double())
-    torch.testing.assert_close(logits.grad.double() / 2.0**12, truth, rtol=1e-3, atol=2.0**-24 / 2.0**12)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    parameter = torch.nn.Parameter(make_logits(5, CLASSES, torch.float16).float())
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    before = parameter.detach().clone()
 
-    logits.grad = None
-    scaler.scale(loss(logits, target, k=k) * 2.0**16).backward()
-    assert logits.grad.isinf().any()
-    assert not logits.grad.isnan().any()
+    def step(factor):
+        optimizer.zero_grad()
+        value = loss(parameter.half(), target, k=k)
+        assert value.dtype == torch.float32
+        scaler.scale(value * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(1)
+    _, truth = value_and_grad(lambda z: loss.paper(z, target, k, **loss.hypers[0]).mean(), before.double())
+    torch.testing.assert_close(before - parameter.detach(), truth.float(), rtol=1e-3, atol=1e-6)
+    assert scaler.get_scale() == 2.0**12
+    after = parameter.detach().clone()
+    step(2.0**20)
+    assert torch.equal(parameter.detach(), after)
+    assert scaler.get_scale() == 2.0**11
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -366,3 +387,15 @@ def test_anomaly_mode_finds_nothing(loss):
             for k in FORMS.values():
                 loss(logits, target, k=k_of(loss, k)).backward()
     assert logits.grad.isfinite().all()
+
+
+@each(LOSSES)
+def test_other_kinds_of_differentiation_refuse(loss):
+    """torch.func and forward mode: an error, not a wrong number."""
+    logits, target = make_logits(5, CLASSES), make_index(5, CLASSES)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda z: loss(z, target, k=3))(logits)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            loss(dual, target, k=3)

@@ -1,11 +1,25 @@
 """torch.compile, autocast and torch.export: whole graphs, few of them, and the same numbers."""
 
-import fused_losses as fl
 import pytest
 import torch
-from cases import CE, CRL, HS_LR, LOSSES, LR, SS_LR, each, each_form, make_index, make_logits, make_target, value_and_grad
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+
+import fused_losses as fl
+from cases import (
+    CE,
+    CRL,
+    HS_LR,
+    LOSSES,
+    LR,
+    SS_LR,
+    each,
+    each_form,
+    make_index,
+    make_logits,
+    make_target,
+    value_and_grad,
+)
 
 CLASSES = 100
 each_k = pytest.mark.parametrize("k", [None, 2, 50], ids=["all", "compact", "threshold"])

@@ -5,15 +5,17 @@ import warnings
 
 import pytest
 import torch
-from cases import make_index, make_logits, make_multihot
-from doors import CRL, LR, SS_LR, Kept, backward, forward, grad_like
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_losses  # noqa: F401  (defines the ops)
+from cases import make_index, make_logits, make_multihot
+from doors import CRL, LR, SS_LR, Kept, backward, forward, grad_like
 
 OPS = torch.ops.fused_losses
 FORMS = [(0, False), (1, True), (3, False), (3, True), (99, False), (99, True)]
-each_form = pytest.mark.parametrize("k, compact", FORMS, ids=[f"{k}-{'compact' if c else 'threshold'}" for k, c in FORMS])
+each_form = pytest.mark.parametrize(
+    "k, compact", FORMS, ids=[f"{k}-{'compact' if c else 'threshold'}" for k, c in FORMS]
+)
 
 
 def inputs(rows: int, layout: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -28,7 +30,17 @@ def inputs(rows: int, layout: str, dtype: torch.dtype = torch.float32) -> torch.
     }[layout]
 
 
-CASES = [(4, "contiguous"), (4, "permuted"), (4, "expanded"), (4, "sliced"), (4, "requires grad"), (0, "contiguous"), (1, "contiguous"), (1, "permuted"), (0, "requires grad")]
+CASES = [
+    (4, "contiguous"),
+    (4, "permuted"),
+    (4, "expanded"),
+    (4, "sliced"),
+    (4, "requires grad"),
+    (0, "contiguous"),
+    (1, "contiguous"),
+    (1, "permuted"),
+    (0, "requires grad"),
+]
 each_input = pytest.mark.parametrize("rows, layout", CASES)
 
 
@@ -75,7 +87,9 @@ def test_opcheck(formula, form, rows, layout, k, compact):
 @each_form
 @each_input
 @pytest.mark.parametrize("formula, form", [(CRL, "index"), (LR, "index"), (LR, "multihot")], ids=str)
-def test_fake_kernels_give_the_shapes_dtypes_and_strides_of_the_real_ones(formula, form, rows, layout, k, compact, dtype):
+def test_fake_kernels_give_the_shapes_dtypes_and_strides_of_the_real_ones(
+    formula, form, rows, layout, k, compact, dtype
+):
     logits = inputs(rows, layout, dtype)
     target = make_multihot(4, 11)[:rows] if form == "multihot" else make_index(rows, 11)
     kept = forward(OPS, formula, logits, target, k, compact)

@@ -3,11 +3,20 @@
 import copy
 import math
 
-import doors
-import paper
 import pytest
 import torch
-from cases import NO_TARGET, assert_elementwise, compute_dtype, make_index, make_logits, make_multihot, make_target, signed_nan
+
+import paper
+from cases import (
+    NO_TARGET,
+    assert_elementwise,
+    compute_dtype,
+    make_index,
+    make_logits,
+    make_multihot,
+    make_target,
+    signed_nan,
+)
 from doors import CE, CRL, FORMS, LOGISTIC, LR, NLLR, SOFTMAX, SS_LR, backward, forward, grad_like, paper_rows_and_grad
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -15,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 INF, NAN = math.inf, math.nan
 FAMILIES = [CRL, SS_LR]  # one formula of each family, where the formula does not matter
 
-every_form = pytest.mark.parametrize("k, compact", FORMS, ids=[f"{k}-{'compact' if c else 'threshold'}" for k, c in FORMS])
+every_form = pytest.mark.parametrize(
+    "k, compact", FORMS, ids=[f"{k}-{'compact' if c else 'threshold'}" for k, c in FORMS]
+)
 both_forms = pytest.mark.parametrize("compact", [False, True], ids=["threshold", "compact"])
 both_families = pytest.mark.parametrize("formula", FAMILIES, ids=str)
 
@@ -153,6 +164,16 @@ def test_logistic_state_is_target_logit_and_number_of_positives(wing, k, compact
     assert torch.equal(count, multihot.sum(1).double())
 
 
+@every_form
+def test_a_nan_row_still_counts_its_positives(wing, k, compact):
+    """They stand in the batch's normaliser, which is every other row's too."""
+    logits, multihot = make_logits(5, 33), make_multihot(5, 33)
+    logits[2, 7] = NAN
+    z_y, count = forward(wing, SS_LR, logits, multihot, k, compact).state.unbind(1)
+    assert z_y.isnan().tolist() == [False, False, True, False, False]
+    assert torch.equal(count, multihot.sum(1).double())
+
+
 # --- rows without a target of their own -------------------------------------------------------------------------------
 
 
@@ -244,7 +265,9 @@ def test_nan_of_either_sign_spoils_its_row_and_no_other(wing, formula, sign, dty
     logits, target = make_logits(3, 9, dtype), torch.tensor([1, 1, 1])
     clean, clean_dlogits = roundtrip(wing, formula, logits, target, k, compact)
     others = torch.arange(9) != 1
-    column = {"target": 1, "hardest": logits[1].masked_fill(~others, -INF).argmax(), "easiest": logits[1].argmin()}[where]
+    column = {"target": 1, "hardest": logits[1].masked_fill(~others, -INF).argmax(), "easiest": logits[1].argmin()}[
+        where
+    ]
     logits[1, column] = signed_nan(sign, dtype)
     kept, dlogits = roundtrip(wing, formula, logits, target, k, compact)
     assert kept.rows[1].isnan().all()

@@ -2,11 +2,26 @@
 
 import itertools
 
-import fused_losses as fl
-import paper
 import pytest
 import torch
-from cases import CE, CRL, DTYPES, LOGISTIC, LOSSES, LR, NLLR, SS_LR, each, make_index, make_logits, make_multihot, value_and_grad
+
+import fused_losses as fl
+import paper
+from cases import (
+    CE,
+    CRL,
+    DTYPES,
+    LOGISTIC,
+    LOSSES,
+    LR,
+    NLLR,
+    SS_LR,
+    each,
+    make_index,
+    make_logits,
+    make_multihot,
+    value_and_grad,
+)
 from doors import LR as LR_DOOR
 from doors import forward
 
@@ -16,7 +31,9 @@ INF = float("inf")
 def chosen_by(loss, logits, target, **options) -> list[list[int]]:
     """The negatives of each row that get a gradient."""
     _, grad = value_and_grad(lambda z: loss(z, target, reduction="sum", **options), logits)
-    return [[j for j in row.nonzero().flatten().tolist() if j != y] for row, y in zip(grad, target.tolist(), strict=True)]
+    return [
+        [j for j in row.nonzero().flatten().tolist() if j != y] for row, y in zip(grad, target.tolist(), strict=True)
+    ]
 
 
 # --- how many ---------------------------------------------------------------------------------------------------------
@@ -101,7 +118,9 @@ def test_neighbouring_numbers_are_told_apart():
     """No rounding to a coarser key: neighbours of the narrowest dtype and of the widest."""
     for dtype in DTYPES:
         one = torch.ones((), dtype=dtype)
-        above = torch.nextafter(one, one + 1) if dtype in (torch.float32, torch.float64) else one + torch.finfo(dtype).eps
+        above = (
+            torch.nextafter(one, one + 1) if dtype in (torch.float32, torch.float64) else one + torch.finfo(dtype).eps
+        )
         logits = torch.stack([one, above, one, above, -above, -one]).unsqueeze(0)
         assert chosen_by(LR, logits, torch.tensor([0]), k=2) == [[1, 3]]
         assert chosen_by(LR, -logits, torch.tensor([0]), k=1) == [[4]]
@@ -135,7 +154,9 @@ def test_every_order_of_a_small_row(wing):
         assert torch.equal(picked, chosen)
 
 
-@pytest.mark.parametrize("pattern", ["random", "ascending", "descending", "equal", "one peak", "sawtooth", "mostly masked"])
+@pytest.mark.parametrize(
+    "pattern", ["random", "ascending", "descending", "equal", "one peak", "sawtooth", "mostly masked"]
+)
 def test_data_that_would_break_a_clever_selection(wing, pattern):
     classes = 5000
     j = torch.arange(classes, dtype=torch.float32)

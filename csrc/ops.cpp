@@ -1,0 +1,388 @@
+// The doors of the CPU wing: arguments are checked, outputs allocated, and the kernels of the best instruction set called.
+//
+// The schema stands in fused_losses/ops.py; what the arguments mean, in fused_losses/reference.py. Built against the LibTorch
+// stable ABI: one shared object serves every torch from 2.10 on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace fused_losses {
+
+using torch::stable::Tensor;
+
+void parallel_for(int64_t n, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
+  torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+uint32_t num_threads() { return torch::stable::get_num_threads(); }
+
+namespace {
+
+// ------------------------------------------------------------------------------------------------- instruction sets
+
+bool runs_avx2() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+#else
+  return false;
+#endif
+}
+
+bool runs_avx512() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+struct InstructionSet {
+  std::string_view name;
+  const Kernels* kernels;
+};
+
+InstructionSet best_instruction_set() {
+  if (kernels_avx512 != nullptr && runs_avx512()) return {"avx512", kernels_avx512};
+  if (kernels_avx2 != nullptr && runs_avx2()) return {"avx2", kernels_avx2};
+  return {"baseline", kernels_baseline};
+}
+
+InstructionSet& chosen() {
+  static InstructionSet set = best_instruction_set();
+  return set;
+}
+
+// -------------------------------------------------------------------------------------------------------- arguments
+
+[[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }  // ValueError in Python
+
+// Strings and lists arrive as handles that the callee owns. (torch's own conversion of a string leaks it.)
+class Handles {
+ public:
+  Handles(StringHandle loss, StableListHandle params) : loss_(loss), params_(params) {}
+  ~Handles() {
+    torch_delete_string(loss_);
+    torch_delete_list(params_);
+  }
+  Handles(const Handles&) = delete;
+  Handles& operator=(const Handles&) = delete;
+
+  std::string_view loss() const {
+    const char* text = nullptr;
+    size_t length = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(loss_, &text));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(loss_, &length));
+    return {text, length};
+  }
+
+  // Writes the hyper-parameters, which must be as many as the loss has.
+  void params(size_t expected, double* values) const {
+    size_t count = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(params_, &count));
+    if (count != expected) refuse(std::string(loss()) + " has " + std::to_string(expected) + " hyper-parameters");
+    for (size_t i = 0; i < count; ++i) {
+      StableIValue value;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(params_, i, &value));
+      values[i] = torch::stable::detail::to<double>(value);
+    }
+  }
+
+ private:
+  StringHandle loss_;
+  StableListHandle params_;
+};
+
+constexpr int kMostParams = 2;
+
+void read_loss(const Handles& handles, SoftmaxLoss* loss, double* params) {
+  const std::string_view name = handles.loss();
+  if (name == "cross_entropy") {
+    *loss = SoftmaxLoss::cross_entropy;
+  } else if (name == "nllr") {
+    *loss = SoftmaxLoss::nllr;
+  } else if (name == "crl") {
+    *loss = SoftmaxLoss::crl;
+  } else {
+    refuse("not a softmax loss: " + std::string(name));
+  }
+  handles.params(*loss == SoftmaxLoss::crl ? 2 : 0, params);
+}
+
+void read_loss(const Handles& handles, LogisticLoss* loss, double* params) {
+  const std::string_view name = handles.loss();
+  if (name == "lr") {
+    *loss = LogisticLoss::lr;
+  } else if (name == "ss_lr") {
+    *loss = LogisticLoss::ss_lr;
+  } else {
+    refuse("not a logistic loss: " + std::string(name));
+  }
+  handles.params(*loss == LogisticLoss::ss_lr ? 1 : 0, params);
+}
+
+int32_t torch_dtype(const Tensor& tensor) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+DType dtype_of(const Tensor& tensor) {
+  const int32_t dtype = torch_dtype(tensor);
+  if (dtype == aoti_torch_dtype_float32()) return DType::float32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return DType::bfloat16;
+  if (dtype == aoti_torch_dtype_float16()) return DType::float16;
+  if (dtype == aoti_torch_dtype_float64()) return DType::float64;
+  if (dtype == aoti_torch_dtype_int64()) return DType::int64;
+  if (dtype == aoti_torch_dtype_int32()) return DType::int32;
+  if (dtype == aoti_torch_dtype_int16()) return DType::int16;
+  if (dtype == aoti_torch_dtype_int8()) return DType::int8;
+  if (dtype == aoti_torch_dtype_uint8()) return DType::uint8;
+  if (dtype == aoti_torch_dtype_bool()) return DType::boolean;
+  refuse("unsupported dtype");
+}
+
+bool is_floating(DType dtype) { return dtype <= DType::float64; }
+
+// float64 for float64 logits, float32 for all others
+DType compute_dtype(DType logits) { return logits == DType::float64 ? DType::float64 : DType::float32; }
+
+int32_t torch_dtype(DType floating) {
+  switch (floating) {
+    case DType::float32: return aoti_torch_dtype_float32();
+    case DType::bfloat16: return aoti_torch_dtype_bfloat16();
+    case DType::float16: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_float64();
+  }
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[2] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
+  if (strides[0] == 0) strides[0] = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The tensor itself wherever its rows are contiguous, whatever the stride from row to row.
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+void check(bool holds, const char* otherwise) {
+  if (!holds) refuse(otherwise);
+}
+
+void check_class_indices(const Problem& problem) {
+  const int64_t* target = static_cast<const int64_t*>(problem.target);
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    const int64_t y = target[row * problem.target_stride];
+    if ((y >= 0 && y < problem.classes) || y == problem.ignore_index || y == kNoTarget) continue;
+    throw std::out_of_range("Target " + std::to_string(y) + " is out of bounds. (row " + std::to_string(row) + ", " +
+                            std::to_string(problem.classes) + " classes)");
+  }
+}
+
+// What forward and backward have in common: the target, k, and the logits if there are any. The tensors must outlive it.
+Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, int64_t classes, const double* params,
+                     int64_t k, int64_t ignore_index, bool compact, bool may_be_multi_hot) {
+  check(classes >= 1 && classes < INT32_MAX, "logits need at least one class, and fewer than 2^31 - 1");
+  check(k >= 0, "k must not be negative");
+  Problem problem{};
+  if (logits != nullptr) {
+    problem.logits = logits->const_data_ptr();
+    problem.logits_stride = logits->stride(0);
+  }
+  problem.rows = rows;
+  problem.classes = classes;
+  problem.target = target.const_data_ptr();
+  problem.target_dtype = dtype_of(target);
+  problem.multi_hot = target.dim() == 2;
+  problem.ignore_index = ignore_index;
+  problem.params = params;
+  problem.k = k;
+  problem.compact = compact && k > 0;
+  check(target.dim() >= 1 && target.size(0) == rows, "target must have as many rows as the logits");
+  problem.target_stride = target.stride(0);
+  if (problem.multi_hot) {
+    check(may_be_multi_hot, "multi-hot targets are for the logistic family only");
+    check(target.size(1) == classes, "multi-hot targets must have the shape of the logits");
+  } else {
+    check(target.dim() == 1 && problem.target_dtype == DType::int64, "target must be int64 class indices (rows,)");
+    check_class_indices(problem);
+  }
+  return problem;
+}
+
+// ------------------------------------------------------------------------------------------------------------ doors
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class Loss>
+ForwardResult forward(void (*kernel)(Loss, DType, Forward&), const Tensor& any_logits, const Tensor& any_target,
+                      const Handles& handles, int64_t k, int64_t ignore_index, bool compact) {
+  constexpr bool is_logistic = std::is_same_v<Loss, LogisticLoss>;
+  double params[kMostParams];
+  Loss loss;
+  read_loss(handles, &loss, params);
+
+  check(any_logits.dim() == 2, "logits must be (rows, classes)");
+  const Tensor logits = with_contiguous_rows(any_logits);
+  const Tensor target = any_target.dim() == 2 ? with_contiguous_rows(any_target) : any_target;
+  const DType dtype = dtype_of(logits);
+  check(is_floating(dtype), "logits must be float16, bfloat16, float32 or float64");
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+
+  Forward door{make_problem(&logits, target, rows, classes, params, k, ignore_index, compact, is_logistic)};
+  const int32_t compute = torch_dtype(compute_dtype(dtype));
+  const int64_t slots = k == 0 ? 0 : compact ? k : 1;
+  Tensor result = is_logistic ? empty({rows, 2}, compute) : empty({rows}, compute);
+  Tensor state = empty({rows, is_logistic ? 2 : 3}, compute);
+  Tensor pick_index = empty({rows, slots}, aoti_torch_dtype_int32());
+  Tensor pick_logit = empty({rows, slots}, torch_dtype(dtype));
+  door.result = result.mutable_data_ptr();
+  door.state = state.mutable_data_ptr();
+  door.pick_index = static_cast<int32_t*>(pick_index.mutable_data_ptr());
+  door.pick_logit = pick_logit.mutable_data_ptr();
+  kernel(loss, dtype, door);
+
+  if (const int64_t entry = door.bad_entry; entry != INT64_MAX) {
+    refuse("multi-hot targets must be 0 or 1, which row " + std::to_string(entry / classes) + ", class " +
+           std::to_string(entry % classes) + " is not; soft targets are not supported");
+  }
+  return {std::move(result), std::move(state), std::move(pick_index), std::move(pick_logit)};
+}
+
+template <class Loss>
+Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad, const std::optional<Tensor>& any_logits,
+                const Tensor& any_target, const Tensor& any_state, const Tensor& any_pick_index,
+                const Tensor& any_pick_logit, const Handles& handles, int64_t k, int64_t ignore_index, int64_t classes,
+                bool compact) {
+  constexpr bool is_logistic = std::is_same_v<Loss, LogisticLoss>;
+  double params[kMostParams];
+  Loss loss;
+  read_loss(handles, &loss, params);
+
+  const Tensor state = packed(any_state);
+  const Tensor pick_index = packed(any_pick_index), pick_logit = packed(any_pick_logit);
+  const Tensor target = any_target.dim() == 2 ? with_contiguous_rows(any_target) : any_target;
+  const DType dtype = dtype_of(pick_logit);
+  const int64_t rows = state.size(0), slots = k == 0 ? 0 : compact ? k : 1;
+  const bool needs_logits = k == 0 || !compact || target.dim() == 2;
+  check(any_logits.has_value() || !needs_logits, "backward needs the logits here");
+  const std::optional<Tensor> logits =
+      needs_logits ? std::optional<Tensor>(with_contiguous_rows(*any_logits)) : std::nullopt;
+
+  check(is_floating(dtype), "pick_logit must have the dtype of the logits");
+  check(dtype_of(grad) == compute_dtype(dtype) && dtype_of(state) == compute_dtype(dtype),
+        "grad and state must have the compute dtype: float64 for float64 logits, else float32");
+  check(torch_dtype(pick_index) == aoti_torch_dtype_int32(), "pick_index must be int32");
+  check(state.dim() == 2 && state.size(1) == (is_logistic ? 2 : 3), "state must be what forward returned");
+  check(pick_index.numel() == rows * slots && pick_logit.numel() == rows * slots, "picks must be what forward returned");
+  check(grad.dim() == (is_logistic ? 2 : 1) && grad.size(0) == rows && (!is_logistic || grad.size(1) == 2),
+        "grad must have the shape of what forward returned");
+  check(!logits.has_value() || (logits->dim() == 2 && logits->size(0) == rows && logits->size(1) == classes &&
+                                dtype_of(*logits) == dtype),
+        "logits must be those of forward");
+
+  Backward door{};
+  door.problem = make_problem(logits.has_value() ? &*logits : nullptr, target, rows, classes, params, k, ignore_index,
+                              compact, is_logistic);
+  door.grad = grad.const_data_ptr();
+  door.grad_row_stride = grad.stride(0);
+  door.grad_column_stride = is_logistic ? grad.stride(1) : 0;
+  door.state = state.const_data_ptr();
+  door.pick_index = static_cast<const int32_t*>(pick_index.const_data_ptr());
+  door.pick_logit = pick_logit.const_data_ptr();
+  Tensor dlogits = empty({rows, classes}, torch_dtype(dtype));
+  door.dlogits = dlogits.mutable_data_ptr();
+  kernel(loss, dtype, door);
+  return dlogits;
+}
+
+ForwardResult softmax_forward(const Tensor& logits, const Tensor& target, StringHandle loss, StableListHandle params,
+                              int64_t k, int64_t ignore_index, bool compact) {
+  return forward(chosen().kernels->softmax_forward, logits, target, Handles(loss, params), k, ignore_index, compact);
+}
+
+ForwardResult logistic_forward(const Tensor& logits, const Tensor& target, StringHandle loss, StableListHandle params,
+                               int64_t k, int64_t ignore_index, bool compact) {
+  return forward(chosen().kernels->logistic_forward, logits, target, Handles(loss, params), k, ignore_index, compact);
+}
+
+Tensor softmax_backward(const Tensor& grad, const std::optional<Tensor>& logits, const Tensor& target,
+                        const Tensor& state, const Tensor& pick_index, const Tensor& pick_logit, StringHandle loss,
+                        StableListHandle params, int64_t k, int64_t ignore_index, int64_t num_classes, bool compact) {
+  return backward(chosen().kernels->softmax_backward, grad, logits, target, state, pick_index, pick_logit,
+                  Handles(loss, params), k, ignore_index, num_classes, compact);
+}
+
+Tensor logistic_backward(const Tensor& grad, const std::optional<Tensor>& logits, const Tensor& target,
+                         const Tensor& state, const Tensor& pick_index, const Tensor& pick_logit, StringHandle loss,
+                         StableListHandle params, int64_t k, int64_t ignore_index, int64_t num_classes, bool compact) {
+  return backward(chosen().kernels->logistic_backward, grad, logits, target, state, pick_index, pick_logit,
+                  Handles(loss, params), k, ignore_index, num_classes, compact);
+}
+
+// -------------------------------------------------------------------------------------------------------- for tests
+
+// Uses the instruction set of this name from now on ("": no change), and returns the name of the one in use.
+std::string cpu_isa(const std::string& name) {
+  const InstructionSet all[] = {{"avx512", runs_avx512() ? kernels_avx512 : nullptr},
+                                {"avx2", runs_avx2() ? kernels_avx2 : nullptr},
+                                {"baseline", kernels_baseline}};
+  if (!name.empty()) {
+    bool found = false;
+    for (const InstructionSet& set : all) {
+      if (set.name != name || set.kernels == nullptr) continue;
+      chosen() = set;
+      found = true;
+    }
+    if (!found) refuse("this machine or this build has no kernels for " + name);
+  }
+  return std::string(chosen().name);
+}
+
+// The kernels' own exp or log1p of every element.
+Tensor cpu_elementary(const std::string& name, const Tensor& x) {
+  check(dtype_of(x) == DType::float32 && x.is_contiguous(), "expected a contiguous float32 tensor");
+  Tensor y = torch::stable::empty_like(x);
+  chosen().kernels->elementary(name.c_str(), static_cast<const float*>(x.const_data_ptr()),
+                               static_cast<float*>(y.mutable_data_ptr()), x.numel());
+  return y;
+}
+
+}  // namespace
+}  // namespace fused_losses
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) {
+  m.def("_cpu_isa(str name) -> str");
+  m.def("_cpu_elementary(str name, Tensor x) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+  m.impl("softmax_forward", TORCH_BOX(&fused_losses::softmax_forward));
+  m.impl("softmax_backward", TORCH_BOX(&fused_losses::softmax_backward));
+  m.impl("logistic_forward", TORCH_BOX(&fused_losses::logistic_forward));
+  m.impl("logistic_backward", TORCH_BOX(&fused_losses::logistic_backward));
+  m.impl("_cpu_elementary", TORCH_BOX(&fused_losses::cpu_elementary));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", TORCH_BOX(&fused_losses::cpu_isa));
+}

@@ -1,0 +1,122 @@
+// Vectors of floating-point lanes: what every instruction set must offer, and the elementary functions written on top of it.
+//
+// A vector type V has V::Scalar, V::Mask and V::lanes, the operators + - *, and
+//     V(s)                       s in every lane
+//     V::load(p)  v.store(p)     p points to V::Scalar, BFloat16 or Half; no alignment needed
+//     fma(a, b, c)               a * b + c, rounded once where the hardware can
+//     max(a, b)  min(a, b)       b where either is NaN: the lane that may hold NaN goes second
+//     round(v)                   to the nearest integer, ties to even, |v| < 2^22
+//     scale(v, n)                v * 2^n for integer-valued |n| < 300, rounded once
+//     reciprocal(v)              1 / v for v in [1, 2], 2 ulp
+//     a >= b  a > b              Mask; false where either is NaN
+//     unordered(a, b)            Mask: where either is NaN
+//     select(mask, a, b)         a where the mask is set, else b
+//     bits(mask)                 lane i as bit i of a uint32_t
+#pragma once
+
+#include "simd_storage.h"
+
+#if defined(FUSED_LOSSES_AVX512)
+#include "simd_avx512.h"
+#elif defined(FUSED_LOSSES_AVX2)
+#include "simd_avx2.h"
+#endif
+#include "simd_plain.h"
+
+namespace fused_losses {
+namespace FUSED_LOSSES_ISA {
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+template <class T>
+constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+
+#if defined(FUSED_LOSSES_AVX512) || defined(FUSED_LOSSES_AVX2)
+using FloatVec = Float16;
+#else
+using FloatVec = Plain<float, 16>;
+#endif
+using DoubleVec = Plain<double, 8>;
+
+// The dtype that the arithmetic on logits of dtype S is done in, and its vector.
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+template <class S>
+using VecOf = std::conditional_t<std::is_same_v<S, double>, DoubleVec, FloatVec>;
+
+// e^v within 2 ulp, subnormal results included; exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN.
+inline FloatVec exp(FloatVec v) {
+  // Cody and Waite: v = n ln2 + r with |r| <= ln2 / 2. The high part of ln2 has few bits, so that n * high is exact.
+  v = min(FloatVec(89.0f), max(FloatVec(-105.0f), v));
+  const FloatVec n = round(v * FloatVec(1.44269504088896341f));
+  FloatVec r = fma(n, FloatVec(-0.693359375f), v);
+  r = fma(n, FloatVec(2.12194440054690583e-4f), r);
+  // (e^r - 1) / r, weighted minimax
+  FloatVec q = FloatVec(0.00829026454503922f);
+  q = fma(q, r, FloatVec(0.04189816019289234f));
+  q = fma(q, r, FloatVec(0.16667638217379274f));
+  q = fma(q, r, FloatVec(0.49999147837778296f));
+  q = fma(q, r, FloatVec(0.9999997062951098f));
+  return scale(fma(q, r, FloatVec(1.0f)), n);
+}
+
+// log(1 + e) for e in [0, 1] within 3 ulp; NaN for NaN.
+inline FloatVec log1p(FloatVec e) {
+  // (log(1 + e) / e - 1) / e, weighted minimax
+  FloatVec q = FloatVec(0.005364812833188255f);
+  q = fma(q, e, FloatVec(-0.030065750054055436f));
+  q = fma(q, e, FloatVec(0.07920447312885699f));
+  q = fma(q, e, FloatVec(-0.13753797595246797f));
+  q = fma(q, e, FloatVec(0.19153652977147925f));
+  q = fma(q, e, FloatVec(-0.2485716323906367f));
+  q = fma(q, e, FloatVec(0.33321322574457907f));
+  q = fma(q, e, FloatVec(-0.4999964796202334f));
+  return e * fma(q, e, FloatVec(1.0f));
+}
+
+inline DoubleVec exp(DoubleVec v) {
+  for (double& lane : v.lane) lane = std::exp(lane);
+  return v;
+}
+
+inline DoubleVec log1p(DoubleVec v) {
+  for (double& lane : v.lane) lane = std::log1p(lane);
+  return v;
+}
+
+// The parts of a vector or of the end of an array.
+
+template <class V, class S>
+inline V load_first(const S* p, int64_t n, typename V::Scalar fill) {
+  typename V::Scalar lane[V::lanes];
+  for (int i = 0; i < V::lanes; ++i) lane[i] = i < n ? to_compute(p[i]) : fill;
+  return V::load(lane);
+}
+
+template <class V, class S>
+inline void store_first(S* p, V v, int64_t n) {
+  S lane[V::lanes];
+  v.store(lane);
+  std::memcpy(p, lane, n * sizeof(S));
+}
+
+template <class V>
+inline typename V::Scalar max_lane(V v) {
+  typename V::Scalar lane[V::lanes], largest;
+  v.store(lane);
+  largest = lane[0];
+  for (int i = 1; i < V::lanes; ++i) largest = lane[i] > largest ? lane[i] : largest;
+  return largest;
+}
+
+template <class V>
+inline double sum_lanes(V v) {
+  typename V::Scalar lane[V::lanes];
+  v.store(lane);
+  double sum = 0;
+  for (int i = 0; i < V::lanes; ++i) sum += lane[i];
+  return sum;
+}
+
+}  // namespace FUSED_LOSSES_ISA
+}  // namespace fused_losses

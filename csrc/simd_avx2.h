@@ -1,0 +1,106 @@
+// Sixteen floats in two AVX2 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd_storage.h"
+
+namespace fused_losses {
+namespace FUSED_LOSSES_ISA {
+
+struct Float16 {
+  using Scalar = float;
+  static constexpr int lanes = 16;
+
+  struct Mask {
+    __m256 low, high;
+  };
+
+  __m256 low, high;
+
+  Float16() = default;
+  Float16(__m256 l, __m256 h) : low(l), high(h) {}
+  explicit Float16(float s) : low(_mm256_set1_ps(s)), high(low) {}
+
+  static Float16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static Float16 load(const BFloat16* p) { return {widen(load8(p)), widen(load8(p + 8))}; }
+  static Float16 load(const Half* p) { return {_mm256_cvtph_ps(load8(p)), _mm256_cvtph_ps(load8(p + 8))}; }
+
+  void store(float* p) const {
+    _mm256_storeu_ps(p, low);
+    _mm256_storeu_ps(p + 8, high);
+  }
+  void store(BFloat16* p) const {
+    const __m256i packed = _mm256_packus_epi32(narrow(low), narrow(high));  // packs within 128-bit halves
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  void store(Half* p) const {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(low, nearest));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(high, nearest));
+  }
+
+ private:
+  template <class S>
+  static __m128i load8(const S* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+
+  static __m256 widen(__m128i s) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(s), 16)); }
+
+  // bfloat16 bits in the low half of 32-bit lanes, rounded to nearest even
+  static __m256i narrow(__m256 v) {
+    const __m256i b = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(b, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7fc0), nan);
+  }
+};
+
+// Free functions, not friends: GCC compiles what is defined as a friend without the instruction set asked for.
+inline uint32_t bits(Float16::Mask m) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(m.low) | (_mm256_movemask_ps(m.high) << 8));
+}
+
+template <int kPredicate>
+inline Float16::Mask compare(Float16 a, Float16 b) {
+  return {_mm256_cmp_ps(a.low, b.low, kPredicate), _mm256_cmp_ps(a.high, b.high, kPredicate)};
+}
+
+inline Float16 operator+(Float16 a, Float16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Float16 operator-(Float16 a, Float16 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+inline Float16 operator*(Float16 a, Float16 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Float16 max(Float16 a, Float16 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+inline Float16 min(Float16 a, Float16 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+inline Float16 fma(Float16 a, Float16 b, Float16 c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Float16 round(Float16 a) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.low, nearest), _mm256_round_ps(a.high, nearest)};
+}
+
+// 2^n as a product of two powers: the first is normal for every n in use, the second one rounds.
+inline __m256 scale8(__m256 v, __m256 n) {
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i e = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(e, 1), rest = _mm256_sub_epi32(e, half);
+  const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+  return _mm256_mul_ps(_mm256_mul_ps(v, first), second);
+}
+inline Float16 scale(Float16 a, Float16 n) { return {scale8(a.low, n.low), scale8(a.high, n.high)}; }
+inline Float16 reciprocal(Float16 a) {
+  const __m256 one = _mm256_set1_ps(1.0f);
+  return {_mm256_div_ps(one, a.low), _mm256_div_ps(one, a.high)};
+}
+
+inline Float16::Mask operator>=(Float16 a, Float16 b) { return compare<_CMP_GE_OQ>(a, b); }
+inline Float16::Mask operator>(Float16 a, Float16 b) { return compare<_CMP_GT_OQ>(a, b); }
+inline Float16::Mask unordered(Float16 a, Float16 b) { return compare<_CMP_UNORD_Q>(a, b); }
+inline Float16 select(Float16::Mask m, Float16 a, Float16 b) {
+  return {_mm256_blendv_ps(b.low, a.low, m.low), _mm256_blendv_ps(b.high, a.high, m.high)};
+}
+
+}  // namespace FUSED_LOSSES_ISA
+}  // namespace fused_losses

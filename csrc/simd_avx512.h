@@ -1,0 +1,72 @@
+// Sixteen floats in one AVX-512 register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "simd_storage.h"
+
+namespace fused_losses {
+namespace FUSED_LOSSES_ISA {
+
+struct Float16 {
+  using Scalar = float;
+  static constexpr int lanes = 16;
+
+  struct Mask {
+    __mmask16 m;
+  };
+
+  __m512 v;
+
+  Float16() = default;
+  Float16(__m512 value) : v(value) {}
+  explicit Float16(float s) : v(_mm512_set1_ps(s)) {}
+
+  static Float16 load(const float* p) { return _mm512_loadu_ps(p); }
+  static Float16 load(const BFloat16* p) {
+    const __m256i s = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(s), 16));
+  }
+  static Float16 load(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(BFloat16* p) const {
+    const __m512i b = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i s = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(s));
+  }
+  void store(Half* p) const {
+    const __m256i s = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), s);
+  }
+};
+
+// Free functions, not friends: GCC compiles what is defined as a friend without the instruction set asked for.
+inline uint32_t bits(Float16::Mask mask) { return mask.m; }
+
+inline Float16 operator+(Float16 a, Float16 b) { return _mm512_add_ps(a.v, b.v); }
+inline Float16 operator-(Float16 a, Float16 b) { return _mm512_sub_ps(a.v, b.v); }
+inline Float16 operator*(Float16 a, Float16 b) { return _mm512_mul_ps(a.v, b.v); }
+inline Float16 fma(Float16 a, Float16 b, Float16 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Float16 max(Float16 a, Float16 b) { return _mm512_max_ps(a.v, b.v); }
+inline Float16 min(Float16 a, Float16 b) { return _mm512_min_ps(a.v, b.v); }
+inline Float16 round(Float16 a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Float16 scale(Float16 a, Float16 n) { return _mm512_scalef_ps(a.v, n.v); }
+
+inline Float16 reciprocal(Float16 a) {
+  const __m512 x = _mm512_rcp14_ps(a.v);  // one Newton step: x + x * (1 - a * x)
+  return _mm512_fmadd_ps(x, _mm512_fnmadd_ps(a.v, x, _mm512_set1_ps(1.0f)), x);
+}
+
+inline Float16::Mask operator>=(Float16 a, Float16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+inline Float16::Mask operator>(Float16 a, Float16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+inline Float16::Mask unordered(Float16 a, Float16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
+inline Float16 select(Float16::Mask mask, Float16 a, Float16 b) { return _mm512_mask_mov_ps(b.v, mask.m, a.v); }
+
+}  // namespace FUSED_LOSSES_ISA
+}  // namespace fused_losses

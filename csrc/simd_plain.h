@@ -1,0 +1,103 @@
+// Vectors as arrays of lanes: loops of a fixed length that a compiler turns into what the target has. Serves float64
+// everywhere, and float32 where no instruction set has its own page.
+#pragma once
+
+#include "simd_storage.h"
+
+namespace fused_losses {
+namespace FUSED_LOSSES_ISA {
+
+template <class T, int kLanes>
+struct Plain {
+  using Scalar = T;
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  static constexpr int lanes = kLanes;
+
+  struct Mask {
+    Bits lane[kLanes];  // 0 or -1
+
+    friend uint32_t bits(const Mask& m) {
+      uint32_t word = 0;
+      for (int i = 0; i < kLanes; ++i) word |= static_cast<uint32_t>(m.lane[i] & 1) << i;
+      return word;
+    }
+  };
+
+  T lane[kLanes];
+
+  Plain() = default;
+  explicit Plain(T s) {
+    for (T& l : lane) l = s;
+  }
+
+  template <class S>
+  static Plain load(const S* p) {
+    Plain v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = to_compute(p[i]);
+    return v;
+  }
+
+  template <class S>
+  void store(S* p) const {
+    for (int i = 0; i < kLanes; ++i) from_compute(p + i, lane[i]);
+  }
+
+  // f(a, b) in every lane
+  template <class F>
+  static Plain map(const Plain& a, const Plain& b, F f) {
+    Plain v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = f(a.lane[i], b.lane[i]);
+    return v;
+  }
+
+  template <class F>
+  static Mask test(const Plain& a, const Plain& b, F f) {
+    Mask m;
+    for (int i = 0; i < kLanes; ++i) m.lane[i] = -static_cast<Bits>(f(a.lane[i], b.lane[i]));
+    return m;
+  }
+
+  friend Plain operator+(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x + y; }); }
+  friend Plain operator-(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x - y; }); }
+  friend Plain operator*(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x * y; }); }
+  friend Plain max(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x > y ? x : y; }); }
+  friend Plain min(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x < y ? x : y; }); }
+  friend Plain reciprocal(const Plain& a) { return map(a, a, [](T x, T) { return 1 / x; }); }
+  friend Plain fma(const Plain& a, const Plain& b, const Plain& c) {
+#if defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
+    Plain v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = std::fma(a.lane[i], b.lane[i], c.lane[i]);
+    return v;
+#else  // a call of the library, a hundred times slower
+    return a * b + c;
+#endif
+  }
+
+  friend Mask operator>=(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x >= y; }); }
+  friend Mask operator>(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x > y; }); }
+  friend Mask unordered(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x != x || y != y; }); }
+
+  friend Plain select(const Mask& m, const Plain& a, const Plain& b) {
+    Plain v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = m.lane[i] ? a.lane[i] : b.lane[i];
+    return v;
+  }
+
+  // Adding 1.5 * 2^23 leaves no room for a fraction.
+  friend Plain round(const Plain& v) {
+    static_assert(sizeof(T) == 4);
+    return map(v, v, [](T x, T) { return (x + 12582912.0f) - 12582912.0f; });
+  }
+
+  // 2^n as a product of two powers: the first is normal for every n in use, the second one rounds.
+  friend Plain scale(const Plain& v, const Plain& n) {
+    static_assert(sizeof(T) == 4);
+    return map(v, n, [](T x, T exponent) {
+      const int32_t e = static_cast<int32_t>(exponent), half = e >> 1;
+      return x * bit_cast<float>((half + 127) << 23) * bit_cast<float>((e - half + 127) << 23);
+    });
+  }
+};
+
+}  // namespace FUSED_LOSSES_ISA
+}  // namespace fused_losses

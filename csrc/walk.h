@@ -1,0 +1,265 @@
+// The walk over rows and over the classes of a row, the same for every loss. It knows which logits are negatives, which
+// are picked and which thread works where; what is added up or written for a logit comes from a family (softmax.h, logistic.h).
+//
+// A row is cut into pieces of a fixed number of classes, whose statistics are merged in order. So the bits of a result do
+// not depend on the number of threads, be there a thread for several rows or several threads for a row.
+#pragma once
+
+#include "select.h"
+#include "simd.h"
+#include "target.h"
+
+namespace fused_losses {
+namespace FUSED_LOSSES_ISA {
+
+constexpr int64_t kPiece = 4096;   // classes: 16 KB of float32 stay in the first cache, and no lane adds up over 256 terms
+constexpr int64_t kGrain = 16384;  // logits: less than this is not worth waking a thread
+
+// Calls visit(vector) for the negatives among row[begin, end). Lanes of positives and past the end hold -inf, a masked
+// class, which adds nothing to any statistic.
+template <class S, class Visit>
+inline void for_each_negative(const S* row, int64_t begin, int64_t end, Positives positives, const Visit& visit) {
+  using V = VecOf<S>;
+  int64_t p = 0, i = begin;
+  while (p < positives.count && positives.index[p] < begin) ++p;
+  while (i < end) {
+    const int64_t stop = p < positives.count && positives.index[p] < end ? positives.index[p] : end;
+    for (; i + V::lanes <= stop; i += V::lanes) visit(V::load(row + i));
+    if (i >= end) return;
+    // A vector with a positive or with the end in it
+    typename V::Scalar lane[V::lanes];
+    for (int j = 0; j < V::lanes; ++j) lane[j] = i + j < end ? to_compute(row[i + j]) : -kInfinity<typename V::Scalar>;
+    for (; p < positives.count && positives.index[p] < i + V::lanes; ++p) {
+      if (positives.index[p] < end) lane[positives.index[p] - i] = -kInfinity<typename V::Scalar>;
+    }
+    visit(V::load(lane));
+    i += V::lanes;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- forward
+
+// Family:  using Partial               the statistic of some negatives; Partial() is that of none
+//          Partial over(const X*, begin, end, positives)      X is S or its compute dtype
+//          static Partial merge(Partial, Partial)
+//          finish(row, const S* logits, positives, Partial)   writes the row's result and state
+//          ignore(row), spoil(row, positives)                 the same for an ignored row, for a row with a NaN
+template <class S, class Family>
+class ForwardWalk {
+ public:
+  using T = Compute<S>;
+  using Partial = typename Family::Partial;
+
+  ForwardWalk(Forward& door, Family family) : door_(door), problem_(door.problem), family_(family) {}
+
+  void run() {
+    if (problem_.rows < num_threads()) {
+      TargetReader targets(problem_);
+      Selector<S> selector(problem_, true);
+      for (int64_t row = 0; row < problem_.rows; ++row) {
+        visit<true>(row, targets, selector);
+      }
+      return;
+    }
+    parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
+      TargetReader targets(problem_);
+      Selector<S> selector(problem_, false);
+      for (int64_t row = begin; row < end; ++row) {
+        visit<false>(row, targets, selector);
+      }
+    });
+  }
+
+ private:
+  template <bool kSplitRow>
+  void visit(int64_t row, TargetReader& targets, Selector<S>& selector) {
+    const S* logits = static_cast<const S*>(problem_.logits) + row * problem_.logits_stride;
+    Positives positives;
+    Candidates<T> picks{nullptr, nullptr, 0};
+    if (!targets.read(row, &positives)) return report(row, positives);
+    if (targets.ignored(row)) {
+      family_.ignore(row);
+    } else if (problem_.k == 0) {
+      family_.finish(row, logits, positives, over_all<kSplitRow>(logits, positives));
+    } else if (kSplitRow ? selector.select_split(logits, positives, &picks) : selector.select(logits, positives, &picks)) {
+      family_.finish(row, logits, positives, over_pieces(picks.logit, picks.count, Positives{nullptr, 0}));
+    } else {
+      family_.spoil(row, positives);
+    }
+    write_picks(row, picks);
+  }
+
+  void report(int64_t row, Positives up_to_bad) {
+    const int64_t entry = row * problem_.classes + up_to_bad.index[up_to_bad.count - 1];
+    int64_t first = door_.bad_entry.load();
+    while (entry < first && !door_.bad_entry.compare_exchange_weak(first, entry)) {
+    }
+  }
+
+  template <bool kSplitRow>
+  Partial over_all(const S* logits, Positives positives) {
+    if (!kSplitRow) return over_pieces(logits, problem_.classes, positives);
+    const int64_t classes = problem_.classes, pieces = (classes + kPiece - 1) / kPiece;
+    Buffer<Partial> partials(pieces);
+    parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t stop = (p + 1) * kPiece < classes ? (p + 1) * kPiece : classes;
+        partials[p] = family_.over(logits, p * kPiece, stop, positives);
+      }
+    });
+    Partial total;
+    for (int64_t p = 0; p < pieces; ++p) total = Family::merge(total, partials[p]);
+    return total;
+  }
+
+  template <class X>
+  Partial over_pieces(const X* logits, int64_t n, Positives positives) const {
+    Partial total;
+    for (int64_t begin = 0; begin < n; begin += kPiece) {
+      const int64_t end = begin + kPiece < n ? begin + kPiece : n;
+      total = Family::merge(total, family_.over(logits, begin, end, positives));
+    }
+    return total;
+  }
+
+  void write_picks(int64_t row, const Candidates<T>& picks) {
+    if (problem_.k == 0) return;
+    S* logit = static_cast<S*>(door_.pick_logit);
+    if (problem_.compact) {
+      for (int64_t i = 0; i < problem_.k; ++i) write_pick(row * problem_.k + i, logit, picks, i < picks.count ? i : -1);
+      return;
+    }
+    int64_t last = -1;  // in the order of the selection: the smallest logit, among equals the highest index
+    for (int64_t i = 0; i < picks.count; ++i) {
+      if (last < 0 || picks.logit[i] <= picks.logit[last]) last = i;
+    }
+    write_pick(row, logit, picks, last);
+  }
+
+  void write_pick(int64_t slot, S* logit, const Candidates<T>& picks, int64_t i) {
+    door_.pick_index[slot] = i < 0 ? -1 : picks.index[i];
+    from_compute(logit + slot, i < 0 ? -kInfinity<T> : picks.logit[i]);
+  }
+
+  Forward& door_;
+  const Problem& problem_;
+  Family family_;
+};
+
+// --------------------------------------------------------------------------------------------------------- backward
+
+// Family:  using Gradient              that of one row
+//              bool spoilt             the whole row is NaN
+//              V negative(V z)         the gradient at negatives with these logits; 0 at -inf
+//              T positive(T z)         at a positive with this logit
+//          Gradient gradient(row)
+template <class S, class Family>
+class BackwardWalk {
+ public:
+  using T = Compute<S>;
+  using V = VecOf<S>;
+  using Gradient = typename Family::Gradient;
+
+  BackwardWalk(const Backward& door, Family family) : door_(door), problem_(door.problem), family_(family) {}
+
+  void run() const {
+    if (problem_.rows < num_threads()) {
+      TargetReader targets(problem_);
+      const int64_t pieces = (problem_.classes + kPiece - 1) / kPiece;
+      for (int64_t row = 0; row < problem_.rows; ++row) {
+        parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
+          const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
+          fill(row, begin * kPiece, stop, targets.ignored(row));
+        });
+        patch(row, targets);
+      }
+      return;
+    }
+    parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
+      TargetReader targets(problem_);
+      for (int64_t row = begin; row < end; ++row) {
+        fill(row, 0, problem_.classes, targets.ignored(row));
+        patch(row, targets);
+      }
+    });
+  }
+
+ private:
+  const S* logits(int64_t row) const { return static_cast<const S*>(problem_.logits) + row * problem_.logits_stride; }
+  S* dlogits(int64_t row) const { return static_cast<S*>(door_.dlogits) + row * problem_.classes; }
+
+  // Every element of dlogits[row, begin:end), as if there were no positives and no compact picks.
+  void fill(int64_t row, int64_t begin, int64_t end, bool ignored) const {
+    const Gradient gradient = family_.gradient(row);
+    if (!ignored && gradient.spoilt) {
+      constant(row, begin, end, kNaN<T>);
+    } else if (ignored || (problem_.k > 0 && problem_.compact)) {
+      std::memset(dlogits(row) + begin, 0, (end - begin) * sizeof(S));
+    } else if (problem_.k == 0) {
+      transform(row, begin, end, [&](V z) { return gradient.negative(z); });
+    } else {
+      threshold(row, begin, end, gradient);
+    }
+  }
+
+  // The edge itself is the last of its equals to be picked: up to its index equals count, behind it they do not.
+  void threshold(int64_t row, int64_t begin, int64_t end, const Gradient& gradient) const {
+    const int64_t edge_index = door_.pick_index[row];
+    if (edge_index < 0) return constant(row, begin, end, T(0));
+    const V zero(0), edge(to_compute(static_cast<const S*>(door_.pick_logit)[row]));
+    const int64_t middle = edge_index + 1 < begin ? begin : edge_index + 1 < end ? edge_index + 1 : end;
+    transform(row, begin, middle, [&](V z) {
+      const auto picked = z >= edge;
+      return bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
+    });
+    transform(row, middle, end, [&](V z) {
+      const auto picked = z > edge;
+      return bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
+    });
+  }
+
+  // Scatters the compact picks, then the positives.
+  void patch(int64_t row, TargetReader& targets) const {
+    const Gradient gradient = family_.gradient(row);
+    if (targets.ignored(row) || gradient.spoilt) return;
+    S* out = dlogits(row);
+    if (problem_.k > 0 && problem_.compact) {
+      const int32_t* index = door_.pick_index + row * problem_.k;
+      const S* logit = static_cast<const S*>(door_.pick_logit) + row * problem_.k;
+      S value[V::lanes];
+      for (int64_t i = 0; i < problem_.k; i += V::lanes) {
+        const int n = static_cast<int>(problem_.k - i < V::lanes ? problem_.k - i : V::lanes);
+        gradient.negative(n == V::lanes ? V::load(logit + i) : load_first<V>(logit + i, n, -kInfinity<T>)).store(value);
+        for (int j = 0; j < n; ++j) {
+          if (index[i + j] >= 0) out[index[i + j]] = value[j];
+        }
+      }
+    }
+    Positives positives;
+    targets.read(row, &positives);
+    for (int64_t p = 0; p < positives.count; ++p) {
+      const int32_t y = positives.index[p];
+      from_compute(out + y, gradient.positive(problem_.multi_hot ? to_compute(logits(row)[y]) : gradient.target_logit));
+    }
+  }
+
+  void constant(int64_t row, int64_t begin, int64_t end, T value) const {
+    for (int64_t i = begin; i < end; ++i) from_compute(dlogits(row) + i, value);
+  }
+
+  template <class F>
+  void transform(int64_t row, int64_t begin, int64_t end, const F& f) const {
+    const S* in = logits(row);
+    S* out = dlogits(row);
+    int64_t i = begin;
+    for (; i + V::lanes <= end; i += V::lanes) f(V::load(in + i)).store(out + i);
+    if (i < end) store_first(out + i, f(load_first<V>(in + i, end - i, -kInfinity<T>)), end - i);
+  }
+
+  const Backward& door_;
+  const Problem& problem_;
+  Family family_;
+};
+
+}  // namespace FUSED_LOSSES_ISA
+}  // namespace fused_losses

@@ -1,0 +1,73 @@
+"""Builds the optional C++ extension (the CPU kernels); everything else about the package stands in pyproject.toml.
+
+FUSED_LOSSES_BUILD_EXT=auto (default)  try; without a working compiler or torch, install without it, and plain PyTorch
+                                       serves the CPU
+FUSED_LOSSES_BUILD_EXT=1               a build that fails fails the install
+FUSED_LOSSES_BUILD_EXT=0               do not try
+"""
+
+import glob
+import os
+import sys
+
+from setuptools import setup
+
+MODE = os.environ.get("FUSED_LOSSES_BUILD_EXT", "auto")
+if MODE not in ("0", "1", "auto"):
+    raise SystemExit(f"FUSED_LOSSES_BUILD_EXT must be 0, 1 or auto, got {MODE!r}")
+
+
+def give_up(why: BaseException) -> None:
+    if MODE == "1":
+        raise why
+    notice = f"installing WITHOUT the C++ extension, plain PyTorch will serve the CPU: {why}"
+    print(f"\nfused_losses: {notice}\n", file=sys.stderr)
+
+
+def extension() -> dict:
+    """What setup() is told of the extension; nothing where it is not wanted or torch is not there to build against."""
+    if MODE == "0":
+        return {}
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        give_up(error)
+        return {}
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        give_up(RuntimeError(f"torch {torch.__version__} is older than 2.10"))
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                give_up(error)
+
+        def copy_extensions_to_source(self):  # the editable install: nothing to copy after a build that failed
+            if all(os.path.exists(self.get_ext_fullpath(e.name)) for e in self.extensions) or MODE == "1":
+                super().copy_extensions_to_source()
+
+    if sys.platform == "win32":
+        flags = ["/O2"]
+    else:
+        # Never -ffast-math: infinities and NaN have their meaning here. No contraction: left to its choice, the
+        # compiler fuses a sum in one copy of an inlined function and not in another, and bits would depend on which
+        # thread does what.
+        flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+    module = CppExtension(
+        "fused_losses._C",
+        sorted(glob.glob("csrc/*.cpp")),
+        depends=sorted(glob.glob("csrc/*.h")),
+        extra_compile_args={"cxx": ["-DTORCH_TARGET_VERSION=0x020a000000000000", *flags]},
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": OptionalBuild},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**extension())
