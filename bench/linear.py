@@ -44,7 +44,7 @@ def eager_hs_lr(k: int) -> Step:
     def step(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
         logits = F.linear(x, w)
         z_y = logits.gather(1, target[:, None])
-        hardest = logits.scatter_(1, target[:, None], -torch.inf).topk(k, dim=1, sorted=False).values
+        hardest = logits.scatter(1, target[:, None], -torch.inf).topk(k, dim=1, sorted=False).values
         return F.softplus(-z_y).mean() + F.softplus(hardest).mean()
 
     return step

@@ -338,8 +338,8 @@ linear_backward_picks = ops.define(
 class LinearRowLoss(torch.autograd.Function):
     """input (rows, features), weight (classes, features), target -> loss.
 
-    The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias, those of weight and bias
-    as they were summed and rounded once.
+    The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias. Those of the last two are
+    rounded once, from the sums.
     """
 
     @staticmethod
