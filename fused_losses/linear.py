@@ -17,17 +17,15 @@ from .linear_autograd import LinearRowLoss
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 from .modules import CrossEntropyLoss, RowLoss
 
-MIB = 2**20
-
 
 @dataclass(frozen=True)
 class LinearLossOptions:
     """How a linear loss is computed; never what it is.
 
     Args:
-        chunk_bytes: budget for the logits of one chunk of rows, at least one row. Default: the larger of 16 MiB
-            (256 MiB on an accelerator) and a quarter of the weight's bytes. Where the gradient of the logits is needed
-            too, as over all negatives, it takes as much again.
+        chunk_bytes: budget for the logits that exist at a time, at least one row of them (over the k hardest, with k
+            at most C / 16: one row of a block of classes). Default: 8 MiB, on an accelerator 256 MiB; over more
+            negatives at least half the weight's bytes, and as much again for the gradient of these logits.
         sparse_grad: the gradients of weight and bias are coalesced sparse COO tensors over the classes picked, as
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and SGD. Needs class-index targets and
             ``k`` (or ``ratio``) below C - 1. Not under ``torch.compile``, which knows no sparse gradients.
@@ -41,14 +39,6 @@ class LinearLossOptions:
             raise TypeError(f"chunk_bytes must be an integer, got {type(self.chunk_bytes).__name__}")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {self.chunk_bytes}")
-
-    def chunk_elements(self, weight: Tensor, dtype: torch.dtype) -> int:
-        """How many logits of that dtype the budget holds."""
-        budget = self.chunk_bytes
-        if budget is None:
-            least = 16 * MIB if weight.device.type == "cpu" else 256 * MIB
-            budget = max(least, weight.numel() * weight.element_size() // 4)
-        return max(1, budget // dtype.itemsize)
 
 
 def linear_cross_entropy(
@@ -333,7 +323,7 @@ def apply(
     result = LinearRowLoss.apply(
         rows, linear_weight, linear_bias, target, weight,
         loss.family, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction,
-        dtype, normalize, options.chunk_elements(linear_weight, dtype), options.sparse_grad, torch.is_grad_enabled(),
+        dtype, normalize, options.chunk_bytes, options.sparse_grad, torch.is_grad_enabled(),
     )  # fmt: skip
     return result.squeeze(0) if input.dim() == 1 and reduction == "none" else result
 

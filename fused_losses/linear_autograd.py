@@ -1,12 +1,13 @@
 """How a linear layer and a loss are computed together without ever holding the logits of the whole batch.
 
-The batch is walked in chunks of rows whose logits fit a budget. Three ways lead to the gradients:
+Never more logits than fit a budget. Three ways lead to the gradients:
 
-- *picks*: over the k hardest, k a small share of the classes. Forward keeps (index, logit) pairs; backward touches the
-  k + 1 rows of the weight that each row of the batch has picked, and computes no logits.
-- *at once*: a scalar loss. Each chunk's gradient follows its forward (three matmuls instead of four), and backward only
-  multiplies by the upstream scalar.
-- *again*: where that scalar cannot be factored out. Backward computes each chunk's logits once more.
+- *picks*: over the k hardest, k a small share of the classes. Forward walks blocks of classes, all rows at a time, and
+  keeps (index, logit) pairs; backward touches the k + 1 rows of the weight that each row of the batch has picked, and
+  computes no logits.
+- *at once*: a scalar loss. Chunks of rows, all classes at a time; each chunk's gradient follows its forward (three
+  matmuls instead of four), and backward only multiplies by the upstream scalar.
+- *again*: chunks of rows where that scalar cannot be factored out. Backward computes their logits once more.
 """
 
 import math
@@ -21,7 +22,12 @@ from . import ops, reference
 from .autograd import once
 from .reductions import reduction_of, term_scales
 
+MIB = 2**20
 LEAST_NORM = 1e-12  # F.normalize divides by nothing smaller either
+# A block of classes is no smaller than this: each pays for k candidates in every row, and for its calls.
+LEAST_BLOCK = 4096
+LEAST_BLOCK_PER_PICK = 32
+IGNORED = reference.NO_TARGET + 1  # in a block, whose class indices could meet a user's ignore_index
 
 
 def gathers_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
@@ -29,9 +35,21 @@ def gathers_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
     return 0 < k <= num_classes // 16 and not multi_hot
 
 
+def default_chunk_bytes(weight: Tensor, picks: bool) -> int:
+    """A few rows of logits do not keep a matmul busy: chunks of rows grow with the weight that each of them reads."""
+    least = 8 * MIB if weight.device.type == "cpu" else 256 * MIB
+    return least if picks else max(least, weight.nbytes // 2)
+
+
 def _gradients_at_once(reduction: str, dtype: torch.dtype, scales_known: bool) -> bool:
     """Not in float16: its gradients would underflow, for the scaler's factor arrives with backward."""
     return reduction != "none" and dtype != torch.float16 and scales_known
+
+
+def _pieces(total: int, most: int) -> list[slice]:
+    """0 ... total in slices of about equal size, none larger than most."""
+    size = -(-total // max(1, -(-total // most)))
+    return [slice(start, min(start + size, total)) for start in range(0, total, max(1, size))]
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -46,21 +64,23 @@ class _Layer(NamedTuple):
 
     def chunks(self, input: Tensor, chunk_elements: int) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their logits, one row or at most so many logits at a time, always in the same memory."""
-        num_rows, num_classes = input.shape[0], self.weight.shape[0]
-        most_rows = max(1, chunk_elements // num_classes)
-        num_chunks = max(1, -(-num_rows // most_rows))
-        chunk_rows = max(1, -(-num_rows // num_chunks))  # chunks of about equal size
-        buffer = input.new_empty((min(chunk_rows, num_rows), num_classes))
-        for start in range(0, num_rows, chunk_rows):
-            rows = slice(start, min(start + chunk_rows, num_rows))
-            z = buffer[: rows.stop - rows.start]
-            if self.bias is None:
-                torch.mm(input[rows], self.weight.t(), out=z)
-            else:
-                torch.addmm(self.bias, input[rows], self.weight.t(), out=z)
-            if self.norms is not None:
-                z /= self.norms
-            yield rows, z
+        pieces = _pieces(input.shape[0], max(1, chunk_elements // self.weight.shape[0]))
+        most_rows = max((rows.stop - rows.start for rows in pieces), default=0)
+        buffer = input.new_empty((most_rows, self.weight.shape[0]))
+        for rows in pieces:
+            yield rows, self.logits(input[rows], out=buffer[: rows.stop - rows.start])
+
+    def logits(self, x: Tensor, out: Tensor) -> Tensor:
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
+        if self.norms is not None:
+            out /= self.norms
+        return out
+
+    def of(self, classes: slice) -> "_Layer":
+        return _Layer(*(None if tensor is None else tensor[classes] for tensor in self))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -124,16 +144,14 @@ _DOORS = {
 
 
 def _linear_forward(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward door of the family over all rows."""
+    """The forward door of the family over all rows: *again*."""
     forward, _ = _DOORS[family]
     _check_target(input, weight, target, ignore_index)
-    outputs = _forward_shapes(
-        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact
-    )
+    outputs = _forward_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index)
     for rows, z in _Layer(weight, bias, norms).chunks(input, chunk_elements):
-        for whole, part in zip(outputs, forward(z, target[rows], loss, params, k, ignore_index, compact), strict=True):
+        for whole, part in zip(outputs, forward(z, target[rows], loss, params, k, ignore_index, False), strict=True):
             whole[rows] = part
     return outputs
 
@@ -175,6 +193,58 @@ def _check_target(input: Tensor, weight: Tensor, target: Tensor, ignore_index: i
 
 
 # --- picks alone ------------------------------------------------------------------------------------------------------
+
+
+def _linear_forward_picks(
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward door of the family over all rows, compact: *picks*.
+
+    The k hardest of the layer are among the k hardest of each block of classes: these are the candidates. A matmul is
+    cheaper for many rows and few classes at a time than the other way round, and its logits stay in the cache.
+    """
+    _check_target(input, weight, target, ignore_index)
+    outputs = _picks_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index)
+    least = max(LEAST_BLOCK, LEAST_BLOCK_PER_PICK * k)
+    blocks = _pieces(weight.shape[0], max(least, chunk_elements // max(1, input.shape[0])))
+    most_rows = max(1, chunk_elements // blocks[0].stop)
+    buffer = input.new_empty(min(most_rows, input.shape[0]) * blocks[0].stop)
+    layer = _Layer(weight, bias, norms)
+    target = target.masked_fill(target == ignore_index, IGNORED)
+    for rows in _pieces(input.shape[0], most_rows):
+        parts = _hardest_of_blocks(layer, blocks, buffer, input[rows], target[rows], family, loss, params, k)
+        for whole, part in zip(outputs, parts, strict=True):
+            whole[rows] = part
+    return outputs
+
+
+def _hardest_of_blocks(
+    layer: _Layer, blocks: list[slice], buffer: Tensor, x: Tensor, target: Tensor, family, loss, params, k
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The compact door over the classes of all blocks, lowest class first among equals."""
+    forward, _ = _DOORS[family]
+    num_rows = x.shape[0]
+    index = x.new_empty((num_rows, 1 + len(blocks) * k), dtype=torch.int32)  # column 0 is the target's
+    logit = x.new_empty(index.shape)
+    logit[:, 0] = math.nan  # stays so for a class out of range
+    for number, classes in enumerate(blocks):
+        size = classes.stop - classes.start
+        z = layer.of(classes).logits(x, out=buffer[: num_rows * size].view(num_rows, size))
+        inside = (target >= classes.start) & (target < classes.stop)
+        elsewhere = target.masked_fill(target != IGNORED, reference.NO_TARGET)
+        local = torch.where(inside, target - classes.start, elsewhere)
+        _, state, picked, picked_logit = forward(z, local, loss, params, k, IGNORED, True)
+        if z.device.type != "cpu":  # where the doors keep the picks in the order of the classes
+            picked, order = picked.sort(dim=1)
+            picked_logit = picked_logit.gather(1, order)
+        columns = slice(1 + number * k, 1 + (number + 1) * k)
+        index[:, columns] = picked + classes.start
+        logit[:, columns] = picked_logit
+        logit[:, 1] += torch.where(state.isnan().any(1), math.nan, 0)  # a NaN that was not picked
+        z_y = z.gather(1, local.clamp(min=0)[:, None]).squeeze(1)
+        logit[:, 0] = torch.where(inside, z_y, logit[:, 0])
+    *rows, chosen, chosen_logit = forward(logit, target.clamp(max=0), loss, params, k, IGNORED, True)
+    return *rows, index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1), chosen_logit
 
 
 class _ByClass:
@@ -276,17 +346,24 @@ def _sparse_gradients(*saved) -> tuple[Tensor, Tensor, Tensor]:
 # --- the same as ops: opaque to the compiler, which would unroll the loop over chunks ---------------------------------
 
 _LAYER = "Tensor input, Tensor weight, Tensor? bias, Tensor? norms, Tensor target, int chunk_elements, "
-_LOSS = "str family, str loss, float[] params, int k, int ignore_index, "
+_LOSS = "str family, str loss, float[] params, int k, int ignore_index"
 _SAVED = "Tensor state, Tensor pick_index, Tensor pick_logit"
 _GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias)"
 
 
-def _forward_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact):
+def _row_shapes(input, family):
     rows = input.shape[0]
     dtype = reference.compute_dtype(input.dtype)
     values = input.new_empty((rows,) if family == "softmax" else (rows, 2), dtype=dtype)
-    state = input.new_empty((rows, 3 if family == "softmax" else 2), dtype=dtype)
-    return values, state, *ops.empty_picks(input, k, compact)
+    return values, input.new_empty((rows, 3 if family == "softmax" else 2), dtype=dtype)
+
+
+def _forward_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index):
+    return *_row_shapes(input, family), *ops.empty_picks(input, k, compact=False)
+
+
+def _picks_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index):
+    return *_row_shapes(input, family), *ops.empty_picks(input, k, compact=True)
 
 
 def _gradient_shapes(input, weight, wanted):
@@ -313,20 +390,23 @@ def _at_once_shapes(
 
 
 linear_forward = ops.define(
-    f"linear_forward({_LAYER}{_LOSS}bool compact) -> (Tensor values, {_SAVED})", _linear_forward, _forward_shapes
+    f"linear_forward({_LAYER}{_LOSS}) -> (Tensor values, {_SAVED})", _linear_forward, _forward_shapes
+)
+linear_forward_picks = ops.define(
+    f"linear_forward_picks({_LAYER}{_LOSS}) -> (Tensor values, {_SAVED})", _linear_forward_picks, _picks_shapes
 )
 linear_at_once = ops.define(
-    f"linear_at_once(Tensor grad, {_LAYER}{_LOSS}bool[] wanted) -> (Tensor values, {_GRADIENTS}",
+    f"linear_at_once(Tensor grad, {_LAYER}{_LOSS}, bool[] wanted) -> (Tensor values, {_GRADIENTS}",
     _linear_at_once,
     _at_once_shapes,
 )
 linear_backward = ops.define(
-    f"linear_backward(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}bool[] wanted) -> ({_GRADIENTS}",
+    f"linear_backward(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted) -> ({_GRADIENTS}",
     _linear_backward,
     _backward_shapes,
 )
 linear_backward_picks = ops.define(
-    f"linear_backward_picks(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}bool[] wanted) -> ({_GRADIENTS}",
+    f"linear_backward_picks(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted) -> ({_GRADIENTS}",
     _linear_backward_picks,
     _backward_shapes,
 )
@@ -338,24 +418,25 @@ linear_backward_picks = ops.define(
 class LinearRowLoss(torch.autograd.Function):
     """input (rows, features), weight (classes, features), target -> loss.
 
-    The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias. Those of the last two are
-    rounded once, from the sums.
+    The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias. Those of the last two
+    are rounded once, from the sums.
     """
 
     @staticmethod
     def forward(
         ctx, input, weight, bias, target, class_weight, family, formula, params, alpha, k, ignore_index, reduction,
-        dtype, normalize, chunk_elements, sparse_grad, grad_enabled,
+        dtype, normalize, chunk_bytes, sparse_grad, grad_enabled,
     ):  # fmt: skip
         num_classes = weight.shape[0]
         multi_hot = target.dim() == 2
         compute_dtype = reference.compute_dtype(dtype)
         x, w, b = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
+        ctx.picks = sparse_grad or gathers_picks(num_classes, k, multi_hot)
+        chunk_elements = max(1, (chunk_bytes or default_chunk_bytes(w, ctx.picks)) // dtype.itemsize)
         layer = x, w, b, _norms(w, compute_dtype, chunk_elements) if normalize else None, target
         arguments = chunk_elements, family, formula, params, k, ignore_index
         ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
         ctx.arguments, ctx.sparse_grad = arguments, sparse_grad
-        ctx.picks = sparse_grad or gathers_picks(num_classes, k, multi_hot)
         ctx.reduction = reduction_of(target, class_weight, ignore_index, reduction, compute_dtype)
         ctx.scales = None
         # means over the terms of a multi-hot batch: forward counts them, and nothing of the target's size is made here
@@ -369,7 +450,7 @@ class LinearRowLoss(torch.autograd.Function):
             values, *gradients = linear_at_once(grad_rows, *layer, *arguments, ctx.wanted)
             ctx.save_for_backward(input, weight, bias, *_in_dtypes_of((input, weight, bias), gradients, ctx.wanted))
         else:
-            values, *saved = linear_forward(*layer, *arguments, ctx.picks)
+            values, *saved = (linear_forward_picks if ctx.picks else linear_forward)(*layer, *arguments)
             if counted:
                 ctx.scales = term_scales(alpha, saved[0][:, 1], num_classes, k)
             ctx.save_for_backward(input, weight, bias, *saved, *layer)
