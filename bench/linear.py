@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import fused_losses as fl
 
 MIB = 2**20
+SLOW = 3.0  # seconds
 # By its state glibc returns large blocks to the system, and the next step pays a page fault per 4 KiB, or it does not:
 # fixed for the process that takes the times, before it starts.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
@@ -145,7 +146,7 @@ def run(step: Step, x: Tensor, w: Tensor, target: Tensor) -> float:
 
 
 def times(case: Case, device: str, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each step; a matmul alone is the floor."""
+    """Median milliseconds of each step, of three for a slow one; a matmul alone is the floor."""
     x, w, target = case.tensors(device)
     logits = torch.empty(case.rows, case.classes, device=device)
 
@@ -159,11 +160,11 @@ def times(case: Case, device: str, rounds: int) -> dict[str, float]:
     runs = {"one matmul": matmul}
     runs |= {name: lambda step=step: run(step, x, w, target) for name, step in case.steps(device).items()}
     taken = {name: [] for name in runs}
-    for round_number in range(rounds + 1):
+    warm_up = {name: go() for name, go in runs.items()}
+    for round_number in range(rounds):
         for name, go in runs.items():
-            seconds = go()
-            if round_number > 0:  # the first one warms up
-                taken[name].append(1e3 * seconds)
+            if warm_up[name] < SLOW or round_number < 3:
+                taken[name].append(1e3 * go())
     return {name: statistics.median(ms) for name, ms in taken.items()}
 
 
