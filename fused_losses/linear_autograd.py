@@ -6,7 +6,7 @@ Never more logits than fit a budget. Three ways lead to the gradients:
   keeps (index, logit) pairs; backward touches the k + 1 rows of the weight that each row of the batch has picked, and
   computes no logits.
 - *at once*: a scalar loss. Chunks of rows, all classes at a time; each chunk's gradient follows its forward (three
-  matmuls instead of four), and backward only multiplies by the upstream scalar.
+  matmuls instead of four), and backward only multiplies by the upstream scalar, in place.
 - *again*: chunks of rows where that scalar cannot be factored out. Backward computes their logits once more.
 """
 
@@ -36,9 +36,9 @@ def gathers_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
 
 
 def default_chunk_bytes(weight: Tensor, picks: bool) -> int:
-    """A few rows of logits do not keep a matmul busy: chunks of rows grow with the weight that each of them reads."""
-    least = 8 * MIB if weight.device.type == "cpu" else 256 * MIB
-    return least if picks else max(least, weight.nbytes // 2)
+    """Blocks of classes stay in the cache; chunks of rows each read the whole weight, and want as much work for it."""
+    least = 4 * MIB if weight.device.type == "cpu" else 256 * MIB
+    return least if picks else max(least, weight.nbytes)
 
 
 def _gradients_at_once(reduction: str, dtype: torch.dtype, scales_known: bool) -> bool:
@@ -438,9 +438,9 @@ class LinearRowLoss(torch.autograd.Function):
         ctx.picks = sparse_grad or gathers_picks(num_classes, k, multi_hot)
         chunk_elements = max(1, (chunk_bytes or default_chunk_bytes(w, ctx.picks)) // dtype.itemsize)
         layer = x, w, b, _norms(w, compute_dtype, chunk_elements) if normalize else None, target
-        arguments = chunk_elements, family, formula, params, k, ignore_index
+        ctx.arguments = arguments = chunk_elements, family, formula, params, k, ignore_index
         ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
-        ctx.arguments, ctx.sparse_grad = arguments, sparse_grad
+        ctx.sparse_grad = sparse_grad
         ctx.reduction = reduction_of(target, class_weight, ignore_index, reduction, compute_dtype)
         ctx.scales = None
         # means over the terms of a multi-hot batch: forward counts them, and nothing of the target's size is made here
@@ -450,32 +450,47 @@ class LinearRowLoss(torch.autograd.Function):
 
         ctx.at_once = any(ctx.wanted) and not ctx.picks and _gradients_at_once(reduction, dtype, not counted)
         if ctx.at_once:
-            grad_rows = _grad_of_rows(ctx, x.new_ones((), dtype=compute_dtype), x.shape[0])
-            values, *gradients = linear_at_once(grad_rows, *layer, *arguments, ctx.wanted)
-            ctx.save_for_backward(input, weight, bias, *_in_dtypes_of((input, weight, bias), gradients, ctx.wanted))
+            values, *gradients = _at_once(ctx, layer)
+            gradients = _in_dtypes_of((input, weight, bias), gradients, ctx.wanted)
+            # a compiled graph keeps them; otherwise backward takes them over, and no step holds the weight's twice
+            ctx.gradients = None if torch.compiler.is_compiling() else gradients
+            saved = gradients if torch.compiler.is_compiling() else ()
         else:
             values, *saved = (linear_forward_picks if ctx.picks else linear_forward)(*layer, *arguments)
             if counted:
                 ctx.scales = term_scales(alpha, saved[0][:, 1], num_classes, k)
-            ctx.save_for_backward(input, weight, bias, *saved, *layer)
+        ctx.save_for_backward(input, weight, bias, *layer, *saved)
         return ctx.reduction.loss(values if ctx.scales is None else ctx.scales.values(values))
 
     @staticmethod
     def backward(ctx, grad):
-        parameters, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        if ctx.at_once:
+        parameters, layer, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:8], ctx.saved_tensors[8:]
+        if ctx.at_once and torch.compiler.is_compiling():
             gradients = [None if gradient is None else gradient * grad for gradient in saved]
+        elif ctx.at_once:
+            gradients, ctx.gradients = ctx.gradients, None
+            if gradients is None:  # retain_graph=True: they went with the first pass
+                gradients = _in_dtypes_of(parameters, _at_once(ctx, layer)[1:], ctx.wanted)
+            with torch.no_grad():
+                gradients = [None if gradient is None else gradient.mul_(grad) for gradient in gradients]
         else:
-            grad_rows = _grad_of_rows(ctx, grad, parameters[0].shape[0])
+            grad_rows = _grad_of_rows(ctx, grad, layer[0].shape[0])
             if ctx.sparse_grad:
                 backward = _sparse_gradients
             else:
                 backward = linear_backward_picks if ctx.picks else linear_backward
-            gradients = _in_dtypes_of(parameters, backward(grad_rows, *saved, *ctx.arguments, ctx.wanted), ctx.wanted)
+            gradients = backward(grad_rows, *saved, *layer, *ctx.arguments, ctx.wanted)
+            gradients = _in_dtypes_of(parameters, gradients, ctx.wanted)
         leads_back = [tensor for tensor in parameters if tensor is not None]
-        return *(None if gradient is None else once(gradient, *leads_back, grad) for gradient in gradients), *(
-            None,
-        ) * 14
+        gradients = [None if gradient is None else once(gradient, *leads_back, grad) for gradient in gradients]
+        return *gradients, *(None,) * 14
+
+
+def _at_once(ctx, layer: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The values or sums of the rows, and the gradients of the layer for an upstream gradient of 1."""
+    x = layer[0]
+    one = x.new_ones((), dtype=reference.compute_dtype(x.dtype))
+    return linear_at_once(_grad_of_rows(ctx, one, x.shape[0]), *layer, *ctx.arguments, ctx.wanted)
 
 
 def _in_dtypes_of(tensors, gradients, wanted: list[bool]) -> list[Tensor | None]:
