@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-plain lint format clean
+.PHONY: help demo test fuzz test-plain test-sanitized machine-code bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -21,10 +21,31 @@ demo: $(INSTALLED) ## train a small network with every loss, print the table, dr
 
 test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+fuzz: $(INSTALLED) ## selection on thousands of random rows, in Triton's interpreter (an hour on one core)
+	$(BIN)/python -m pytest tests/gpu -m slow -k fuzz $(ARGS)
+
+machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
+	$(BIN)/python -m bench.machine_code --gates $(ARGS)
 
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
-	cd out/plain && ../../$(BIN)/python -m pytest $(ARGS)
+	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/test_machine_code.py $(ARGS)
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g
+test-sanitized: $(INSTALLED) ## the tests that reach C++, on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf out/sanitized && mkdir -p out/sanitized && git ls-files -z | xargs -0 cp --parents -t out/sanitized
+	cd out/sanitized && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_LOSSES_BUILD_EXT=1 ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd out/sanitized && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		../../$(BIN)/python -m pytest tests/test_cpu.py tests/test_reference.py tests/test_selection.py tests/test_edges.py $(ARGS)
+
+bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark), write out/bench.json, draw out/bench.png
+	mkdir -p out
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 $(BIN)/python -m pytest bench --benchmark-json=out/bench.json \
+		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name -q $(ARGS)
+	$(BIN)/python -m bench.chart out/bench.json out/bench.png
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .

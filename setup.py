@@ -45,17 +45,13 @@ def extension() -> dict:
             except (Exception, SystemExit) as error:
                 give_up(error)
 
-        def copy_extensions_to_source(self):  # the editable install: nothing to copy after a build that failed
-            if all(os.path.exists(self.get_ext_fullpath(e.name)) for e in self.extensions) or MODE == "1":
-                super().copy_extensions_to_source()
-
     if sys.platform == "win32":
         flags = ["/O2"]
     else:
         # Never -ffast-math: infinities and NaN have their meaning here. No contraction: left to its choice, the
         # compiler fuses a sum in one copy of an inlined function and not in another, and bits would depend on which
         # thread does what.
-        flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+        flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
     module = CppExtension(
         "fused_losses._C",
         sorted(glob.glob("csrc/*.cpp")),

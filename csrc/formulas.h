@@ -1,4 +1,5 @@
-// What each loss is: its value and its slope. Nothing here knows how a row is walked, and no other page knows a formula.
+// What each loss is: its value and its slope. Nothing here knows how a row is walked, and no other page knows a
+// formula.
 #pragma once
 
 #include "simd.h"
@@ -43,16 +44,17 @@ struct NLLR {
 // -log p + beta log(alpha + 1 - p), p the probability of the target
 template <class T>
 struct CRL {
-  T alpha, beta;
-  explicit CRL(const double* params) : alpha(static_cast<T>(params[0])), beta(static_cast<T>(params[1])) {}
+  T alpha, log_alpha, beta;
+  explicit CRL(const double* params)
+      : alpha(static_cast<T>(params[0])), log_alpha(std::log(alpha)), beta(static_cast<T>(params[1])) {}
 
   T value(T d) const {
     const T cross_entropy = softplus(-d);
-    return beta == 0 ? cross_entropy : cross_entropy + beta * logaddexp(std::log(alpha), -softplus(d));
+    return beta == 0 ? cross_entropy : cross_entropy + beta * logaddexp(log_alpha, -softplus(d));
   }
 
   T slope(T d) const {
-    const T competing = alpha == 0 ? T(1) : sigmoid(-(std::log(alpha) + softplus(d)));
+    const T competing = alpha == 0 ? T(1) : sigmoid(-(log_alpha + softplus(d)));
     return -(sigmoid(-d) + beta * sigmoid(d) * competing);
   }
 };
@@ -63,7 +65,7 @@ struct CRL {
 template <class V>
 struct Sigmoid {
   V plus, minus;  // sigma(z), sigma(-z)
-  Sigmoid(V z, V e) {
+  FUSED_LOSSES_INLINE Sigmoid(V z, V e) {
     const V zero(0), big = reciprocal(V(1) + e), small = e * big;
     plus = select(z >= zero, big, small);
     minus = select(z >= zero, small, big);
@@ -71,15 +73,15 @@ struct Sigmoid {
 };
 
 template <class V>
-inline V exp_minus_abs(V z) {
+FUSED_LOSSES_INLINE V exp_minus_abs(V z) {
   return exp(min(z, V(0) - z));
 }
 
 template <class V>
 struct Logistic {
   explicit Logistic(const double*) {}
-  V value(V z) const { return max(V(0), z) + log1p(exp_minus_abs(z)); }
-  V slope(V z) const { return Sigmoid<V>(z, exp_minus_abs(z)).plus; }
+  FUSED_LOSSES_INLINE V value(V z) const { return max(V(0), z) + log1p(exp_minus_abs(z)); }
+  FUSED_LOSSES_INLINE V slope(V z) const { return Sigmoid<V>(z, exp_minus_abs(z)).plus; }
 };
 
 // sigma(z)^gamma softplus(z). kGamma is 1 or 2, or 0 for a gamma known only at run time (gamma = 0 itself is Logistic).
@@ -88,12 +90,12 @@ struct SoftSelection {
   V gamma;
   explicit SoftSelection(const double* params) : gamma(static_cast<typename V::Scalar>(params[0])) {}
 
-  V value(V z) const {
+  FUSED_LOSSES_INLINE V value(V z) const {
     const V e = exp_minus_abs(z), tail = log1p(e);
     return weight(z, e, tail) * (max(V(0), z) + tail);
   }
 
-  V slope(V z) const {
+  FUSED_LOSSES_INLINE V slope(V z) const {
     // Beyond 1000 sigma(-z) softplus(z) is 0; without the bound it would be 0 * inf at z = inf.
     const V bounded = min(V(1000), z), e = exp_minus_abs(bounded), tail = log1p(e);
     const Sigmoid<V> sigma(bounded, e);
@@ -101,7 +103,7 @@ struct SoftSelection {
   }
 
  private:
-  V weight(V z, V e, V tail) const {
+  FUSED_LOSSES_INLINE V weight(V z, V e, V tail) const {
     if constexpr (kGamma == 0) return exp(V(0) - gamma * (max(V(0), V(0) - z) + tail));  // log sigma(z) = -softplus(-z)
     const V sigma = Sigmoid<V>(z, e).plus;
     return kGamma == 1 ? sigma : sigma * sigma;

@@ -1,5 +1,5 @@
-// All kernels of one instruction set. Included once by each isa_*.cpp, which names the namespace (FUSED_LOSSES_ISA) and the
-// vectors to use; from there on every function is compiled for that instruction set.
+// All kernels of one instruction set. Included once by each isa_*.cpp, which names the namespace (FUSED_LOSSES_ISA) and
+// the vectors to use; from there on every function is compiled for that instruction set.
 #include "formulas.h"
 #include "kernels.h"
 #include "logistic.h"

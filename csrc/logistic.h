@@ -38,7 +38,8 @@ class LogisticForward {
   }
 
   void ignore(int64_t row) const { write(row, 0, 0, 0, 0); }
-  // Positives are counted all the same: multi-hot rows are normalised over the batch, and the others must not feel this one.
+  // Positives are counted all the same: multi-hot rows are normalised over the batch, and the others must not feel this
+  // one.
   void spoil(int64_t row, Positives positives) const { write(row, kNaN<T>, kNaN<T>, kNaN<T>, T(positives.count)); }
 
  private:
@@ -66,7 +67,7 @@ class LogisticBackward {
     V negative_scale;
     const Phi& phi;
 
-    V negative(V z) const { return negative_scale * phi.slope(z); }
+    FUSED_LOSSES_INLINE V negative(V z) const { return negative_scale * phi.slope(z); }
     T positive(T z) const { return -positive_scale * sigmoid(-z); }
   };
 

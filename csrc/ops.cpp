@@ -1,7 +1,8 @@
-// The doors of the CPU wing: arguments are checked, outputs allocated, and the kernels of the best instruction set called.
+// The doors of the CPU wing: arguments are checked, outputs allocated, and the kernels of the best instruction set
+// called.
 //
-// The schema stands in fused_losses/ops.py; what the arguments mean, in fused_losses/reference.py. Built against the LibTorch
-// stable ABI: one shared object serves every torch from 2.10 on.
+// The schema stands in fused_losses/ops.py; what the arguments mean, in fused_losses/reference.py. Built against the
+// LibTorch stable ABI: one shared object serves every torch from 2.10 on.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -172,8 +173,8 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t strides[2] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
   if (strides[0] == 0) strides[0] = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -198,7 +199,8 @@ void check_class_indices(const Problem& problem) {
   }
 }
 
-// What forward and backward have in common: the target, k, and the logits if there are any. The tensors must outlive it.
+// What forward and backward have in common: the target, k, and the logits if there are any. The tensors must outlive
+// it.
 Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, int64_t classes, const double* params,
                      int64_t k, int64_t ignore_index, bool compact, bool may_be_multi_hot) {
   check(classes >= 1 && classes < INT32_MAX, "logits need at least one class, and fewer than 2^31 - 1");
@@ -269,10 +271,10 @@ ForwardResult forward(void (*kernel)(Loss, DType, Forward&), const Tensor& any_l
 }
 
 template <class Loss>
-Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad, const std::optional<Tensor>& any_logits,
-                const Tensor& any_target, const Tensor& any_state, const Tensor& any_pick_index,
-                const Tensor& any_pick_logit, const Handles& handles, int64_t k, int64_t ignore_index, int64_t classes,
-                bool compact) {
+Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad,
+                const std::optional<Tensor>& any_logits, const Tensor& any_target, const Tensor& any_state,
+                const Tensor& any_pick_index, const Tensor& any_pick_logit, const Handles& handles, int64_t k,
+                int64_t ignore_index, int64_t classes, bool compact) {
   constexpr bool is_logistic = std::is_same_v<Loss, LogisticLoss>;
   double params[kMostParams];
   Loss loss;
@@ -293,11 +295,12 @@ Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad
         "grad and state must have the compute dtype: float64 for float64 logits, else float32");
   check(torch_dtype(pick_index) == aoti_torch_dtype_int32(), "pick_index must be int32");
   check(state.dim() == 2 && state.size(1) == (is_logistic ? 2 : 3), "state must be what forward returned");
-  check(pick_index.numel() == rows * slots && pick_logit.numel() == rows * slots, "picks must be what forward returned");
+  check(pick_index.numel() == rows * slots && pick_logit.numel() == rows * slots,
+        "picks must be what forward returned");
   check(grad.dim() == (is_logistic ? 2 : 1) && grad.size(0) == rows && (!is_logistic || grad.size(1) == 2),
         "grad must have the shape of what forward returned");
-  check(!logits.has_value() || (logits->dim() == 2 && logits->size(0) == rows && logits->size(1) == classes &&
-                                dtype_of(*logits) == dtype),
+  check(!logits.has_value() ||
+            (logits->dim() == 2 && logits->size(0) == rows && logits->size(1) == classes && dtype_of(*logits) == dtype),
         "logits must be those of forward");
 
   Backward door{};

@@ -1,4 +1,5 @@
-// Vectors of floating-point lanes: what every instruction set must offer, and the elementary functions written on top of it.
+// Vectors of floating-point lanes: what every instruction set must offer, and the elementary functions written on top
+// of it.
 //
 // A vector type V has V::Scalar, V::Mask and V::lanes, the operators + - *, and
 //     V(s)                       s in every lane
@@ -36,7 +37,7 @@ using FloatVec = Float16;
 #else
 using FloatVec = Plain<float, 16>;
 #endif
-using DoubleVec = Plain<double, 8>;
+using DoubleVec = Plain<double, 16>;
 
 // The dtype that the arithmetic on logits of dtype S is done in, and its vector.
 template <class S>
@@ -45,23 +46,24 @@ template <class S>
 using VecOf = std::conditional_t<std::is_same_v<S, double>, DoubleVec, FloatVec>;
 
 // e^v within 2 ulp, subnormal results included; exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN.
-inline FloatVec exp(FloatVec v) {
+FUSED_LOSSES_INLINE FloatVec exp(FloatVec v) {
   // Cody and Waite: v = n ln2 + r with |r| <= ln2 / 2. The high part of ln2 has few bits, so that n * high is exact.
   v = min(FloatVec(89.0f), max(FloatVec(-105.0f), v));
   const FloatVec n = round(v * FloatVec(1.44269504088896341f));
   FloatVec r = fma(n, FloatVec(-0.693359375f), v);
   r = fma(n, FloatVec(2.12194440054690583e-4f), r);
   // (e^r - 1) / r, weighted minimax
-  FloatVec q = FloatVec(0.00829026454503922f);
-  q = fma(q, r, FloatVec(0.04189816019289234f));
-  q = fma(q, r, FloatVec(0.16667638217379274f));
-  q = fma(q, r, FloatVec(0.49999147837778296f));
-  q = fma(q, r, FloatVec(0.9999997062951098f));
+  FloatVec q = FloatVec(0.0013843607830347768f);
+  q = fma(q, r, FloatVec(0.008374195905824212f));
+  q = fma(q, r, FloatVec(0.041668004723608584f));
+  q = fma(q, r, FloatVec(0.1666643079707156f));
+  q = fma(q, r, FloatVec(0.4999999419159436f));
+  q = fma(q, r, FloatVec(1.0000000322592943f));
   return scale(fma(q, r, FloatVec(1.0f)), n);
 }
 
 // log(1 + e) for e in [0, 1] within 3 ulp; NaN for NaN.
-inline FloatVec log1p(FloatVec e) {
+FUSED_LOSSES_INLINE FloatVec log1p(FloatVec e) {
   // (log(1 + e) / e - 1) / e, weighted minimax
   FloatVec q = FloatVec(0.005364812833188255f);
   q = fma(q, e, FloatVec(-0.030065750054055436f));

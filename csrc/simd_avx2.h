@@ -102,5 +102,43 @@ inline Float16 select(Float16::Mask m, Float16 a, Float16 b) {
   return {_mm256_blendv_ps(b.low, a.low, m.low), _mm256_blendv_ps(b.high, a.high, m.high)};
 }
 
+// The permutation that brings the lanes of the 8 set bits to the front: their numbers are picked from a word of
+// nibbles.
+inline __m256i to_front(uint32_t chosen) {
+  const uint32_t nibbles = _pdep_u32(chosen, 0x11111111) * 0xf;
+  const __m256i numbers = _mm256_set1_epi32(static_cast<int32_t>(_pext_u32(0x76543210, nibbles)));
+  return _mm256_srlv_epi32(numbers, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+}
+
+inline void compress8(uint32_t low, uint32_t high, __m256i a, __m256i b, void* to) {
+  int32_t* p = static_cast<int32_t*>(to);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(a, to_front(low)));
+  p += _mm_popcnt_u32(low);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(b, to_front(high)));
+}
+
+// What the set bits choose, written one after another. These write, and may read, 16 elements whatever the bits.
+inline void compress(uint32_t chosen, Float16 v, float* to) {
+  compress8(chosen & 0xff, chosen >> 8, _mm256_castps_si256(v.low), _mm256_castps_si256(v.high), to);
+}
+inline void compress(uint32_t chosen, const int32_t* from, int32_t* to) {
+  const __m256i* p = reinterpret_cast<const __m256i*>(from);
+  compress8(chosen & 0xff, chosen >> 8, _mm256_loadu_si256(p), _mm256_loadu_si256(p + 1), to);
+}
+
+// first + the number of every set bit.
+inline void compress_numbers(uint32_t chosen, int32_t first, int32_t* to) {
+  const __m256i low = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  compress8(chosen & 0xff, chosen >> 8, low, _mm256_add_epi32(low, _mm256_set1_epi32(8)), to);
+}
+
+// The bits of 16 words: which are not zero.
+inline uint32_t nonzero(const uint16_t* word) {
+  const __m256i zero =
+      _mm256_cmpeq_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(word)), _mm256_setzero_si256());
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(zero, zero), 0xd8);
+  return ~static_cast<uint32_t>(_mm256_movemask_epi8(packed)) & 0xffff;
+}
+
 }  // namespace FUSED_LOSSES_ISA
 }  // namespace fused_losses

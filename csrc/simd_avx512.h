@@ -36,8 +36,8 @@ struct Float16 {
     const __m512i b = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i s = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
+    const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+    const __m512i s = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, up, 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(s));
   }
   void store(Half* p) const {
@@ -67,6 +67,27 @@ inline Float16::Mask operator>=(Float16 a, Float16 b) { return {_mm512_cmp_ps_ma
 inline Float16::Mask operator>(Float16 a, Float16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
 inline Float16::Mask unordered(Float16 a, Float16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
 inline Float16 select(Float16::Mask mask, Float16 a, Float16 b) { return _mm512_mask_mov_ps(b.v, mask.m, a.v); }
+
+// What the set bits choose, written one after another. These write, and may read, 16 elements whatever the bits.
+inline void compress(uint32_t chosen, Float16 v, float* to) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(chosen), v.v));
+}
+inline void compress(uint32_t chosen, const int32_t* from, int32_t* to) {
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(chosen), _mm512_loadu_si512(from)));
+}
+
+// first + the number of every set bit.
+inline void compress_numbers(uint32_t chosen, int32_t first, int32_t* to) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i number = _mm512_add_epi32(_mm512_set1_epi32(first), lane);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(chosen), number));
+}
+
+// The bits of 16 words: which are not zero.
+inline uint32_t nonzero(const uint16_t* word) {
+  const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(word));
+  return _mm256_test_epi16_mask(w, w);
+}
 
 }  // namespace FUSED_LOSSES_ISA
 }  // namespace fused_losses

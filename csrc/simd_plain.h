@@ -57,12 +57,24 @@ struct Plain {
     return m;
   }
 
-  friend Plain operator+(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x + y; }); }
-  friend Plain operator-(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x - y; }); }
-  friend Plain operator*(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x * y; }); }
-  friend Plain max(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x > y ? x : y; }); }
-  friend Plain min(const Plain& a, const Plain& b) { return map(a, b, [](T x, T y) { return x < y ? x : y; }); }
-  friend Plain reciprocal(const Plain& a) { return map(a, a, [](T x, T) { return 1 / x; }); }
+  friend Plain operator+(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x + y; });
+  }
+  friend Plain operator-(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x - y; });
+  }
+  friend Plain operator*(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x * y; });
+  }
+  friend Plain max(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x > y ? x : y; });
+  }
+  friend Plain min(const Plain& a, const Plain& b) {
+    return map(a, b, [](T x, T y) { return x < y ? x : y; });
+  }
+  friend Plain reciprocal(const Plain& a) {
+    return map(a, a, [](T x, T) { return 1 / x; });
+  }
   friend Plain fma(const Plain& a, const Plain& b, const Plain& c) {
 #if defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF)
     Plain v;
@@ -73,9 +85,15 @@ struct Plain {
 #endif
   }
 
-  friend Mask operator>=(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x >= y; }); }
-  friend Mask operator>(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x > y; }); }
-  friend Mask unordered(const Plain& a, const Plain& b) { return test(a, b, [](T x, T y) { return x != x || y != y; }); }
+  friend Mask operator>=(const Plain& a, const Plain& b) {
+    return test(a, b, [](T x, T y) { return x >= y; });
+  }
+  friend Mask operator>(const Plain& a, const Plain& b) {
+    return test(a, b, [](T x, T y) { return x > y; });
+  }
+  friend Mask unordered(const Plain& a, const Plain& b) {
+    return test(a, b, [](T x, T y) { return x != x || y != y; });
+  }
 
   friend Plain select(const Mask& m, const Plain& a, const Plain& b) {
     Plain v;
@@ -97,7 +115,39 @@ struct Plain {
       return x * bit_cast<float>((half + 127) << 23) * bit_cast<float>((e - half + 127) << 23);
     });
   }
+
+  friend void compress(uint32_t chosen, const Plain& v, T* to) {
+    for (int i = 0; i < kLanes; ++i) {
+      *to = v.lane[i];
+      to += chosen >> i & 1;
+    }
+  }
 };
+
+#if !defined(FUSED_LOSSES_AVX512) && !defined(FUSED_LOSSES_AVX2)
+// What the set bits choose, written one after another. These write, and may read, 16 elements whatever the bits.
+inline void compress(uint32_t chosen, const int32_t* from, int32_t* to) {
+  for (int i = 0; i < 16; ++i) {
+    *to = from[i];
+    to += chosen >> i & 1;
+  }
+}
+
+// first + the number of every set bit.
+inline void compress_numbers(uint32_t chosen, int32_t first, int32_t* to) {
+  for (int i = 0; i < 16; ++i) {
+    *to = first + i;
+    to += chosen >> i & 1;
+  }
+}
+
+// The bits of 16 words: which are not zero.
+inline uint32_t nonzero(const uint16_t* word) {
+  uint32_t result = 0;
+  for (int i = 0; i < 16; ++i) result |= static_cast<uint32_t>(word[i] != 0) << i;
+  return result;
+}
+#endif
 
 }  // namespace FUSED_LOSSES_ISA
 }  // namespace fused_losses

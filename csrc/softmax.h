@@ -36,13 +36,14 @@ class SoftmaxForward {
     for_each_negative(row, begin, end, positives, [&](V z) { largest = max(largest, z); });
     partial.max = max_lane(largest);
     const V shift(partial.max == -kInfinity<T> ? T(0) : partial.max);
-    for_each_negative(row, begin, end, positives, [&](V z) { sum = sum + exp(z - shift); });
+    for_each_negative<kPiece>(row, begin, end, positives, [&](V z) { sum = sum + exp(z - shift); });
     partial.sum = sum_lanes(sum);
     return partial;
   }
 
   static Partial merge(Partial a, Partial b) {
     if (a.max < b.max) return merge(b, a);
+    if (b.sum == 0) return a;
     const T shift = b.max == a.max ? T(0) : b.max - a.max;
     a.sum += shift == 0 ? b.sum : b.sum * std::exp(static_cast<double>(shift));
     return a;
@@ -82,7 +83,7 @@ class SoftmaxBackward {
     T target_gradient;
     V minus_gradient, max, log_sum;
 
-    V negative(V z) const { return minus_gradient * exp((z - max) - log_sum); }
+    FUSED_LOSSES_INLINE V negative(V z) const { return minus_gradient * exp((z - max) - log_sum); }
     T positive(T) const { return target_gradient; }
   };
 

@@ -20,8 +20,8 @@ class TargetReader {
 
   bool ignored(int64_t row) const { return !problem_.multi_hot && class_of(row) == problem_.ignore_index; }
 
-  // False if a multi-hot entry is neither 0 nor 1; *positives then holds the classes up to that one. They live until the
-  // next call.
+  // False if a multi-hot entry is neither 0 nor 1; *positives then holds the classes up to that one. They live until
+  // the next call.
   bool read(int64_t row, Positives* positives) {
     *positives = {index_.get(), 0};
     if (!problem_.multi_hot) {
@@ -43,12 +43,18 @@ class TargetReader {
   }
 
  private:
-  int64_t class_of(int64_t row) const { return static_cast<const int64_t*>(problem_.target)[row * problem_.target_stride]; }
+  int64_t class_of(int64_t row) const {
+    return static_cast<const int64_t*>(problem_.target)[row * problem_.target_stride];
+  }
 
   template <class D>
-  static bool is_one(D entry) { return entry == 1; }
+  static bool is_one(D entry) {
+    return entry == 1;
+  }
   template <class D>
-  static bool is_zero(D entry) { return entry == 0; }
+  static bool is_zero(D entry) {
+    return entry == 0;
+  }
   static bool is_one(BFloat16 entry) { return entry.bits == 0x3f80; }
   static bool is_zero(BFloat16 entry) { return (entry.bits & 0x7fff) == 0; }
   static bool is_one(Half entry) { return entry.bits == 0x3c00; }

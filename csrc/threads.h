@@ -9,13 +9,12 @@ namespace FUSED_LOSSES_ISA {
 // body(begin, end) over pieces of [0, n) of at least `grain` items.
 template <class Body>
 inline void parallel(int64_t n, int64_t grain, const Body& body) {
-  parallel_for(n, grain, const_cast<Body*>(&body), [](void* context, int64_t begin, int64_t end) {
-    (*static_cast<const Body*>(context))(begin, end);
-  });
+  parallel_for(n, grain, const_cast<Body*>(&body),
+               [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); });
 }
 
-// Uninitialised memory with an owner. (std::vector would leave a copy of its code, made for this instruction set, for the
-// linker to choose for everybody.)
+// Uninitialised memory with an owner. (std::vector would leave a copy of its code, made for this instruction set, for
+// the linker to choose for everybody.)
 template <class T>
 class Buffer {
  public:

@@ -1,8 +1,9 @@
 // The walk over rows and over the classes of a row, the same for every loss. It knows which logits are negatives, which
-// are picked and which thread works where; what is added up or written for a logit comes from a family (softmax.h, logistic.h).
+// are picked and which thread works where; what is added up or written for a logit comes from a family (softmax.h,
+// logistic.h).
 //
-// A row is cut into pieces of a fixed number of classes, whose statistics are merged in order. So the bits of a result do
-// not depend on the number of threads, be there a thread for several rows or several threads for a row.
+// A row is cut into pieces of a fixed number of classes, whose statistics are merged in order. So the bits of a result
+// do not depend on the number of threads, be there a thread for several rows or several threads for a row.
 #pragma once
 
 #include "select.h"
@@ -12,19 +13,33 @@
 namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
-constexpr int64_t kPiece = 4096;   // classes: 16 KB of float32 stay in the first cache, and no lane adds up over 256 terms
+constexpr int64_t kPiece =
+    4096;  // classes: 16 KB of float32 stay in the first cache, and no lane adds up over 256 terms
 constexpr int64_t kGrain = 16384;  // logits: less than this is not worth waking a thread
+
+FUSED_LOSSES_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);  // never faults: the address may lie behind the last row
+#else
+  (void)p;
+#endif
+}
 
 // Calls visit(vector) for the negatives among row[begin, end). Lanes of positives and past the end hold -inf, a masked
 // class, which adds nothing to any statistic.
-template <class S, class Visit>
-inline void for_each_negative(const S* row, int64_t begin, int64_t end, Positives positives, const Visit& visit) {
+// kAhead: fetch what lies that many classes ahead, for a second look at a piece while the next one is still in memory.
+template <int64_t kAhead = 0, class S, class Visit>
+FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t end, Positives positives,
+                                           const Visit& visit) {
   using V = VecOf<S>;
   int64_t p = 0, i = begin;
   while (p < positives.count && positives.index[p] < begin) ++p;
   while (i < end) {
     const int64_t stop = p < positives.count && positives.index[p] < end ? positives.index[p] : end;
-    for (; i + V::lanes <= stop; i += V::lanes) visit(V::load(row + i));
+    for (; i + V::lanes <= stop; i += V::lanes) {
+      if (kAhead > 0) prefetch(row + i + kAhead);
+      visit(V::load(row + i));
+    }
     if (i >= end) return;
     // A vector with a positive or with the end in it
     typename V::Scalar lane[V::lanes];
@@ -81,7 +96,8 @@ class ForwardWalk {
       family_.ignore(row);
     } else if (problem_.k == 0) {
       family_.finish(row, logits, positives, over_all<kSplitRow>(logits, positives));
-    } else if (kSplitRow ? selector.select_split(logits, positives, &picks) : selector.select(logits, positives, &picks)) {
+    } else if (kSplitRow ? selector.select_split(logits, positives, &picks)
+                         : selector.select(logits, positives, &picks)) {
       family_.finish(row, logits, positives, over_pieces(picks.logit, picks.count, Positives{nullptr, 0}));
     } else {
       family_.spoil(row, positives);
@@ -167,19 +183,21 @@ class BackwardWalk {
       TargetReader targets(problem_);
       const int64_t pieces = (problem_.classes + kPiece - 1) / kPiece;
       for (int64_t row = 0; row < problem_.rows; ++row) {
+        const Gradient gradient = family_.gradient(row);
         parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
           const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
-          fill(row, begin * kPiece, stop, targets.ignored(row));
+          fill(row, begin * kPiece, stop, targets.ignored(row), gradient);
         });
-        patch(row, targets);
+        patch(row, targets, gradient);
       }
       return;
     }
     parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
       TargetReader targets(problem_);
       for (int64_t row = begin; row < end; ++row) {
-        fill(row, 0, problem_.classes, targets.ignored(row));
-        patch(row, targets);
+        const Gradient gradient = family_.gradient(row);
+        fill(row, 0, problem_.classes, targets.ignored(row), gradient);
+        patch(row, targets, gradient);
       }
     });
   }
@@ -189,8 +207,7 @@ class BackwardWalk {
   S* dlogits(int64_t row) const { return static_cast<S*>(door_.dlogits) + row * problem_.classes; }
 
   // Every element of dlogits[row, begin:end), as if there were no positives and no compact picks.
-  void fill(int64_t row, int64_t begin, int64_t end, bool ignored) const {
-    const Gradient gradient = family_.gradient(row);
+  void fill(int64_t row, int64_t begin, int64_t end, bool ignored, const Gradient& gradient) const {
     if (!ignored && gradient.spoilt) {
       constant(row, begin, end, kNaN<T>);
     } else if (ignored || (problem_.k > 0 && problem_.compact)) {
@@ -208,19 +225,20 @@ class BackwardWalk {
     if (edge_index < 0) return constant(row, begin, end, T(0));
     const V zero(0), edge(to_compute(static_cast<const S*>(door_.pick_logit)[row]));
     const int64_t middle = edge_index + 1 < begin ? begin : edge_index + 1 < end ? edge_index + 1 : end;
+    const bool sparse =
+        problem_.k < problem_.classes / 32;  // else a branch on a vector without picks costs more than it saves
     transform(row, begin, middle, [&](V z) {
       const auto picked = z >= edge;
-      return bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
+      return sparse && bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
     });
     transform(row, middle, end, [&](V z) {
       const auto picked = z > edge;
-      return bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
+      return sparse && bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
     });
   }
 
   // Scatters the compact picks, then the positives.
-  void patch(int64_t row, TargetReader& targets) const {
-    const Gradient gradient = family_.gradient(row);
+  void patch(int64_t row, TargetReader& targets, const Gradient& gradient) const {
     if (targets.ignored(row) || gradient.spoilt) return;
     S* out = dlogits(row);
     if (problem_.k > 0 && problem_.compact) {
@@ -248,7 +266,7 @@ class BackwardWalk {
   }
 
   template <class F>
-  void transform(int64_t row, int64_t begin, int64_t end, const F& f) const {
+  FUSED_LOSSES_INLINE void transform(int64_t row, int64_t begin, int64_t end, const F& f) const {
     const S* in = logits(row);
     S* out = dlogits(row);
     int64_t i = begin;

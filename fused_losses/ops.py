@@ -6,15 +6,19 @@ where it was built, the reference every other device. They are not differentiabl
 them.
 """
 
+import functools
 import importlib.metadata
 import platform
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .gpu.layout import gradient_row_stride
 
 _library = torch.library.Library("fused_losses", "DEF")
 
@@ -51,7 +55,11 @@ def _logistic_forward_shapes(logits, target, loss, params, k, ignore_index, comp
 def _backward_shapes(
     grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
 ):
-    return pick_logit.new_empty((pick_logit.shape[0], num_classes))
+    shape = (pick_logit.shape[0], num_classes)
+    if logits is None or _triton_wing(logits.device, logits.dtype, num_classes) is None:
+        return pick_logit.new_empty(shape)
+    row_stride = gradient_row_stride(num_classes, logits.stride(), logits.element_size())
+    return torch.empty_strided(shape, (row_stride, 1), dtype=logits.dtype, device=logits.device)
 
 
 # --- doors ------------------------------------------------------------------------------------------------------------
@@ -83,6 +91,61 @@ def keeps_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
     return 0 < k <= num_classes // 32 and not multi_hot
 
 
+# --- who serves CUDA --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _import_triton_wing() -> tuple[ModuleType | None, str]:
+    """The Triton kernels, and why there are none: imported when the first CUDA tensor arrives."""
+    try:
+        from .gpu import doors
+    except ImportError as error:
+        return None, f"Triton is not usable ({error})"
+    return doors, ""
+
+
+@functools.cache
+def _triton_wing(device: torch.device, dtype: torch.dtype, num_classes: int) -> ModuleType | None:
+    """The one decision between Triton and the reference; a reason for the reference is given once."""
+    if device.type != "cuda":
+        return None
+    wing, why = _import_triton_wing()
+    if wing is not None:
+        why = wing.unserved(device, dtype, num_classes)
+    if why:
+        _say_once(f"fused_losses: plain PyTorch serves {device.type} instead of the Triton kernels: {why}")
+        return None
+    return wing
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _forward_on_cuda(name: str):
+    def door(logits, target, loss, params, k, ignore_index, compact):
+        wing = _triton_wing(logits.device, logits.dtype, logits.shape[1]) or reference
+        return getattr(wing, name)(logits, target, loss, params, k, ignore_index, compact)
+
+    return door
+
+
+def _backward_on_cuda(name: str):
+    def door(grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact):
+        wing = _triton_wing(pick_logit.device, pick_logit.dtype, num_classes) or reference
+        return getattr(wing, name)(
+            grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
+        )
+
+    return door
+
+
+for _family in ("softmax", "logistic"):
+    for _pass, _on_cuda in (("forward", _forward_on_cuda), ("backward", _backward_on_cuda)):
+        _library.impl(f"{_family}_{_pass}", torch.no_grad()(_on_cuda(f"{_family}_{_pass}")), "CUDA")
+
+
 # --- who serves the CPU -----------------------------------------------------------------------------------------------
 
 
@@ -111,6 +174,15 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _cuda_server() -> str:
+    if not torch.cuda.is_available():
+        return "no device here"
+    wing, why = _import_triton_wing()
+    if wing is not None:
+        why = wing.unserved(torch.device("cuda", torch.cuda.current_device()), torch.float32, 1000)
+    return f"reference (plain PyTorch): {why}" if why else "Triton kernels"
+
+
 def show_config() -> None:
     """Prints the versions in use and which backend serves which device, with the reason where it is the reference."""
     reference_because = "reference (plain PyTorch): {}".format
@@ -124,6 +196,6 @@ def show_config() -> None:
         f"  torch      {torch.__version__}\n"
         f"  triton     {_version('triton')}\n"
         f"  CPU        {cpu}\n"
-        f"  CUDA       {reference_because('the Triton kernels are not part of this version')}\n"
+        f"  CUDA       {_cuda_server()}\n"
         f"  others     reference (plain PyTorch)"
     )

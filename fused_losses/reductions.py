@@ -38,7 +38,8 @@ def reduction_of(target: Tensor, weight: Tensor | None, ignore_index: int, kind:
         if row_weight is not None:
             divisor = row_weight.sum()
         else:
-            divisor = (target != ignore_index).sum() if target.dim() == 1 else target.shape[0]
+            # counted in the values' dtype: a division of unlike dtypes costs several times as much
+            divisor = (target != ignore_index).sum(dtype=dtype) if target.dim() == 1 else target.shape[0]
     return Reduction(kind, row_weight, divisor)
 
 
@@ -56,8 +57,13 @@ class TermScales(NamedTuple):
 
     def grad_of_sums(self, grad: Tensor) -> Tensor:
         """(rows, 2), or (2,) that holds for every row, from d(objective)/d(values)."""
+        if self is PLAIN_SUMS:
+            return grad.unsqueeze(-1).expand(*grad.shape, 2)
         pos = grad if self.pos is None else grad * self.pos
         return torch.stack((pos, grad * self.neg), dim=-1)
+
+
+PLAIN_SUMS = TermScales(None, 1.0)
 
 
 def term_scales(alpha: float | None, num_positives: Tensor | None, num_classes: int, k: int) -> TermScales:
@@ -68,7 +74,7 @@ def term_scales(alpha: float | None, num_positives: Tensor | None, num_classes: 
     k as at the doors: 0 for all negatives.
     """
     if alpha is None:
-        return TermScales(None, 1.0)
+        return PLAIN_SUMS
     if num_positives is None:
         return TermScales(None, alpha / max(1, min(k or num_classes, num_classes - 1)))
     num_negatives = num_classes - num_positives  # (rows,)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fused_losses  # noqa: F401  (defines the ops)
 from cases import make_index, make_logits, make_multihot
 from doors import CRL, LR, SS_LR, Kept, backward, forward, grad_like
+from fused_losses import ops
 
 OPS = torch.ops.fused_losses
 FORMS = [(0, False), (1, True), (3, False), (3, True), (99, False), (99, True)]
@@ -139,3 +139,62 @@ def test_schemas_are_the_published_ones():
             f"fused_losses::{family}_backward(Tensor grad, Tensor? logits, Tensor target, Tensor state, "
             f"Tensor pick_index, Tensor pick_logit, {common}, int num_classes, bool compact) -> Tensor"
         )
+
+
+# --- who serves CUDA: decided without one -----------------------------------------------------------------------------
+
+
+class Wing:
+    """Stands in for the Triton wing."""
+
+    def __init__(self, reason):
+        self.reason = reason
+
+    def unserved(self, device, dtype, num_classes):
+        return self.reason
+
+
+@pytest.fixture
+def fresh_decisions():
+    for cached in (ops._triton_wing, ops._say_once):
+        cached.cache_clear()
+    yield
+    for cached in (ops._triton_wing, ops._say_once):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_decisions")
+def test_triton_serves_cuda_where_it_can(monkeypatch, recwarn):
+    wing = Wing(None)
+    monkeypatch.setattr(ops, "_import_triton_wing", lambda: (wing, ""))
+    assert ops._triton_wing(torch.device("cuda:0"), torch.bfloat16, 1000) is wing
+    assert ops._triton_wing(torch.device("cpu"), torch.bfloat16, 1000) is None
+    assert not recwarn.list
+
+
+@pytest.mark.usefixtures("fresh_decisions")
+@pytest.mark.parametrize(
+    ("imported", "reason"),
+    [((None, "Triton is not usable (no module)"), "not usable"), ((Wing("no kernels for float64"), ""), "float64")],
+)
+def test_the_reference_serves_cuda_otherwise_and_says_so_once(monkeypatch, imported, reason):
+    monkeypatch.setattr(ops, "_import_triton_wing", lambda: imported)
+    with pytest.warns(UserWarning, match=reason) as said:
+        for num_classes in (10, 20, 30):
+            assert ops._triton_wing(torch.device("cuda:0"), torch.float64, num_classes) is None
+    assert len(said) == 1
+
+
+def test_cuda_doors_pass_their_arguments_on():
+    """On CPU tensors no Triton wing is chosen, so what is called is the reference."""
+    logits, target = torch.randn(3, 7), torch.tensor([0, 3, 6])
+    forward = ops._forward_on_cuda("softmax_forward")
+    backward = ops._backward_on_cuda("softmax_backward")
+    arguments = ("crl", [1.5, 1.0], 2, -100)
+    value, *saved = forward(logits, target, *arguments, True)
+    torch.testing.assert_close(value, ops.softmax_forward(logits, target, *arguments, True)[0])
+    grad = torch.rand(3)
+    torch.testing.assert_close(
+        backward(grad, None, target, *saved, *arguments, 7, True),
+        ops.softmax_backward(grad, None, target, *saved, *arguments, 7, True),
+    )

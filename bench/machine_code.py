@@ -1,0 +1,395 @@
+"""What the GPU kernels compile to, on a machine without a GPU: ``python -m bench.machine_code``.
+
+The doors are called with a recorder in the place of the launch, so every kernel is compiled with exactly the tile,
+warps and arguments that the launcher gives it; Triton's own ptxas and disassembler do the rest. The table counts, for
+every loop that walks a row, the instructions per logit and thread, and the widths of its loads and stores. With
+``--gates`` the run fails where a loop spills, an access of a loop is narrower than 16 bytes, a row base is computed in
+32 bits, or cross-entropy is above its budget.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_losses.gpu import doors, launch
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), launch.Device("generic", 108, 32, nvidia=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), launch.Device("hopper", 132, 32, nvidia=True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), launch.Device("generic", 148, 32, nvidia=True)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), launch.Device("generic", 304, 64, nvidia=False)),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BUDGET = {("softmax_forward_kernel", "cross_entropy"): 10.0, ("softmax_backward_kernel", "cross_entropy"): 12.0}
+LOSSES = {
+    "cross_entropy": ("softmax", []),
+    "nllr": ("softmax", []),
+    "crl": ("softmax", [1.5, 1.0]),
+    "lr": ("logistic", []),
+    "ss_lr": ("logistic", [2.0]),
+    "ss_lr, gamma 1.5": ("logistic", [1.5]),
+}
+# Rows, classes, k, compact: registers; the row read again; blocks of 8, 16 and 32; a row split over programs.
+HARDEST = (
+    (4096, 751, 75, False), (4096, 2048, 20, True), (256, 21841, 2184, False), (256, 21841, 218, True),
+    (512, 100003, 1000, True), (512, 100003, 100, False), (8, 1000003, 1000, True),
+)  # fmt: skip
+READ_BUDGET = 4.5  # of block maxima, 16-bit logits
+_TRITON_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8",
+}  # fmt: skip
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel as the launcher asked for it."""
+
+    kernel: object
+    warps: int
+    arguments: tuple
+    constexprs: dict
+    options: dict  # of the compiler
+
+    def source(self) -> ASTSource:
+        """What Triton's JIT would compile for these arguments."""
+        names = self.kernel.arg_names
+        signature = dict.fromkeys(self.constexprs, "constexpr")
+        attributes = {}
+        for place, (name, value) in enumerate(zip(names, self.arguments, strict=False)):
+            if isinstance(value, torch.Tensor):
+                signature[name] = "*" + _TRITON_TYPES[value.dtype]
+                attributes[(place,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        return ASTSource(self.kernel, {name: signature[name] for name in names}, self.constexprs, attributes)
+
+    def key(self) -> str:
+        return f"{self.warps} {self.options} {self.source().hash()}"
+
+
+@dataclass
+class Loop:
+    instructions: int
+    per_logit: float
+    spills: int
+    accesses: dict[str, int]  # "load 16": how many instructions that read 16 bytes of global memory
+
+
+@dataclass
+class Report:
+    kernel: str
+    loss: str
+    dtype: str
+    target: str
+    classes: list[int]
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    loops: list[Loop] = field(default_factory=list)
+    narrow_rows: bool = False  # a row base in 32 bits
+    hardest: bool = False
+
+    def failures(self) -> list[str]:
+        where = f"{self.kernel} [{self.loss}] {self.dtype} {self.target}"
+        found = [f"{where}: a row base in 32 bits"] if self.narrow_rows else []
+        if not self.loops and "merge" not in self.kernel:
+            found.append(f"{where}: no loop over the row was found")
+        if self.target == "gfx942":
+            return found
+        for loop in self.loops:
+            if loop.spills:
+                found.append(f"{where}: {loop.spills} LDL/STL inside a loop")
+        return found + (self._failures_of_lists(where) if self.hardest else self._failures_of_walks(where))
+
+    def _failures_of_walks(self, where: str) -> list[str]:
+        found = []
+        for loop in self.loops:
+            narrow = [access for access in loop.accesses if not access.endswith(" 16")]
+            if "multi_hot" in self.loss:  # multi-hot targets have narrower elements than the logits
+                narrow = [access for access in narrow if access.startswith("store")]
+            if narrow or not any(access.endswith(" 16") for access in loop.accesses):
+                found.append(f"{where}: a loop with {', '.join(loop.accesses)} bytes")
+            budget = BUDGET.get((self.kernel, self.loss), float("inf"))
+            if self.target == "sm_90" and loop.per_logit > budget:
+                found.append(f"{where}: {loop.per_logit:.2f} loop instructions per logit, budget {budget}")
+        return found
+
+    def _failures_of_lists(self, where: str) -> list[str]:
+        """A pick's own place in the gradient and in the list of picks is anywhere: only those accesses may be
+        narrow."""
+        reading = [loop for loop in self.loops if any(access.startswith("load") for access in loop.accesses)]
+        narrow = [loop for loop in reading if "load 16" not in loop.accesses]
+        if "multi_hot" in self.loss:
+            narrow = []
+        elif self.kernel == "scatter_kernel":
+            narrow = narrow[1:]
+        found = [f"{where}: a loop with {', '.join(loop.accesses)} bytes" for loop in narrow]
+        # Block maxima come from several vectors at a time, lists from one.
+        writing = [loop for loop in reading if any(access.startswith("store") for access in loop.accesses)]
+        maxima = [loop for loop in writing if loop.accesses.get("load 16", 0) > 1]
+        if self.kernel == "maxima_kernel" and not maxima:
+            found.append(f"{where}: no loop over the row was found")
+        if self.kernel in ("blocks_kernel", "maxima_kernel") and self.target == "sm_90" and self.dtype != "fp32":
+            found += [
+                f"{where}: block maxima take {loop.per_logit:.2f} instructions per logit, budget {READ_BUDGET}"
+                for loop in maxima
+                if loop.per_logit > READ_BUDGET
+            ]
+        return found
+
+
+# --- what the launcher asks for ---------------------------------------------------------------------------------------
+
+
+def record(
+    device: launch.Device, num_rows: int, num_classes: int, dtype: torch.dtype, loss: str, target: str, k: int = 0,
+    compact: bool = False,
+):  # fmt: skip
+    """The launches of one step, forward and backward, without a GPU and without running them."""
+    family, params = LOSSES[loss]
+    launches: list[Launched] = []
+
+    def recorder(kernel, grid, warps, *arguments, **named):
+        constexprs = {name: value for name, value in named.items() if name in kernel.arg_names}
+        options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+        launches.append(Launched(kernel, warps, arguments, constexprs, options))
+
+    logits = torch.empty((num_rows, num_classes), dtype=dtype)
+    if target == "index":
+        y = torch.zeros(num_rows, dtype=torch.int64)
+    else:
+        y = torch.zeros((num_rows, num_classes), dtype=torch.bool)
+    forward, backward = getattr(doors, f"{family}_forward"), getattr(doors, f"{family}_backward")
+    arguments = loss.split(",")[0], params, k, -100
+    honest = launch.profile, launch.launch
+    launch.profile, launch.launch = lambda _: device, recorder
+    try:
+        values, state, *picks = forward(logits, y, *arguments, compact)
+        given = None if compact and target == "index" else logits
+        backward(torch.empty_like(values), given, y, state, *picks, *arguments, num_classes, compact)
+    finally:
+        launch.profile, launch.launch = honest
+    return launches
+
+
+def kernels(target: str, dtypes: list[str], losses: list[str]):
+    """Every distinct kernel of a target: (kernel, loss, dtype, the class counts that share it)."""
+    _, device = TARGETS[target]
+    for dtype, loss in itertools.product(dtypes, losses):
+        found: dict[str, tuple[Launched, list[int]]] = {}
+        shapes = [(4096, 1000), (4096, 751), (4096, 32768), (4096, 21841), (8, 262144), (8, 262143)]
+        steps = [(*shape, 0, False) for shape in shapes] + list(HARDEST)
+        for (rows, classes, k, compact), kind in itertools.product(steps, ("index", "multi_hot")):
+            if kind == "multi_hot" and LOSSES[loss][0] == "softmax":
+                continue
+            for launched in record(device, rows, classes, DTYPES[dtype], loss, kind, k, compact):
+                name = loss if kind == "index" else f"{loss}, multi_hot"
+                name += ", hardest" if k else ""
+                _, counts, _ = found.setdefault(launched.key(), (launched, [], name))
+                if classes not in counts:
+                    counts.append(classes)
+        for launched, counts, name in found.values():
+            yield launched, name, dtype, counts
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
+    """Resources, and (address, instruction) of the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        resources, listing = (
+            subprocess.run([_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+        usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED):(\d+)", resources)}
+        code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", listing)]
+    return usage, code
+
+
+def _innermost(spans: list[tuple[int, int]], code: list[tuple[int, str]]) -> list[list[str]]:
+    """Instructions of the loops, (first address, last), that hold no other."""
+    holds = lambda outer, inner: outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]  # noqa: E731
+    spans = [span for span in spans if not any(holds(span, other) for other in spans)]
+    return [[text for at, text in code if first <= at <= last] for first, last in spans]
+
+
+def _nvidia_loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    places = {address: place for place, (address, _) in enumerate(code)}
+    targets = {}  # of branches, by place
+    for place, (_, text) in enumerate(code):
+        branch = re.search(r"\bBRA(?:\.\S+)?\s.*?0x([0-9a-f]+)", text)
+        if branch:
+            targets[place] = places[int(branch[1], 16)]
+
+    def returns(first: int, last: int) -> bool:
+        """Whether the branch is reached from its own target: cold code behind the end branches back, too, only once."""
+        reached, ahead = set(), [first]
+        while ahead:
+            place = ahead.pop()
+            if place in reached or not first <= place <= last:
+                continue
+            if place == last:
+                return True
+            reached.add(place)
+            text = code[place][1]
+            if place in targets:
+                ahead.append(targets[place])
+            if not re.match(r"(BRA\S*\s+0x|EXIT|RET)", text):  # else under a condition, or no branch
+                ahead.append(place + 1)
+        return False
+
+    backward = [(first, last) for last, first in targets.items() if first < last]
+    spans = [(code[first][0], code[last][0]) for first, last in backward if returns(first, last)]
+    return _innermost(spans, code)
+
+
+def _nvidia_access(text: str) -> str | None:
+    """'load 16' for LDG.E.128."""
+    found = re.search(r"\b(LDG|STG)\.(\S+)", text)
+    if not found:
+        return None
+    modifiers = found[2].split(".")
+    width = next((int(m) // 8 for m in modifiers if m in ("64", "128", "256")), 4)
+    width = next(
+        (1 for m in modifiers if m in ("U8", "S8")), next((2 for m in modifiers if m in ("U16", "S16")), width)
+    )
+    return f"{'load' if found[1] == 'LDG' else 'store'} {width}"
+
+
+def _amd_code(text: str) -> tuple[dict[str, int], list[tuple[int, str]], dict[str, int]]:
+    usage = {
+        name: int(n)
+        for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|group_segment_fixed_size):\s*(\d+)", text)
+    }
+    code, labels = [], {}
+    for line in text.splitlines():
+        line = line.split(";")[0].strip()
+        if code and line.startswith(".section"):
+            break
+        if re.match(r"^\.?LBB\d+_\d+:", line):
+            labels[line.rstrip(":")] = len(code)
+        elif re.match(r"^[a-z]+_\w+", line):
+            code.append((len(code), line))
+    return usage, code, labels
+
+
+def _amd_loops(code: list[tuple[int, str]], labels: dict[str, int]) -> list[list[str]]:
+    spans = []
+    for address, text in code:
+        branch = re.match(r"s_c?branch\w*\s+(\.?LBB\d+_\d+)", text)
+        if branch and labels[branch[1]] <= address:
+            spans.append((labels[branch[1]], address))
+    return _innermost(spans, code)
+
+
+def _amd_access(text: str) -> str | None:
+    found = re.match(r"(global|buffer|flat)_(load|store)_(\w+)", text)
+    if not found:
+        return None
+    width = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}.get(found[3].split()[0])
+    return f"{found[2]} {width or (2 if '16' in found[3] or 'short' in found[3] else 1)}"
+
+
+def _narrow_rows(ttir: str, launched: Launched) -> bool:
+    """Whether any (rows, classes) argument is addressed by a 32-bit offset from its first byte."""
+    signature = re.search(r"tt\.func public @\w+\((.*?)\)\s*attributes", ttir, re.S)[1]
+    names = re.findall(r"(%\w+): ", signature)
+    matrices = [place for place, name in enumerate(launched.kernel.arg_names) if name in ("logits_ptr", "dlogits_ptr")]
+    return any(re.search(rf"tt\.addptr {re.escape(names[place])}, .*: !tt\.ptr<\w+>, i32", ttir) for place in matrices)
+
+
+def compile_report(launched: Launched, loss: str, dtype: str, target: str, classes: list[int]) -> Report:
+    gpu, _ = TARGETS[target]
+    options = {"num_warps": launched.warps, "enable_fp_fusion": True, **launched.options}
+    compiled = triton.compile(launched.source(), target=gpu, options=options)
+    if gpu.backend == "cuda":
+        usage, code = _disassemble(compiled.asm["cubin"])
+        loops, access = _nvidia_loops(code), _nvidia_access
+        registers, shared = usage["REG"], compiled.metadata.shared
+        spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in code)
+    else:
+        usage, code, labels = _amd_code(compiled.asm["amdgcn"])
+        loops, access = _amd_loops(code, labels), _amd_access
+        registers, shared = usage["vgpr_count"], compiled.metadata.shared
+        spills = usage["vgpr_spill_count"]
+    report = Report(
+        launched.kernel.__name__, loss, dtype, target, sorted(classes), launched.warps, registers, spills, shared,
+        narrow_rows=_narrow_rows(compiled.asm["ttir"], launched), hardest=loss.endswith("hardest"),
+    )  # fmt: skip
+    for loop in loops if "ROWS" in launched.constexprs else ():  # the merge of parts walks no row
+        accesses = Counter(filter(None, map(access, loop)))
+        if not accesses:  # not over logits
+            continue
+        logits = launched.constexprs["ROWS"] * launched.constexprs["LANES"] / (launched.warps * gpu.warp_size)
+        if report.hardest:  # tiles of several sizes, unrolled or not: what the loop's vectors hold
+            vectors = accesses["load 16"] or accesses["store 16"] or 1
+            logits = vectors * 16 / DTYPES[dtype].itemsize
+        inner_spills = sum(bool(re.search(r"\b(LDL|STL)\b|\bscratch_", text)) for text in loop)
+        report.loops.append(Loop(len(loop), len(loop) / logits, inner_spills, dict(accesses)))
+    return report
+
+
+def row_of_table(report: Report) -> str:
+    loops = "; ".join(
+        f"{loop.per_logit:.1f} ({', '.join(f'{n} x {name}' for name, n in sorted(loop.accesses.items()))})"
+        for loop in report.loops
+    )
+    cells = (
+        report.kernel, report.loss, report.dtype, report.target, f"{min(report.classes)}-{max(report.classes)}",
+        report.warps, report.registers, report.spills, report.shared, loops or "-",
+    )  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    parser.add_argument("--gates", action="store_true", help="exit with 1 where a gate does not hold")
+    parser.add_argument("--json", type=Path, help="write every report to this file")
+    options = parser.parse_args(arguments)
+
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    print(f"Triton {triton.__version__}\n")
+    print("| kernel | loss | dtype | target | classes | warps | registers | spills | shared | loops: instr./logit |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    reports = []
+    for target in options.targets:
+        for found in kernels(target, options.dtypes, options.losses):
+            reports.append(compile_report(found[0], found[1], found[2], target, found[3]))
+            print(row_of_table(reports[-1]), flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(
+            json.dumps({"triton": triton.__version__, "reports": [asdict(r) for r in reports]}, indent=1)
+        )
+    failures = [failure for report in reports for failure in report.failures()]
+    print(f"\n{len(reports)} kernels, {len(failures)} gates broken", *failures, sep="\n")
+    return int(bool(failures) and options.gates)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The losses on the CPU against plain PyTorch, interleaved: ``python -m bench.speed [--check]``.
+
+Every round runs every provider once, so that whatever slows the machine for a while slows all of them; what is judged
+is the ratio of two medians of one run. A step is forward and backward with a fresh gradient. ``clone`` and ``zeros`` of
+the logits stand beside every case as the floor of memory. ``--check`` compares with the bars below and exits with 1 if
+one is missed; ``--write`` records the medians, with the machine and the versions, in ``bench/results/cpu.json``.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import cases
+from bench.cases import Case
+
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+
+# glibc gives large blocks back to the system at once, or keeps them, as it was used before: fresh gradients then cost
+# their page faults, or nothing. Keep them, for every provider alike.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+
+
+class Bar(NamedTuple):
+    """ours takes at most `most` times as long as each rival."""
+
+    ours: str
+    rivals: tuple[str, ...]
+    most: float
+
+
+CE = ("CE, eager",)  # F.cross_entropy
+
+
+def _bars(hardest: list[Bar], softmax: float, ss_lr: list[Bar], lr: float | None) -> list[Bar]:
+    bars = hardest + [Bar(f"{name}, ours", CE, softmax) for name in ("CRL", "CE", "NLLR")] + ss_lr
+    return bars + ([Bar("LR, ours", ("LR, eager", "LR, compiled"), lr)] if lr else [])
+
+
+HS, SS = "HS-LR, ours", "SS-LR, ours"
+HS_PYTORCH = ("HS-LR, eager", "HS-LR, compiled")
+BARS = dict(
+    zip(
+        cases.CPU_CASES,
+        (
+            _bars(
+                [Bar(HS, CE, 0.40), Bar(HS, ("HS-LR, authors",), 1 / 15), Bar(HS, HS_PYTORCH, 1 / 7)],
+                0.50,
+                [Bar(SS, ("SS-LR, authors",), 1 / 9), Bar(SS, ("SS-LR, compiled",), 1 / 3.5)],
+                0.45,
+            ),
+            _bars([Bar(HS, CE, 0.40)], 0.55, [Bar(SS, ("SS-LR, authors",), 1 / 5.5)], None),
+            _bars([Bar(HS, ("HS-LR, authors",), 1 / 14)], 0.50, [Bar(SS, ("SS-LR, authors",), 1 / 9)], None),
+            _bars(
+                [Bar(HS, ("HS-LR, authors",), 1 / 5), Bar(HS, HS_PYTORCH, 1 / 3)],
+                0.95,
+                [Bar(SS, ("SS-LR, authors",), 1 / 3.5)],
+                0.7,
+            ),
+            [],  # 10 % of the classes: reported, not judged
+        ),
+        strict=True,
+    )
+)
+
+
+def step_of(provider: cases.Provider, logits: Tensor, target: Tensor) -> Callable[[], None]:
+    def step():
+        logits.grad = None
+        provider(logits, target).backward()
+
+    return step
+
+
+def steps_of(case: Case) -> dict[str, Callable[[], object]]:
+    logits, target = cases.make(case.shape, cases.DTYPES[case.dtype], "cpu")
+    steps: dict[str, Callable[[], object]] = {"clone": logits.detach().clone, "zeros": lambda: torch.zeros_like(logits)}
+    return steps | {name: step_of(provider, logits, target) for name, provider in cases.contenders(case.k).items()}
+
+
+def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every round, two rounds of warm-up aside."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 2):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            elapsed = time.perf_counter() - started
+            if number >= 2:
+                times[name].append(1e3 * elapsed)
+    return times
+
+
+def report(case: Case, median: dict[str, float]) -> list[str]:
+    """Prints the case; returns the bars that were missed."""
+    unit = median["CE, eager"]
+    print(f"\n{case}: ms per step, and as a share of F.cross_entropy")
+    for name, ms in sorted(median.items(), key=lambda item: item[1]):
+        print(f"  {name:32} {ms:9.3f} {ms / unit:8.2f}")
+    missed = []
+    for bar in BARS[case]:
+        for rival in bar.rivals:
+            ratio = median[bar.ours] / median[rival]
+            verdict = "ok    " if ratio <= bar.most else "MISSED"
+            line = f"{verdict} {bar.ours} / {rival}: {ratio:.3f} ({1 / ratio:.1f}x), bar {bar.most:.3f}"
+            print(f"    {line}")
+            if ratio > bar.most:
+                missed.append(f"{case}: {line}")
+    return missed
+
+
+def machine() -> dict[str, str | int]:
+    model = platform.processor()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    isa = torch.ops.fused_losses._cpu_isa("") if hasattr(torch.ops.fused_losses, "_cpu_isa") else "plain PyTorch"
+    return {"processor": model, "threads": torch.get_num_threads(), "kernels": isa, "torch": torch.__version__}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="on a GPU: python -m bench.gpu")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
+    parser.add_argument("--write", action="store_true", help=f"record the medians in {RESULTS.name}")
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", help="avx512, avx2 or baseline instead of the best there is")
+    parser.add_argument("--only", help="run the cases whose name contains this")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if options.isa:
+        torch.ops.fused_losses._cpu_isa(options.isa)
+
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    missed, record = [], machine() | {"unit": "ms per step", "rounds": options.rounds, "cases": {}}
+    for case in cases.CPU_CASES:
+        if options.only and options.only not in str(case):
+            continue
+        times = interleaved(steps_of(case), options.rounds)
+        median = {name: statistics.median(values) for name, values in times.items()}
+        record["cases"][str(case)] = {name: round(ms, 4) for name, ms in median.items()}
+        missed += report(case, median)
+    if options.write:
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    print("\n" + ("\n".join(["missed:", *missed]) if missed else "every bar met"))
+    return int(options.check and bool(missed))
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "bench.speed", *sys.argv[1:]], os.environ | MALLOC)
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The GPU wing: the doors of ``reference.py`` in Triton. Imported when the first CUDA tensor arrives, never before."""

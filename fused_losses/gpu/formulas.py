@@ -1,0 +1,191 @@
+"""Value and slope of each loss, in Triton: a formula knows no walk.
+
+Every formula has the signature f(x, a, b, FAST) in fp32: x is the margin of a row (softmax losses) or one logit
+(logistic losses), a and b are the loss's hyper-parameters in the order of ``losses.py``. FAST takes shorter primitives,
+one of which only NVIDIA's assembler knows: for what is done once per logit, so that memory and not arithmetic bounds
+the walk.
+"""
+
+import triton
+import triton.language as tl
+
+# log(1 + e) / e on [0, 1], highest power first: relative error of log1p below 1.3e-7 in fp32, tiny e included.
+_LOG1P = tl.constexpr(
+    (
+        -0.0031760570127516985,
+        0.019542526453733444,
+        -0.056373611092567444,
+        0.10543623566627502,
+        -0.1526966691017151,
+        0.1966327428817749,
+        -0.24951615929603577,
+        0.33329710364341736,
+        -0.49999892711639404,
+        1.0,
+    )
+)
+_LOG2E = tl.constexpr(1.4426950216293335)  # fp32
+_LN2 = tl.constexpr(0.6931471824645996)  # fp32, and what is missing to 1 / _LOG2E
+_LN2_LOW = tl.constexpr(1 / 1.4426950216293335 - 0.6931471824645996)
+_LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def exp(x, FAST: tl.constexpr):
+    """e^x by exp2, 0 below 2^-126. FAST leaves the rounding error of exp2's argument in: relative |x| * 2^-24."""
+    power = x * _LOG2E
+    if FAST:
+        return tl.exp2(power)
+    rest = tl.fma(power, -_LN2_LOW, tl.fma(power, -_LN2, x))
+    return tl.exp2(power) * (1.0 + tl.where(tl.abs(power) == float("inf"), 0.0, rest))
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    """1 / x for x in [1, inf]."""
+    if FAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return 1.0 / x
+
+
+@triton.jit
+def log1p_of_unit(e):
+    """log(1 + e) for e in [0, 1]; log(1 + e) taken literally would lose every digit of a small e."""
+    ratio = tl.full(e.shape, _LOG1P[0], tl.float32)
+    for i in tl.static_range(1, 10):
+        ratio = ratio * e + _LOG1P[i]
+    return ratio * e
+
+
+@triton.jit
+def softplus(x, FAST: tl.constexpr):
+    return tl.maximum(x, 0.0) + log1p_of_unit(exp(-tl.abs(x), FAST))
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    return reciprocal(1.0 + exp(-x, FAST), FAST)
+
+
+@triton.jit
+def logaddexp(x, y, FAST: tl.constexpr):
+    low = tl.minimum(x, y)
+    return tl.maximum(x, y) + tl.where(low == float("-inf"), 0.0, log1p_of_unit(exp(-tl.abs(x - y), FAST)))
+
+
+# --- softmax losses, of the margin ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def cross_entropy_value(margin, a, b, FAST: tl.constexpr):
+    return softplus(-margin, FAST)
+
+
+@triton.jit
+def cross_entropy_slope(margin, a, b, FAST: tl.constexpr):
+    return -sigmoid(-margin, FAST)
+
+
+@triton.jit
+def nllr_value(margin, a, b, FAST: tl.constexpr):
+    return -margin
+
+
+@triton.jit
+def nllr_slope(margin, a, b, FAST: tl.constexpr):
+    return -1.0
+
+
+@triton.jit
+def crl_value(margin, alpha, beta, FAST: tl.constexpr):
+    competing = beta * logaddexp(tl.log(alpha), -softplus(margin, FAST), FAST)
+    return softplus(-margin, FAST) + tl.where(beta == 0.0, 0.0, competing)
+
+
+@triton.jit
+def crl_slope(margin, alpha, beta, FAST: tl.constexpr):
+    relative = tl.where(alpha == 0.0, 1.0, sigmoid(-(tl.log(alpha) + softplus(margin, FAST)), FAST))
+    return -sigmoid(-margin, FAST) - beta * sigmoid(margin, FAST) * relative
+
+
+# --- logistic losses, of one negative's logit -------------------------------------------------------------------------
+
+
+@triton.jit
+def lr_value(z, a, b, FAST: tl.constexpr):
+    return softplus(z, FAST)
+
+
+@triton.jit
+def lr_slope(z, a, b, FAST: tl.constexpr):
+    return sigmoid(z, FAST)
+
+
+@triton.jit
+def _selected(z, FAST: tl.constexpr):
+    """sigma(z), sigma(-z), log(1 + e^-|z|)"""
+    e = exp(-tl.abs(z), FAST)
+    larger = reciprocal(1.0 + e, FAST)
+    smaller = e * larger
+    return tl.where(z < 0.0, smaller, larger), tl.where(z < 0.0, larger, smaller), log1p_of_unit(e)
+
+
+@triton.jit
+def _power(z, sigma, log1p, gamma, FAST: tl.constexpr):
+    """sigma(z)^gamma, 1 for gamma = 0 even where log sigma(z) = min(z, 0) - log1p is -inf"""
+    return exp(gamma * (tl.maximum(tl.minimum(z, 0.0), -_LARGEST) - log1p), FAST)
+
+
+@triton.jit
+def _square(z, sigma, log1p, gamma, FAST: tl.constexpr):
+    return sigma * sigma
+
+
+@triton.jit
+def _soft_selection_value(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
+    sigma, _, log1p = _selected(z, FAST)
+    return POWER(z, sigma, log1p, gamma, FAST) * (tl.maximum(z, 0.0) + log1p)
+
+
+@triton.jit
+def _soft_selection_slope(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
+    sigma, opposite, log1p = _selected(z, FAST)
+    # sigma(-z) * softplus(z) tends to 0 at z = +inf, and must not become 0 * inf
+    finite_softplus = tl.minimum(tl.maximum(z, 0.0), _LARGEST) + log1p
+    return POWER(z, sigma, log1p, gamma, FAST) * (sigma + gamma * opposite * finite_softplus)
+
+
+@triton.jit
+def ss_lr_value(z, gamma, b, FAST: tl.constexpr):
+    return _soft_selection_value(z, gamma, FAST, _power)
+
+
+@triton.jit
+def ss_lr_slope(z, gamma, b, FAST: tl.constexpr):
+    return _soft_selection_slope(z, gamma, FAST, _power)
+
+
+@triton.jit
+def ss_lr_square_value(z, gamma, b, FAST: tl.constexpr):
+    return _soft_selection_value(z, gamma, FAST, _square)
+
+
+@triton.jit
+def ss_lr_square_slope(z, gamma, b, FAST: tl.constexpr):
+    return _soft_selection_slope(z, 2.0, FAST, _square)
+
+
+_FORMULAS = {
+    "cross_entropy": (cross_entropy_value, cross_entropy_slope),
+    "nllr": (nllr_value, nllr_slope),
+    "crl": (crl_value, crl_slope),
+    "lr": (lr_value, lr_slope),
+    "ss_lr": (ss_lr_value, ss_lr_slope),
+}
+
+
+def formulas(loss: str, params: list[float]):
+    """(value, slope, a, b) of a loss; the default exponent of SS-LR has its own pair, with one exponential less."""
+    value, slope = (ss_lr_square_value, ss_lr_square_slope) if (loss, params) == ("ss_lr", [2.0]) else _FORMULAS[loss]
+    a, b = (*params, 0.0, 0.0)[:2]
+    return value, slope, a, b

@@ -1,0 +1,98 @@
+"""Fixtures of the GPU wing's tests. They need a process of their own, ``pytest tests/gpu``: see gpu_doors.py."""
+
+import pytest
+import torch
+from gpu_doors import INTERPRETED  # first: it decides how Triton is imported
+from triton.runtime import interpreter
+
+from fused_losses.gpu import launch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """The interpreter patches the language again at every call of a jitted function: half of its time on small rows."""
+    patch, run, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        language = id(function.__globals__)
+        if language in patched:
+            return interpreter._LangPatchScope()
+        patched.add(language)
+        return patch(function)
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()
+        return run(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter, "_patch_lang", patch_once)
+        patches.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
+
+
+class _Reciprocal:
+    """The one inline-assembly instruction of the kernels, as the interpreter's builder would return it."""
+
+    def __init__(self, of):
+        self.of = of
+
+    def get_result(self, _):
+        return interpreter.TensorHandle(1 / self.of.data, self.of.dtype)
+
+
+def create_inline_asm(self, assembly, constraints, values, *_):
+    assert assembly.startswith("rcp.approx")
+    return _Reciprocal(values[0])
+
+
+@pytest.fixture(autouse=True)
+def small_device(monkeypatch):
+    """An NVIDIA device of one small multiprocessor: tiles of 64 classes, so that short rows have several, whole ones, a
+    cut one and a rim. Whole rows, unless split."""
+    if INTERPRETED:
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
+        monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4, nvidia=True))
+        monkeypatch.setattr(launch, "tile_for", lambda device, classes, itemsize: launch.Tile(1, itemsize))
+
+
+@pytest.fixture
+def split_rows(monkeypatch):
+    """Three programs for every row of three tiles or more."""
+    monkeypatch.setattr(launch, "parts_for", lambda device, rows, tiles: min(3, tiles))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty hands out NaN, so that an element which nobody wrote cannot pass for a result."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def shuffled_grid(monkeypatch):
+    """Programs run in a random order: the interpreter's own order would hide a dependency between them."""
+    if not INTERPRETED:
+        return
+    builder = interpreter.interpreter_builder
+    set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
+    order = {}
+
+    def set_grid_dim(*dim):
+        count = dim[0] * dim[1] * dim[2]
+        order.update(dim=dim, places=torch.randperm(count).tolist())
+        set_dim(*dim)
+
+    def set_grid_idx(x, y, z):
+        _, height, depth = order["dim"]
+        place = order["places"][(x * height + y) * depth + z]
+        set_idx(place // (height * depth), place // depth % height, place % depth)
+
+    monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
+    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)

@@ -1,0 +1,105 @@
+"""bench.gpu on tiny shapes, its ``ours`` through the GPU doors."""
+
+import json
+
+import pytest
+import torch
+from gpu_doors import INTERPRETED
+
+from bench import cases, gpu
+from fused_losses import ops
+from fused_losses.gpu import doors
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """CPU tensors reach the GPU doors; nothing is compiled by torch."""
+    if INTERPRETED:
+        for door in ("softmax_forward", "softmax_backward", "logistic_forward", "logistic_backward"):
+            monkeypatch.setattr(ops, door, getattr(doors, door))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(cases, "TINY_SHAPES", cases.TINY_SHAPES[:1])
+
+
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_providers_compute_the_same_loss(loss, device):
+    for shape in cases.TINY_SHAPES:
+        found = {}
+        for name, provider in cases.providers(loss).items():
+            logits, target = cases.make(shape, torch.float32, device.type)
+            value = provider(logits, target)
+            value.backward()
+            found[name] = value.detach(), logits.grad
+        for name, other in found.items():
+            torch.testing.assert_close(other, found["ours"], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_hard_selection_providers(device):
+    found = []
+    for provider in cases.providers("hs_lr_loss", k=5).values():
+        logits, target = cases.make(cases.TINY_SHAPES[0], torch.float32, device.type)
+        provider(logits, target).backward()
+        found.append(logits.grad)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_family_writes_after_every_row_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "LOSSES", ("crl_loss",))
+    arguments = ["--part", "family", "--tiny", "--out", str(tmp_path)]
+    assert gpu.main([*arguments, "--seconds", "-1"]) == 3
+    monkeypatch.setattr(cases, "DTYPES", {"fp32": torch.float32})
+    assert gpu.main(arguments) == 0
+    path = tmp_path / "family.json"
+    found = json.loads(path.read_text())
+    assert {key.split(" | ")[3] for key in found["rows"]} == {"ours", "eager", "authors", "compiled"}
+    for key, row in found["rows"].items():
+        assert "error" not in row, (key, row)
+        assert row["full cold"]["GB/s"] > 0 and row["backward hot"]["median"] > 0
+    assert found["torch"] == torch.__version__ and found["copy GB/s"] > 0
+
+    done = path.read_text()
+    measured = []
+    monkeypatch.setattr(gpu, "measure", lambda *_: measured.append(1))
+    assert gpu.main(arguments) == 0 and not measured
+    assert json.loads(done)["rows"] == json.loads(path.read_text())["rows"]
+
+
+def test_hardest(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "DTYPES", {"fp32": torch.float32})
+    monkeypatch.setattr(cases, "SHARES", (0.1,))
+    monkeypatch.setattr(cases, "INPUTS", ("trained head",))
+    assert gpu.main(["--part", "hardest", "--tiny", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "hardest.json").read_text())["rows"]
+    assert all("error" not in row for row in rows.values()), rows
+    assert {key.split(" | ")[3] for key in rows} == {"ours", "eager", "topk"}
+
+
+@pytest.mark.parametrize("inputs", cases.INPUTS)
+def test_hardest_providers_compute_the_same_loss(inputs, device):
+    found = {}
+    for name, provider in cases.hardest_providers(4, inputs).items():
+        if name not in ("authors", "topk"):  # another formula beyond |z| = 4; no loss
+            logits, target = cases.make(cases.TINY_SHAPES[0], torch.float32, device.type, inputs=inputs)
+            found[name] = provider(logits, target).item()
+    assert len(found) >= 2 and max(found.values()) - min(found.values()) < 1e-5 * max(found.values()), found
+
+
+def test_peers(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "DTYPES", {"fp32": torch.float32})
+    assert gpu.main(["--part", "peers", "--tiny", "--out", str(tmp_path)]) == 0
+    assert {"ours", "eager", "compiled"} <= {
+        key.split(" | ")[3] for key in json.loads((tmp_path / "peers.json").read_text())["rows"]
+    }
+
+
+def test_check(tmp_path):
+    assert gpu.main(["--part", "check", "--tiny", "--out", str(tmp_path)]) == 0
+    assert "passed" in (tmp_path / "check_tests.log").read_text()
+    assert json.loads((tmp_path / "check.json").read_text())["exit codes"]["tests"] == 0
+
+
+def test_a_gpu_is_asked_for(tmp_path):
+    if INTERPRETED:
+        with pytest.raises(SystemExit):
+            gpu.main(["--part", "family", "--out", str(tmp_path)])

@@ -1,0 +1,357 @@
+"""Values, state and gradients of the GPU doors against the reference and float64. A row is a case."""
+
+import math
+
+import pytest
+import torch
+from gpu_doors import (
+    DTYPES,
+    FORMULAS,
+    IGNORED,
+    INTERPRETED,
+    LOGISTIC,
+    SOFTMAX,
+    assert_as_accurate,
+    compare,
+    family,
+    make,
+    make_grad,
+    step,
+)
+
+from fused_losses import reference
+from fused_losses.gpu import launch
+
+INF, NAN = math.inf, math.nan
+
+each_formula = pytest.mark.parametrize("formula", FORMULAS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+one_of_each = pytest.mark.parametrize("formula", ["crl", "ss_lr"])
+
+
+def special_rows(dtype: torch.dtype, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Edges, one per row: design of the family, section Edges; and where a row's vectors begin and end."""
+    nan = torch.tensor(NAN, dtype=dtype)
+    negative_nan = torch.tensor(-1, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)
+    lowest = torch.finfo(dtype).min
+    edits = [  # (class, logit), all classes where the class is None; the target is class 9
+        [(9, -INF)],
+        [(9, INF)],
+        [(None, -INF)],
+        [(None, -INF), (9, 1.5)],
+        [(None, lowest)],
+        [(None, lowest), (9, 2.0)],
+        [(None, 6e4)],
+        [(3, -INF), (40, -INF), (classes - 1, -INF)],
+        [(0, INF)],
+        [(classes - 1, INF), (4, -INF)],
+        [(9, nan)],
+        [(9, negative_nan)],
+        [(0, nan)],
+        [(classes // 2, negative_nan)],
+        [(classes - 1, nan), (3, INF)],
+        [(9, 80.0)],
+        [(9, -80.0)],
+        [(None, 0.0)],
+    ]
+    logits, _ = make(len(edits), classes, dtype, seed=7)
+    for row, row_edits in zip(logits, edits, strict=True):
+        for place, logit in row_edits:
+            row[slice(None) if place is None else place] = logit
+    return logits, torch.full((len(edits),), 9)
+
+
+@each_dtype
+@each_formula
+def test_formulas(formula, dtype, device):
+    logits, target = make(5, 131, dtype)
+    compare(formula, logits.to(device), target.to(device))
+
+
+@pytest.mark.parametrize("formula", LOGISTIC)
+def test_without_instructions_of_nvidia(formula, device, monkeypatch):
+    monkeypatch.setattr(
+        launch, "profile", lambda _: launch.Device("generic", 1, 4 if INTERPRETED else 32, nvidia=False)
+    )
+    logits, target = make(5, 75, torch.float32)
+    compare(formula, logits.to(device), target.to(device))
+    compare(formula, *(x.to(device) for x in special_rows(torch.float32, 75)))
+
+
+@pytest.mark.parametrize("formula", ["cross_entropy", "lr"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 3, 7, 8, 9, 15, 64, 65, 127, 300])
+def test_class_counts(formula, dtype, classes, device):
+    logits, target = make(3, classes, dtype)
+    compare(formula, logits.to(device), target.to(device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_position_of_the_target(dtype, device):
+    """In either rim, in a whole tile, in the cut tile; rows begin at every remainder by a vector."""
+    logits, _ = make(75, 75, dtype)
+    compare("cross_entropy", logits.to(device), torch.arange(75, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_formula
+def test_edges(formula, dtype, device):
+    logits, target = special_rows(dtype, 75)
+    compare(formula, logits.to(device), target.to(device))
+
+
+@each_dtype
+@one_of_each
+def test_offsets(formula, dtype, device):
+    """Far from 0 the state keeps its digits: m and l are never one number."""
+    logits, target = make(3, 75, dtype)
+    for offset in (1000.0, -1000.0, 5e4):
+        compare(formula, (logits + offset).to(device), target.to(device))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 2.0, 2.5])
+def test_soft_selection_is_as_accurate_as_torch(gamma, device, monkeypatch):
+    """Loss and gradient in float32 against float64, relative to the largest of the row: at most twice the error of
+    PyTorch's own functions. Untrained heads (around 0), trained one-vs-rest heads (far below 0), saturated ones."""
+    monkeypatch.setitem(FORMULAS, "ss_lr, swept", ("ss_lr", [gamma]))
+    centres = torch.tensor([0.0, 0.0, -3.0, -7.0, -12.0, -20.0, 5.0, 30.0]).repeat(6)
+    logits = (torch.randn((48, 99), generator=torch.Generator().manual_seed(1)) + centres[:, None]).to(device)
+    target = torch.arange(48, device=device)
+    grad = torch.tensor([1.0, 1 / 98], device=device).expand(
+        48, 2
+    )  # of the mean over positives plus the mean over negatives
+
+    def step_of(wing, dtype):
+        rows, _, dlogits = step(wing, "ss_lr, swept", logits.to(dtype), target, grad.to(dtype))
+        return (rows * grad).sum(1, keepdim=True), dlogits
+
+    truth = step_of(reference, torch.float64)
+    for name, ours, theirs, exact in zip(
+        ("loss", "gradient"), step_of(launch, torch.float32), step_of(reference, torch.float32), truth, strict=True
+    ):
+        scale = exact.abs().amax(1, keepdim=True)
+        error, torchs = (((x.double() - exact) / scale).abs().max() for x in (ours, theirs))
+        assert error <= 2 * torchs, f"{name}: {error:.2e}, torch's own {torchs:.2e}"
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+@each_formula
+def test_rows_without_a_target_here(formula, device):
+    """Ignored, elsewhere, out of range; ignored rows stay zero whatever their logits and gradients are."""
+    logits, target = make(7, 75, torch.bfloat16)
+    target[:6] = torch.tensor([IGNORED, reference.NO_TARGET, 75, -1, 2**40, IGNORED])
+    grad = make_grad(formula, 7)
+    logits[5], grad[5] = NAN, NAN
+    logits, target, grad = logits.to(device), target.to(device), grad.to(device)
+    dlogits = compare(formula, logits, target, grad)
+    assert torch.equal(dlogits[[0, 5]], torch.zeros_like(dlogits[:2]))
+    assert dlogits[2:5].isnan().all()
+
+
+@one_of_each
+def test_ignore_index_may_be_a_class(formula, device):
+    logits, _ = make(3, 20, torch.float32)
+    dlogits = compare(formula, logits.to(device), torch.tensor([3, 19, 0], device=device), ignore_index=3)
+    assert not dlogits[0].any()
+
+
+@one_of_each
+def test_index_targets_of_any_stride(formula, device):
+    logits, target = make(4, 20, torch.float32)
+    spread = torch.full((9,), 5)
+    spread[1::2] = target
+    compare(formula, logits.to(device), spread.to(device)[1::2])
+    compare(formula, logits.to(device), torch.tensor(7, device=device).expand(4))
+
+
+@pytest.mark.parametrize("target_dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formula", ["lr", "ss_lr"])
+def test_multi_hot(formula, dtype, target_dtype, device):
+    logits, _ = make(4, 131, dtype)
+    target = torch.rand((4, 131), generator=torch.Generator().manual_seed(0)) < 0.2
+    target[0], target[1] = False, True
+    compare(formula, logits.to(device), target.to(target_dtype).to(device))
+
+
+@pytest.mark.parametrize("formula", ["lr", "ss_lr"])
+def test_multi_hot_edges(formula, device):
+    logits, _ = special_rows(torch.float32, 75)
+    target = torch.zeros(logits.shape, dtype=torch.bool)
+    target[:, [0, 9, 40]] = True
+    compare(formula, logits.to(device), target.to(device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_multi_hot_layouts(dtype, device):
+    """Targets whose rows begin elsewhere in a vector than the logits' rows."""
+    wide, _ = make(4, 90, dtype)
+    target = (torch.rand((4, 91), generator=torch.Generator().manual_seed(0)) < 0.3).to(device)
+    wide = wide.to(device)
+    compare("ss_lr", wide[:, :75], target[:, :75])
+    compare("ss_lr", wide[:, 3:78], target[:, 5:80].to(torch.int32))
+    compare("ss_lr", wide[:, 1:76].contiguous(), target[:, 1:76])
+    compare("ss_lr", wide[:, :75], target.t().contiguous().t()[:, :75])
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@one_of_each
+def test_layouts_of_logits(formula, dtype, device):
+    wide, target = make(6, 90, dtype)
+    wide, target = wide.to(device), target.to(device) % 70
+    views = {
+        "rows cut out": wide[:, :75],
+        "misaligned": wide[:, 1:76],
+        "misaligned, odd stride": wide.flatten()[3 : 3 + 5 * 89].view(5, 89)[:, :71],
+        "every other row": wide[::2],
+        "expanded": wide[2:3].expand(3, 90),
+        "transposed": wide.t().contiguous().t()[:3],
+        "every other class": wide[:, ::2],
+        "one class": wide[:, 4:5],
+    }
+    for logits in views.values():
+        compare(formula, logits, target[: logits.shape[0]] % logits.shape[1])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs memory of the host")
+@one_of_each
+def test_foreign_memory_that_begins_between_two_vectors(formula, device):
+    """Such logits are copied, rows and all: the gradient's layout follows the layout that the caller sees."""
+    memory = torch.empty(400, dtype=torch.uint8)
+    start = (4 - memory.data_ptr()) % 16
+    wide = torch.frombuffer(memoryview(memory.numpy())[start : start + 320], dtype=torch.float32).view(4, 20)
+    assert wide.data_ptr() % 16 == 4 and wide.storage_offset() == 0
+    logits, target = make(4, 20, torch.float32)
+    wide.copy_(logits)
+    compare(formula, wide, target)
+    compare(formula, wide[:, :17], target % 17)
+    compare(formula, wide.flatten()[:76].view(4, 19), target % 19)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_rows_begin_as_the_logits_rows_do(dtype, device):
+    """By 16 bytes: only then are loads and stores of 16 bytes both aligned. The gaps between rows stay untouched."""
+    wide, target = make(5, 90, dtype)
+    wide, target = wide.to(device), target.to(device) % 75
+    for logits in (wide[:, :75], wide[:, 1:76], wide[:, :75].contiguous()):
+        dlogits = step(launch, "cross_entropy", logits, target, torch.ones(5, device=device))[2]
+        for row, drow in zip(logits, dlogits, strict=True):
+            assert row.data_ptr() % 16 == drow.data_ptr() % 16
+        stride = dlogits.stride(0)
+        gaps = dlogits.as_strided((5, stride), (stride, 1), 0).flatten()
+        written = torch.zeros_like(gaps, dtype=torch.bool)
+        written.as_strided((5, 75), (stride, 1), dlogits.storage_offset()).fill_(True)
+        assert gaps[~written].isnan().all()
+
+
+@one_of_each
+def test_nothing_outside_a_row_is_read(formula, device):
+    """NaN on every side."""
+    wide = torch.full((5, 90), NAN)
+    inner, target = make(3, 75, torch.float32)
+    wide[1:4, 8:83] = inner
+    wide = wide.to(torch.bfloat16).to(device)
+    for logits in (wide[1:4, 8:83], wide[1:4, 9:83]):
+        dlogits = compare(formula, logits, target.to(device) % 74)
+        assert dlogits.isfinite().all()
+
+
+@each_formula
+def test_upstream_gradients_of_any_stride(formula, device):
+    logits, target = make(4, 20, torch.float32)
+    one = torch.tensor(0.7, device=device)
+    grad = one.expand(4) if family(formula) == "softmax" else one.expand(4, 2)
+    compare(formula, logits.to(device), target.to(device), grad)
+    spread = torch.randn((2, 9), device=device)
+    grad = spread[0, ::2][:4] if family(formula) == "softmax" else spread[:, ::2].t()[:4]
+    compare(formula, logits.to(device), target.to(device), grad)
+
+
+@each_formula
+def test_no_rows(formula, device):
+    logits, target = make(0, 20, torch.bfloat16)
+    compare(formula, logits.to(device), target.to(device))
+
+
+def test_half_precision_overflows_to_infinity(device):
+    """After the product in fp32, so that a gradient scaler sees it."""
+    logits, target = make(2, 20, torch.float16)
+    grad = torch.full((2,), 1e6, device=device)
+    dlogits = compare("nllr", logits.to(device), target.to(device), grad)
+    assert (dlogits.cpu().gather(1, target[:, None]) == -INF).all()
+
+
+def test_tiny_gradients_survive_until_the_cast(device):
+    """Scaled in fp32: an fp16 share of 1e-6 times a scale of 65536 is not 0."""
+    logits = torch.zeros((1, 300), dtype=torch.float16, device=device)
+    logits[0, 1:] = -7.0
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    dlogits = compare("cross_entropy", logits, target, torch.full((1,), 65536.0, device=device))
+    assert (dlogits[0, 1:] > 0).all()
+
+
+# --- split rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("split_rows", "shuffled_grid")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_formula
+def test_split_rows(formula, dtype, device):
+    logits, target = make(4, 299, dtype)
+    target[0] = IGNORED
+    compare(formula, logits.to(device), target.to(device))
+
+
+@pytest.mark.usefixtures("split_rows", "shuffled_grid")
+@one_of_each
+def test_split_rows_edges(formula, device):
+    logits, target = special_rows(torch.bfloat16, 299)
+    compare(formula, logits.to(device), target.to(device))
+
+
+@pytest.mark.usefixtures("split_rows", "shuffled_grid")
+@pytest.mark.parametrize("classes", [1, 63, 65, 129, 257])
+def test_split_rows_with_parts_of_every_size(classes, device):
+    logits, target = make(2, classes, torch.bfloat16)
+    compare("crl", logits.to(device), target.to(device))
+    compare("lr", logits.to(device), torch.rand(2, classes, device=device) < 0.3)
+
+
+@pytest.mark.usefixtures("split_rows")
+@pytest.mark.parametrize("formula", ["crl", "ss_lr"])
+def test_split_rows_are_reproducible(formula, device, request):
+    """Bit by bit, whoever comes first."""
+    logits, target = make(4, 299, torch.bfloat16)
+    logits, target, grad = logits.to(device), target.to(device), make_grad(formula, 4).to(device)
+    first = step(launch, formula, logits, target, grad)
+    request.getfixturevalue("shuffled_grid")
+    for _ in range(3):
+        for one, other in zip(first, step(launch, formula, logits, target, grad), strict=True):
+            assert torch.equal(one, other)
+
+
+# --- the tolerance rule -----------------------------------------------------------------------------------------------
+
+
+def test_the_rule_refuses_small_errors():
+    truth = torch.randn((3, 40), dtype=torch.float64)
+    rounded = truth.float()
+    assert_as_accurate(rounded, rounded, truth, "rounded")
+    for wrong in (
+        rounded * (1 + 2e-6),
+        rounded.index_fill(1, torch.tensor([7]), 0.0),
+        rounded.index_fill(1, torch.tensor([7]), NAN),
+    ):
+        with pytest.raises(AssertionError):
+            assert_as_accurate(wrong, rounded, truth, "wrong")
+
+
+def test_every_formula_of_the_losses_is_tested():
+    assert {name for name, _ in SOFTMAX.values()} | {name for name, _ in LOGISTIC.values()} == {
+        "cross_entropy", "nllr", "crl", "lr", "ss_lr",
+    }  # fmt: skip

@@ -1,0 +1,76 @@
+"""The launcher: tables, splits, layouts, who is served."""
+
+import pytest
+import torch
+import triton
+from gpu_doors import DTYPES
+
+from fused_losses.gpu import launch
+from fused_losses.gpu.formulas import formulas
+from fused_losses.gpu.layout import gradient_row_stride
+
+tile_for = launch.tile_for  # before the fixtures put a small one in its place
+HOPPER = launch.Device("hopper", 132, 32, nvidia=True)
+AMD = launch.Device("generic", 304, 64, nvidia=False)
+
+
+@pytest.mark.parametrize("device", [HOPPER, AMD], ids=["hopper", "amd"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_row_length_has_a_tile(device, itemsize):
+    warps = [tile_for(device, 2**power, itemsize).warps for power in range(31)]
+    assert warps == sorted(warps), "longer rows never get fewer warps"
+    assert warps[0] == tile_for(device, 1000, 2).warps == 1, "one warp per short row"
+    for power in range(31):
+        tile = tile_for(device, 2**power, itemsize)
+        assert triton.next_power_of_2(tile.rows * tile.warps) == tile.rows * tile.warps
+        assert 32 * tile.warps * 32 <= 1024 * 32
+
+
+def test_short_rows_fit_one_tile():
+    tile = tile_for(HOPPER, 1000, 2)
+    assert tile.rows * tile.warps * 32 * 8 >= 1000
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64, 132, 256, 263])
+def test_few_long_rows_are_split_to_fill_the_device_once(rows):
+    parts = launch.parts_for(HOPPER, rows, 122)
+    assert 1 < parts <= 64 and 122 / parts >= 2
+    at_once = 4 * HOPPER.multiprocessors
+    assert rows * parts <= at_once
+    assert rows * (parts + 1) > at_once or 122 / (parts + 1) < 2
+
+
+@pytest.mark.parametrize("rows, tiles", [(265, 1000), (8192, 4), (1, 1), (1, 3), (131, 2)])
+def test_other_rows_are_whole(rows, tiles):
+    assert launch.parts_for(HOPPER, rows, tiles) == 1
+
+
+def test_gradient_rows():
+    assert gradient_row_stride(21841, (21841, 1), 2) == 21841, "contiguous logits, contiguous gradient"
+    assert gradient_row_stride(21841, (21848, 1), 2) == 21848
+    assert gradient_row_stride(75, (0, 1), 4) == 76
+    assert gradient_row_stride(75, (1, 75), 4) == 75, "copied first"
+    for classes in range(1, 40):
+        for stride in range(classes, 60):
+            for itemsize in (2, 4):
+                found = gradient_row_stride(classes, (stride, 1), itemsize)
+                assert classes <= found < classes + 16 // itemsize
+                assert (found - stride) * itemsize % 16 == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_who_is_served(dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+    device = torch.device("cuda", 0)
+    assert launch.unserved(device, dtype, 21841) is None
+    assert "float64" in launch.unserved(device, torch.float64, 21841)
+    assert "classes" in launch.unserved(device, dtype, 2**31 - 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "8.0" in launch.unserved(device, dtype, 21841)
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert "3.5.1 is older than 3.6" in launch.unserved(device, dtype, 21841)
+
+
+def test_the_default_exponent_has_its_own_formula():
+    assert formulas("ss_lr", [2.0])[:2] != formulas("ss_lr", [1.5])[:2] == formulas("ss_lr", [2.5])[:2]

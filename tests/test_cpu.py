@@ -1,0 +1,368 @@
+"""What is particular to the C++ kernels: instruction sets, threads, their own exp and log1p, selection, memory.
+
+That they give what the losses are is tested elsewhere, through the doors and the functions, for all wings alike.
+"""
+
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import doors
+from fused_losses import ops, reference
+
+cpp = torch.ops.fused_losses
+pytestmark = pytest.mark.skipif(bool(ops._extension_failure), reason=ops._extension_failure or "built")
+
+KINDS = ("random", "ties", "equal", "ascending", "descending", "masked", "zeros", "nested")
+
+
+def instruction_sets() -> list[str]:
+    if ops._extension_failure:
+        return ["none"]
+    names, chosen = [], cpp._cpu_isa("")
+    for name in ("avx512", "avx2", "baseline"):
+        try:
+            names.append(cpp._cpu_isa(name))
+        except ValueError:  # this machine or this build does not have it
+            continue
+    cpp._cpu_isa(chosen)
+    return names
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request):
+    chosen = cpp._cpu_isa("")
+    yield cpp._cpu_isa(request.param)
+    cpp._cpu_isa(chosen)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, as often as wanted; the test's end restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def logits_of(kind: str, rows: int, classes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    torch.manual_seed(classes)
+    z = torch.randn(rows, classes)
+    if kind == "ties":
+        z = (z * 2).round() / 2
+    elif kind == "equal":
+        z = torch.full((rows, classes), 0.5)
+    elif kind == "ascending":
+        z = z.sort(dim=1).values
+    elif kind == "descending":
+        z = z.sort(dim=1, descending=True).values
+    elif kind == "masked":  # fewer finite logits than picks
+        z = z.masked_fill(torch.rand(rows, classes) < 0.95, -math.inf)
+    elif kind == "zeros":
+        z = torch.where(torch.rand(rows, classes) < 0.5, 0.0, -0.0)
+    elif kind == "nested":  # the largest all in a few blocks, with ties among them
+        z[:, classes // 3 : classes // 3 + 40] = 5.0
+        z[:, classes // 2 : classes // 2 + 9] = 7.0
+    return z.to(dtype)
+
+
+def targets_of(rows: int, classes: int) -> torch.Tensor:
+    torch.manual_seed(rows)
+    return torch.randint(classes, (rows,))
+
+
+def nbytes(tensors) -> list[bytes]:
+    return [bytes(t.contiguous().view(torch.uint8).numpy().tobytes()) for t in tensors]
+
+
+def forward_and_backward(wing, formula, logits, target, k=0, compact=False):
+    """All that forward gives, and dlogits for a gradient that differs from row to row."""
+    kept = doors.forward(wing, formula, logits, target, k, compact)
+    grad = torch.linspace(0.5, 2, kept.rows.numel(), dtype=kept.rows.dtype).reshape(kept.rows.shape)
+    return (*kept, doors.backward(wing, formula, grad, logits, target, kept, k, compact))
+
+
+# --- instruction sets -------------------------------------------------------------------------------------------------
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="no kernels for sse9"):
+        cpp._cpu_isa("sse9")
+    assert cpp._cpu_isa("") in instruction_sets()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("formula", [*doors.SOFTMAX, *doors.LOGISTIC], ids=str)
+def test_every_instruction_set_agrees_with_the_reference(isa, formula, dtype):
+    # Against float64 on the same numbers: what may differ is the arithmetic in the compute dtype and the last rounding.
+    double = dtype == torch.float64
+    step = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 0)
+    for rows, classes in ((3, 1), (3, 17), (5, 1000), (2, 4097)):
+        logits, target = logits_of("ties", rows, classes, dtype) * 3, targets_of(rows, classes)
+        for k, compact in ((0, False), (1, True), (33, True), (33, False)):
+            *kept, dlogits = forward_and_backward(cpp, formula, logits, target, k, compact)
+            *truth, truth_grad = forward_and_backward(reference, formula, logits.double(), target, k, compact)
+            tolerance = {"rtol": 1e-12, "atol": 1e-12} if double else {"rtol": 3e-6, "atol": 2e-6}
+            for got, want in zip(kept[:2], truth[:2], strict=True):
+                torch.testing.assert_close(got.double(), want, equal_nan=True, **tolerance)
+            assert torch.equal(kept[2].sort(1).values, truth[2].sort(1).values)
+            tolerance["rtol"] += step
+            torch.testing.assert_close(dlogits.double(), truth_grad, equal_nan=True, **tolerance)
+
+
+# --- exp and log1p ----------------------------------------------------------------------------------------------------
+
+
+def ulps(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest error in units of the last place of the truth (float64), subnormal numbers included."""
+    _, exponent = torch.frexp(truth)
+    unit = torch.ldexp(torch.ones_like(truth), exponent.clamp(min=-125) - 24)
+    return float(((got.double() - truth).abs() / unit).max())
+
+
+def test_exp_within_two_ulp_over_the_whole_range(isa):
+    positive = torch.arange(0, 0x7F800000, 97, dtype=torch.int64).to(torch.int32).view(torch.float32)  # 22 million
+    overflow = math.log(torch.finfo(torch.float32).max)
+    for x in (positive[positive < overflow], -positive, torch.linspace(-104, 88.7, 3_000_001)):
+        assert ulps(cpp._cpu_elementary("exp", x), x.double().exp()) <= 2
+    assert (cpp._cpu_elementary("exp", positive[positive > overflow + 1e-4]) == math.inf).all()
+    special = torch.tensor([-math.inf, math.inf, 0.0, -0.0, math.nan, -1e30])
+    expected = torch.tensor([0.0, math.inf, 1.0, 1.0, math.nan, 0.0])
+    torch.testing.assert_close(cpp._cpu_elementary("exp", special), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_log1p_within_three_ulp_over_its_range(isa):
+    e = torch.arange(0, 0x3F800001, 53, dtype=torch.int64).to(torch.int32).view(torch.float32)  # 0 to 1, 20 million
+    for x in (e[1:], torch.linspace(2**-20, 1, 3_000_001)):
+        assert ulps(cpp._cpu_elementary("log1p", x), x.double().log1p()) <= 3
+    special = torch.tensor([0.0, math.nan])
+    torch.testing.assert_close(cpp._cpu_elementary("log1p", special), special, rtol=0, atol=0, equal_nan=True)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formula", [doors.CRL, doors.LR, doors.SS_LR], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(isa, threads, formula):
+    # Fewer rows than threads: the threads share a row. 70001 classes are several pieces of every kind.
+    for rows, classes in ((1, 70001), (3, 70001), (40, 5000)):
+        logits, target = logits_of("random", rows, classes), targets_of(rows, classes)
+        for k, compact in ((0, False), (700, True), (700, False), (classes // 2, True)):
+            results = []
+            for n in (1, 2, 3, 8):
+                threads(n)
+                results.append(nbytes(forward_and_backward(cpp, formula, logits, target, k, compact)))
+            assert results[1:] == results[:1] * 3, (rows, classes, k, compact)
+
+
+@pytest.mark.parametrize("formula", [doors.CRL, doors.LR], ids=str)
+def test_threads_that_share_a_row_agree_with_the_reference(isa, threads, formula):
+    threads(8)
+    for kind in KINDS:
+        logits, target = logits_of(kind, 2, 70001), targets_of(2, 70001)
+        for k in (0, 1, 700, 69999):
+            *kept, dlogits = forward_and_backward(cpp, formula, logits, target, k)
+            *truth, truth_grad = forward_and_backward(reference, formula, logits.double(), target, k)
+            assert torch.equal(kept[2], truth[2]), kind
+            torch.testing.assert_close(kept[0].double(), truth[0], rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(dlogits.double(), truth_grad, rtol=5e-6, atol=1e-7)
+
+
+def test_a_nan_anywhere_in_a_shared_row_is_found(isa, threads):
+    threads(8)
+    target = torch.tensor([5])
+    for place in (0, 5, 32767, 32768, 69999, 70000):
+        for nan in (math.nan, -math.nan):
+            logits = logits_of("random", 1, 70001)
+            logits[0, place] = nan
+            for formula in (doors.CE, doors.LR):
+                for k, compact in ((0, False), (7, True), (7, False)):
+                    kept = doors.forward(cpp, formula, logits, target, k, compact)
+                    assert kept.rows.isnan().all()
+                    grad = torch.ones_like(kept.rows)
+                    assert doors.backward(cpp, formula, grad, logits, target, kept, k, compact).isnan().all()
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_picks_are_those_of_a_stable_sort(isa, kind, dtype):
+    for classes in (2, 31, 257, 5003, 21841):
+        logits, target = logits_of(kind, 3, classes, dtype), targets_of(3, classes)
+        for k in {1, 2, classes // 100, classes // 10, classes // 2, classes - 2, classes - 1, classes, classes + 5}:
+            if k < 1:
+                continue
+            got, want = (doors.forward(wing, doors.LR, logits, target, k, True) for wing in (cpp, reference))
+            assert torch.equal(got.pick_index.sort(1).values, want.pick_index.sort(1).values)
+            edge, want_edge = (doors.forward(wing, doors.LR, logits, target, k, False) for wing in (cpp, reference))
+            assert torch.equal(edge.pick_index, want_edge.pick_index)
+            assert torch.equal(edge.pick_logit, want_edge.pick_logit)
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.03, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.float32, torch.bfloat16], ids=str)
+def test_positives_of_multihot_rows_are_never_picked(isa, dtype, share):
+    logits = logits_of("ties", 4, 9001)
+    target = (torch.rand(4, 9001) < share).to(dtype)
+    for k in (1, 90, 5000):
+        for compact in (True, False):
+            got, want = (forward_and_backward(wing, doors.LR, logits, target, k, compact) for wing in (cpp, reference))
+            assert torch.equal(got[2].sort(1).values, want[2].sort(1).values)
+            torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got[4], want[4], rtol=1e-5, atol=1e-7)
+
+
+def test_equal_rows_cost_no_more_than_three_times_random_ones(isa, threads):
+    threads(1)
+    target = targets_of(16, 21841)
+    for dtype in (torch.float32, torch.bfloat16):
+        for k in (218, 2184):
+            fastest = {}
+            for kind in ("random", "equal", "random", "equal"):
+                logits = logits_of(kind, 16, 21841, dtype)
+                for _ in range(12):
+                    begin = time.process_time()
+                    doors.forward(cpp, doors.LR, logits, target, k, True)
+                    fastest[kind] = min(fastest.get(kind, math.inf), time.process_time() - begin)
+            assert fastest["equal"] <= 3 * fastest["random"], (dtype, k, fastest)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+# glibc fills every block that it hands out with the complement of this byte: 0xa5a5a5a5, -3e-16 as a float.
+POISONED = """
+import math, torch, doors
+from fused_losses import reference
+cpp = torch.ops.fused_losses
+assert torch.empty(5000, dtype=torch.int32).unique().tolist() == [-0x5a5a5a5b]
+torch.manual_seed(0)
+for rows, classes in ((1, 1), (1, 70001), (3, 15), (9, 1003)):
+    logits, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
+    target[0] = -100
+    if rows > 2:
+        target[1] = reference.NO_TARGET
+        logits[2, -1] = math.nan
+    for formula in (doors.CRL, doors.LR):
+        for k, compact in ((0, False), (4, False), (4, True), (classes + 3, True)):
+            for threads in (1, 4):
+                torch.set_num_threads(threads)
+                results = []
+                for wing in (cpp, reference):
+                    kept = doors.forward(wing, formula, logits, target, k, compact)
+                    grad = torch.ones_like(kept.rows)
+                    dlogits = doors.backward(wing, formula, grad, logits, target, kept, k, compact)
+                    finite = ~logits.isnan().any(1)
+                    results.append((kept.rows, kept.state[finite], kept.pick_index[finite].sort(1).values, dlogits))
+                    assert (kept.pick_index >= -1).all() and (kept.pick_index < classes).all()
+                for got, want in zip(*results):
+                    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_every_element_of_every_output_is_written():
+    tests = os.path.dirname(__file__)
+    path = os.pathsep.join([os.path.dirname(tests), tests, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "MALLOC_PERTURB_": str(0x5A), "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", POISONED], env=environment, check=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_misaligned_and_strided_inputs(isa, dtype):
+    plain = logits_of("random", 6, 1003, dtype)
+    target = targets_of(6, 1003)
+    wide = torch.zeros(6, 1100, dtype=dtype)
+    wide[:, 13:1016] = plain
+    views = {
+        "misaligned": wide[:, 13:1016],
+        "transposed": plain.t().contiguous().t(),
+        "every second": torch.stack((plain, plain), dim=2)[:, :, 0],
+        "backward rows": plain.flip(0).contiguous().flip(0),
+    }
+    for formula in (doors.CRL, doors.LR):
+        for k, compact in ((0, False), (20, True), (20, False)):
+            want = nbytes(forward_and_backward(cpp, formula, plain, target, k, compact))
+            for name, view in views.items():
+                before = view.clone()
+                spread = target.repeat_interleave(3)[::3]
+                assert nbytes(forward_and_backward(cpp, formula, view, spread, k, compact)) == want, name
+                assert torch.equal(view, before)
+
+
+def test_expanded_gradients(isa):
+    logits, target = logits_of("random", 6, 1003), targets_of(6, 1003)
+    for formula, shape in ((doors.CE, (6,)), (doors.LR, (6, 2))):
+        kept = doors.forward(cpp, formula, logits, target)
+        expanded = torch.tensor(0.25).expand(shape)
+        results = [doors.backward(cpp, formula, g, logits, target, kept) for g in (expanded, expanded.contiguous())]
+        assert torch.equal(*results)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_logits():
+    rows, classes = 3, 2**30  # 6 GB of logits in bfloat16; the last row begins at element 2^31
+    logits = torch.zeros(1, dtype=torch.bfloat16).expand(rows, classes).clone()
+    logits[2, -7:] = 3.0
+    target = torch.tensor([0, 1, classes - 1])
+    kept = doors.forward(cpp, doors.CE, logits, target, 6, True)
+    assert kept.pick_index[2].sort().values.tolist() == list(range(classes - 7, classes - 1))
+    dlogits = doors.backward(cpp, doors.CE, torch.ones(rows), logits, target, kept, 6, True)
+    torch.testing.assert_close(dlogits[2, -7:].float(), torch.tensor([1 / 7] * 6 + [-6 / 7]), rtol=1e-2, atol=0)
+    assert dlogits[2, :-7].count_nonzero() == 0
+    value = doors.forward(cpp, doors.CE, logits, target).rows
+    torch.testing.assert_close(value[0], torch.tensor(math.log(classes)), rtol=1e-6, atol=0)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_class_out_of_range_in_both_directions():
+    logits = torch.randn(3, 10)
+    for bad in (7 + 10, 10, -1, -(2**62)):
+        target = torch.tensor([1, -100, bad])
+        with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\. \(row 2, 10 classes\)$"):
+            doors.forward(cpp, doors.CE, logits, target)
+        kept = doors.forward(cpp, doors.CE, logits, target.clamp(0, 9))
+        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+            doors.backward(cpp, doors.CE, torch.ones(3), logits, target, kept)
+
+
+def test_multihot_entries_other_than_zero_and_one(threads):
+    logits = torch.randn(5, 200)
+    for n in (1, 8):
+        threads(n)
+        target = torch.zeros(5, 200)
+        target[3, 150], target[4, 2] = 0.5, 2
+        with pytest.raises(ValueError, match="multi-hot targets must be 0 or 1, which row 3, class 150 is not"):
+            doors.forward(cpp, doors.LR, logits, target)
+
+
+def test_losses_of_the_other_family_and_wrong_hyper_parameters():
+    logits, target = torch.randn(2, 5), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match="not a softmax loss: lr"):
+        cpp.softmax_forward(logits, target, "lr", [], 0, -100, False)
+    with pytest.raises(ValueError, match="not a logistic loss: crl"):
+        cpp.logistic_forward(logits, target, "crl", [1.5, 1.0], 0, -100, False)
+    with pytest.raises(ValueError, match="crl has 2 hyper-parameters"):
+        cpp.softmax_forward(logits, target, "crl", [1.5], 0, -100, False)
+
+
+def test_calls_do_not_leak(isa):
+    import resource
+
+    logits, target = torch.randn(2, 5), torch.tensor([1, 2])
+
+    def calls(n):
+        for _ in range(n):
+            cpp.softmax_forward(logits, target, "cross_entropy", [], 0, -100, False)
+
+    calls(2000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls(60000)  # torch's own conversion of the string would leave 2 MB behind
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1000  # KB
