@@ -186,8 +186,9 @@ def _linear_at_once(
     values = torch.empty_like(grad, memory_format=torch.contiguous_format)
     for rows, z in layer.chunks(input, chunk_elements):
         values[rows], *saved = forward(z, target[rows], loss, params, k, ignore_index, False)
-        dz = backward(grad[rows], z, target[rows], *saved, loss, params, k, ignore_index, z.shape[1], False)
-        gradients.add(rows, dz)
+        saved = z, target[rows], *saved
+        # not named here: two chunks' gradients would be alive at a time
+        gradients.add(rows, backward(grad[rows], *saved, loss, params, k, ignore_index, z.shape[1], False))
     return values, *gradients.result(chunk_elements)
 
 
@@ -228,25 +229,31 @@ def _hardest_of_blocks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The compact door over the classes of all blocks, lowest class first among equals."""
     forward, _ = _DOORS[family]
-    num_rows = x.shape[0]
+    num_rows, size = x.shape[0], blocks[0].stop
+    ignored = target == IGNORED
+    at = target.div(size, rounding_mode="floor")  # the block of each row's target
+    number = torch.arange(len(blocks), device=x.device)[:, None]
+    targets = torch.where(number == at, target - at * size, reference.NO_TARGET)  # (blocks, rows)
+    targets.masked_fill_(ignored, IGNORED)
+
     index = x.new_empty((num_rows, 1 + len(blocks) * k), dtype=torch.int32)  # column 0 is the target's
     logit = x.new_empty(index.shape)
-    logit[:, 0] = math.nan  # stays so for a class out of range
+    states = []
     for number, classes in enumerate(blocks):
         z = layer.of(classes).logits(x, out=buffer[:num_rows, : classes.stop - classes.start])
-        inside = (target >= classes.start) & (target < classes.stop)
-        elsewhere = target.masked_fill(target != IGNORED, reference.NO_TARGET)
-        local = torch.where(inside, target - classes.start, elsewhere)
-        _, state, picked, picked_logit = forward(z, local, loss, params, k, IGNORED, True)
+        _, state, picked, picked_logit = forward(z, targets[number], loss, params, k, IGNORED, True)
         if z.device.type != "cpu":  # where the doors keep the picks in the order of the classes
             picked, order = picked.sort(dim=1)
             picked_logit = picked_logit.gather(1, order)
         columns = slice(1 + number * k, 1 + (number + 1) * k)
         index[:, columns] = picked + classes.start
         logit[:, columns] = picked_logit
-        logit[:, 1] += torch.where(state.isnan().any(1), math.nan, 0)  # a NaN that was not picked
-        z_y = z.gather(1, local.clamp(min=0)[:, None]).squeeze(1)
-        logit[:, 0] = torch.where(inside, z_y, logit[:, 0])
+        states.append(state)
+
+    states = torch.stack(states)  # (blocks, rows, values); without the target, z_y is -inf or 0
+    z_y = states[..., 2].amax(0) if family == "softmax" else states[..., 0].sum(0)
+    out_of_range = (target < 0) | (target >= layer.weight.shape[0])
+    logit[:, 0] = z_y.masked_fill(out_of_range | states.isnan().any(dim=(0, 2)), math.nan)
     *rows, chosen, chosen_logit = forward(logit, target.clamp(max=0), loss, params, k, IGNORED, True)
     return *rows, index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1), chosen_logit
 
