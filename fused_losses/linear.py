@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import reference
 from .functional import FLOATING, IGNORE_INDEX, as_rows, check_batch, check_device, check_options
-from .linear_autograd import LinearRowLoss
+from .linear_autograd import LinearRowLoss, class_norms
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 from .modules import CrossEntropyLoss, RowLoss
 
@@ -24,11 +24,12 @@ class LinearLossOptions:
 
     Args:
         chunk_bytes: budget for the logits that exist at a time, at least one row of them (over the k hardest, with k
-            at most C / 16: one row of a block of classes). Default: 4 MiB, on an accelerator 256 MiB; over more
+            at most C / 24: one row of a block of classes). Default: 4 MiB, on an accelerator 256 MiB; over more
             negatives at least the weight's bytes, and as much again for the gradient of these logits.
         sparse_grad: the gradients of weight and bias are coalesced sparse COO tensors over the classes picked, as
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and SGD. Needs class-index targets and
-            ``k`` (or ``ratio``) below C - 1. Not under ``torch.compile``, which knows no sparse gradients.
+            ``k`` (or ``ratio``) below C - 1. On CUDA backward waits for their number: the one synchronisation here.
+            Not under ``torch.compile``, which knows no sparse gradients.
     """
 
     chunk_bytes: int | None = None
@@ -281,9 +282,11 @@ class LinearLoss(nn.Module):
 
     def logits(self, input: Tensor) -> Tensor:
         """(N, C) logits of (N, D) input, for evaluation."""
-        if self.normalize:
-            return F.linear(F.normalize(input, dim=-1) * self.scale, F.normalize(self.weight, dim=-1))
-        return F.linear(input, self.weight, self.bias)
+        if not self.normalize:
+            return F.linear(input, self.weight, self.bias)
+        logits = F.linear(_direction(input, self.scale).to(input.dtype), self.weight)
+        logits /= class_norms(self.weight)  # no normalised copy of the weight here either
+        return logits
 
 
 def apply(
@@ -308,7 +311,7 @@ def apply(
     _check_layer(input, linear_weight, linear_bias)
     dtype = _dtype_of_linear(input, linear_weight, linear_bias)
     if normalize:
-        input = F.normalize(input.to(reference.compute_dtype(input.dtype)), dim=-1) * scale
+        input = _direction(input, scale)
 
     num_classes = linear_weight.shape[0]
     shape = torch.Size((*input.shape[:-1], num_classes))
@@ -326,6 +329,11 @@ def apply(
         dtype, normalize, options.chunk_bytes, options.sparse_grad, torch.is_grad_enabled(),
     )  # fmt: skip
     return result.squeeze(0) if input.dim() == 1 and reduction == "none" else result
+
+
+def _direction(input: Tensor, scale: float) -> Tensor:
+    """scale * input / |input|, in the compute dtype."""
+    return F.normalize(input.to(reference.compute_dtype(input.dtype)), dim=-1) * scale
 
 
 def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

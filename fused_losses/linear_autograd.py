@@ -31,8 +31,12 @@ IGNORED = reference.NO_TARGET + 1  # in a block, whose class indices could meet 
 
 
 def gathers_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
-    """Whether backward gathers the picked classes; a larger share is cheaper as a dense matmul."""
-    return 0 < k <= num_classes // 16 and not multi_hot
+    """Whether backward gathers the picked classes; a larger share is cheaper as a dense matmul.
+
+    Measured on two cores with 8192 and 32768 classes, 64 to 512 features: at C / 32 gathering wins by 10 to 27 %, at
+    C / 16 the matmul draws level or wins by up to 13 %.
+    """
+    return 0 < k <= num_classes // 24 and not multi_hot
 
 
 def default_chunk_bytes(weight: Tensor, picks: bool) -> int:
@@ -98,9 +102,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _norms(weight: Tensor, dtype: torch.dtype, chunk_elements: int) -> Tensor:
-    """|w| of each class, (classes,). In pieces: torch copies a bfloat16 tensor to reduce it in float32."""
+def class_norms(weight: Tensor, chunk_elements: int = MIB) -> Tensor:
+    """|w| of each class, (classes,), in the compute dtype. In pieces: torch copies a 16-bit tensor to reduce it so."""
     pieces = weight.split(max(1, chunk_elements // max(1, weight.shape[1])))
+    dtype = reference.compute_dtype(weight.dtype)
     norms = torch.cat([torch.linalg.vector_norm(w, dim=1, dtype=dtype) for w in pieces])
     return norms.clamp_(min=LEAST_NORM)
 
@@ -430,7 +435,7 @@ class LinearRowLoss(torch.autograd.Function):
     """input (rows, features), weight (classes, features), target -> loss.
 
     The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias. Those of the last two
-    are rounded once, from the sums.
+    are rounded from the sums (at once: and once more by the upstream gradient, unless that is 1).
     """
 
     @staticmethod
@@ -444,7 +449,7 @@ class LinearRowLoss(torch.autograd.Function):
         x, w, b = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
         ctx.picks = sparse_grad or gathers_picks(num_classes, k, multi_hot)
         chunk_elements = max(1, (chunk_bytes or default_chunk_bytes(w, ctx.picks)) // dtype.itemsize)
-        layer = x, w, b, _norms(w, compute_dtype, chunk_elements) if normalize else None, target
+        layer = x, w, b, class_norms(w, chunk_elements) if normalize else None, target
         ctx.arguments = arguments = chunk_elements, family, formula, params, k, ignore_index
         ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
         ctx.sparse_grad = sparse_grad

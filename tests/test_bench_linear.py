@@ -8,12 +8,12 @@ import torch
 from bench import linear
 from bench.linear import EAGER, PYTORCH_HS_LR, Bars, Case
 
-TINY = Case("tiny", 4, 8, 400, "ours, HS-LR", 5, {EAGER: 0.0, PYTORCH_HS_LR: 1e9}, most_logits=1e9)
+TINY = Case("tiny", 4, 8, 400, ("ours, HS-LR",), 5, {EAGER: 0.0, PYTORCH_HS_LR: 1e9}, most_logits=1e9)
 
 
 def test_every_step_computes_its_loss():
     """Ours and the peers agree, so that the same thing is measured."""
-    for case in (TINY, Case("tiny", 4, 8, 400, "ours, CE")):
+    for case in (TINY, Case("tiny", 4, 8, 400, ("ours, CRL", "ours, CE"))):
         x, w, target = case.tensors("cpu")
         values = {name: step(x, w, target).item() for name, step in case.steps("cpu").items()}
         for ours, peers in (("ours, HS-LR", [PYTORCH_HS_LR]), ("ours, CE", linear.peers("cpu"))):
@@ -22,6 +22,12 @@ def test_every_step_computes_its_loss():
                     assert values[ours] == pytest.approx(values[peer], rel=1e-5)
 
 
+@pytest.fixture
+def no_processes(monkeypatch):
+    monkeypatch.setattr(linear, "in_a_process", lambda *arguments, **options: {"bytes": 7})
+
+
+@pytest.mark.usefixtures("no_processes")
 def test_report_judges_its_bars():
     bars = Bars()
     rows = linear.report(TINY, "cpu", threads=1, rounds=1, bars=bars)
@@ -31,7 +37,7 @@ def test_report_judges_its_bars():
 
 
 def test_memory_of_a_step_that_holds_all_logits_is_seen():
-    case = Case("tiny", 512, 2, 40_000, "ours, CE")
+    case = Case("tiny", 512, 2, 40_000, ("ours, CE",))
     case_json = json.dumps(case.__dict__)
     found = {
         name: linear.in_a_process("--memory", case_json, name, device="cpu", threads=1)["bytes"]
@@ -49,6 +55,7 @@ def test_a_million_classes_in_small(monkeypatch, normalize):
     assert 5 <= found["picked"] <= 4 * 6
 
 
+@pytest.mark.usefixtures("no_processes")
 def test_command_exits_with_1_where_a_bar_is_missed(monkeypatch, capsys):
     monkeypatch.setattr(linear, "CASES", {"tiny": TINY})
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)

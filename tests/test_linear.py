@@ -105,7 +105,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.ops.append(func.overloadpacket.__name__)
         for made in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(made, Tensor) and made.layout == torch.strided and func.overloadpacket.__name__ != "expand":
+            if isinstance(made, Tensor) and made.layout == torch.strided and not func.is_view:
                 self.largest = max(self.largest, made.numel())
         return result
 
@@ -213,7 +213,7 @@ def test_ratio_is_a_share_of_all_classes(loss):
     assert torch.equal(linear(loss)(x, w, target, ratio=0.05), linear(loss)(x, w, target, k=5))
 
 
-@pytest.mark.parametrize("k", [None, 1, 6, 7, 9998], ids=str)
+@pytest.mark.parametrize("k", [None, 7, 5000, 9998], ids=str)
 @pytest.mark.parametrize("loss", [CRL, SS_LR], ids=str)
 def test_many_classes_in_float32(loss, k):
     layer, target = make_layer(classes=9999, dtype=torch.float32), make_index(ROWS, 9999)
@@ -246,7 +246,7 @@ def small_blocks(request, monkeypatch):
 
 @each_reduction
 @each_layer
-@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("k", [1, 3, 4])
 @each(LOSSES)
 def test_blocks_of_classes_change_nothing(small_blocks, loss, k, normalize, reduction):
     """Ignored rows, whose index is a class in some block, among them."""
@@ -269,7 +269,7 @@ def test_blocks_of_classes_change_nothing(small_blocks, loss, k, normalize, redu
     assert_same(got, expected)
 
 
-@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("k", [1, 3, 4])
 @pytest.mark.parametrize("values", [1, 2, 5], ids=lambda values: f"{values} values")
 @each(LOSSES)
 def test_blocks_of_classes_pick_the_lowest_class_among_equals(small_blocks, loss, k, values):
@@ -923,7 +923,7 @@ def fresh_compiler():
 
 @each_reduction
 @each_way
-@each_form
+@pytest.mark.parametrize("loss, form", [(CRL, "index"), (HS_LR, "index"), (SS_LR, "multihot")], ids=str)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_fullgraph_gives_the_same_numbers(loss, form, k, reduction):
     layer, target, k = make_layer(dtype=torch.float32), make_target(form, ROWS, CLASSES), k_of(loss, k)
@@ -971,13 +971,13 @@ def test_at_most_two_graphs_over_changing_batch_sizes(loss, k, normalize):
     assert counter.frame_count <= 4
 
 
-@pytest.mark.parametrize("k", [None, 3])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_inductor(k):
+def test_inductor():
     (x, w, _), target = make_layer(dtype=torch.float32), make_index(ROWS, CLASSES)
 
     def step(x, w):
-        return fl.linear_hs_lr_loss(x, w, target, k=k or 50, normalize=True, scale=8.0)
+        options = {"normalize": True, "scale": 8.0}
+        return fl.linear_hs_lr_loss(x, w, target, k=3, **options) + fl.linear_crl_loss(x, w, target, **options)
 
     assert_same(value_and_grads(torch.compile(step, fullgraph=True), x, w), value_and_grads(step, x, w))
 
@@ -994,22 +994,25 @@ def test_compiled_autocast():
     assert_same(value_and_grads(torch.compile(step, fullgraph=True, backend="aot_eager"), x), value_and_grads(step, x))
 
 
-@each_layer
-@each_chunk
 @pytest.mark.parametrize(
-    "loss, form, k",
-    [(CRL, "index", None), (CRL, "index", 3), (SS_LR, "index", 3), (SS_LR, "index", 50), (SS_LR, "multihot", 50)],
+    "loss, form, k, normalize",
+    [
+        (CRL, "index", None, False),
+        (CRL, "index", 3, True),
+        (SS_LR, "index", 3, False),
+        (SS_LR, "index", 50, True),
+        (SS_LR, "multihot", 50, False),
+    ],
     ids=str,
 )
-def test_opcheck(loss, form, normalize, k, chunk_bytes):
+def test_opcheck(loss, form, k, normalize):
     """The raw ops are registered as torch wants them, with fake kernels that tell the truth."""
     ops = torch.ops.fused_losses
     (x, w, b), target = make_layer(dtype=torch.float32), make_target(form, ROWS, CLASSES)
     norms = w.norm(dim=1) if normalize else None
-    elements = 10**6 if chunk_bytes is None else max(1, chunk_bytes // 4)
     params = {"crl": [1.5, 1.0], "ss_lr": [2.0]}[loss.door]
     layer = x, w, None if normalize else b, norms, target
-    arguments = elements, loss.family, loss.door, params, k or 0, -100
+    arguments = 3 * CLASSES, loss.family, loss.door, params, k or 0, -100
     picks = "_picks" if k == 3 else ""
     grad = torch.randn((ROWS,) if loss.family == "softmax" else (ROWS, 2))
 
@@ -1054,6 +1057,18 @@ def test_initialisation_is_that_of_nn_linear(bias):
     before = ours.weight.clone()
     ours.reset_parameters()
     assert not torch.equal(ours.weight, before)
+
+
+def test_logits_of_cosines_are_differentiable_and_copy_no_weight():
+    x, w, _ = make_layer(3, 300, 500)
+    module = fl.LinearLoss(300, 500, normalize=True, scale=16.0, dtype=torch.float64)
+    module.weight = nn.Parameter(w)
+    with torch.no_grad(), Watch() as watch:
+        module.logits(x)
+    assert watch.largest < w.numel()
+    expected = value_and_grads(lambda x, w: cosines(x, w, 16.0).square().sum(), x, w)
+    value = module.logits(x.requires_grad_()).square().sum()
+    assert_same([value.detach(), *torch.autograd.grad(-1.7 * value, (x, module.weight))], expected)
 
 
 @each_layer
