@@ -36,6 +36,7 @@ SLOW = 1.0  # seconds
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
 EAGER, CHUNKED = "linear + F.cross_entropy", "F.linear_cross_entropy, chunked"
+CHUNKED_64 = f"{CHUNKED} by 64 rows"
 PYTORCH_HS_LR = "linear + best PyTorch HS-LR"
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # input (rows, features), weight (classes, features), target (rows,)
 
@@ -59,8 +60,14 @@ def eager_cross_entropy(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w), target)
 
 
-def chunked_cross_entropy(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
-    return F.linear_cross_entropy(x, w, target, options=nn.LinearCrossEntropyOptions())
+def chunked_cross_entropy(rows: int | None) -> Step:
+    """None: as torch chooses, by the aspect ratio of the layer, a few rows where the classes are many."""
+
+    def step(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        return F.linear_cross_entropy(x, w, target, options=options)
+
+    return step
 
 
 def liger_cross_entropy(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
@@ -79,7 +86,7 @@ def peers(device: str) -> dict[str, Step]:
     """Cross-entropy by others; those that are installed and run on the device."""
     found: dict[str, Step] = {EAGER: eager_cross_entropy}
     if hasattr(nn, "LinearCrossEntropyOptions"):  # torch 2.13
-        found[CHUNKED] = chunked_cross_entropy
+        found |= {CHUNKED: chunked_cross_entropy(None), CHUNKED_64: chunked_cross_entropy(64)}
     if device != "cpu" and importlib.util.find_spec("liger_kernel"):
         found["Liger"] = liger_cross_entropy
     if device != "cpu" and importlib.util.find_spec("cut_cross_entropy"):
@@ -306,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.linear", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each kind (default 15)")
+    parser.add_argument("--rounds", type=int, default=11, help="steps of each kind (default 11)")
     parser.add_argument(
         "--cases", nargs="+", choices=[*CASES, "million"], metavar="NAME", help=f"of {', '.join(CASES)}, million"
     )

@@ -235,11 +235,10 @@ def _hardest_of_blocks(
     """The compact door over the classes of all blocks, lowest class first among equals."""
     forward, _ = _DOORS[family]
     num_rows, size = x.shape[0], blocks[0].stop
-    ignored = target == IGNORED
-    at = target.div(size, rounding_mode="floor")  # the block of each row's target
-    number = torch.arange(len(blocks), device=x.device)[:, None]
-    targets = torch.where(number == at, target - at * size, reference.NO_TARGET)  # (blocks, rows)
-    targets.masked_fill_(ignored, IGNORED)
+    block_of_target = target.div(size, rounding_mode="floor")
+    inside = torch.arange(len(blocks), device=x.device)[:, None] == block_of_target  # (blocks, rows)
+    targets = torch.where(inside, target - block_of_target * size, reference.NO_TARGET)
+    targets.masked_fill_(target == IGNORED, IGNORED)
 
     index = x.new_empty((num_rows, 1 + len(blocks) * k), dtype=torch.int32)  # column 0 is the target's
     logit = x.new_empty(index.shape)
