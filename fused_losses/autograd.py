@@ -20,7 +20,7 @@ class _SecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradient, *through):
-        return gradient.view_as(gradient)
+        return gradient.detach()  # sparse ones have no views
 
     @staticmethod
     def backward(ctx, grad):

@@ -7,8 +7,8 @@ Contract of the four doors, shared by all wings, z = logits, (rows, classes):
   An index is ``ignore_index`` (checked first: an ignored row), ``NO_TARGET`` (a row whose positive is elsewhere:
   another shard has it), or a class. Anything else raises on the CPU; on other devices its row becomes NaN.
 - k = 0: S is all negatives. k >= 1: the k largest z_j with j not positive, the lowest class index first among equals.
-- Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, in any order; the threshold
-  form keeps one, the last taken, the *edge*; k = 0 keeps none.
+- Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, on the CPU in the order of
+  the classes, elsewhere in any; the threshold form keeps one, the last taken, the *edge*; k = 0 keeps none.
 - softmax state (rows, 3) = m, l, z_y: m the largest logit of S (0 if that is -inf), l = log sum over S of exp(z_j - m).
   m + l is never one number: at offset 1000 that would cost two digits in fp32. A row with a NaN, a +inf or a bad target
   has NaN among them.
@@ -150,6 +150,9 @@ def picks(logits: Tensor, positive: Tensor, skipped: Tensor, k: int, compact: bo
     if not compact:
         last = (picked >= 0).sum(1, keepdim=True) - 1
         picked = picked.gather(1, last.clamp(min=0))
+    else:
+        picked = picked.where(picked >= 0, logits.shape[1]).sort(dim=1).values
+        picked = picked.masked_fill(picked == logits.shape[1], -1)
     picked_logits = logits.gather(1, picked.clamp(min=0)).masked_fill(picked < 0, -INF)
     return chosen, picked.int(), picked_logits
 

@@ -1,6 +1,7 @@
 """The doors themselves, in every wing that CPU tensors reach: both forms, state, picks, special rows, strides."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -442,3 +443,12 @@ def test_bits_do_not_depend_on_the_number_of_threads(wing, formula, k, compact):
         results.append((*kept, dlogits))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+def test_compact_picks_stand_in_the_order_of_their_classes(wing):
+    """On the CPU. Whoever merges the picks of blocks of classes relies on it, for the lowest class among equals."""
+    for values, (rows, classes, k) in itertools.product((1, 3, 10**6), ((3, 40, 1), (5, 333, 40), (4, 20000, 1000))):
+        logits = torch.randint(values, (rows, classes), generator=torch.Generator().manual_seed(k)).float()
+        _, _, index, logit = wing.softmax_forward(logits, make_index(rows, classes), "nllr", [], k, -100, True)
+        assert (index[:, 1:] > index[:, :-1]).all()
+        assert torch.equal(logits.gather(1, index.long()), logit)

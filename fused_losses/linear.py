@@ -1,0 +1,384 @@
+"""A linear layer and any loss of the family in one step, without ever holding the logits of the whole batch.
+
+Signatures follow ``torch.nn.functional.linear_cross_entropy``. How it is computed: ``linear_autograd.py``.
+"""
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import reference
+from .functional import FLOATING, IGNORE_INDEX, as_rows, check_batch, check_device, check_options
+from .linear_autograd import LinearRowLoss, class_norms
+from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
+from .modules import CrossEntropyLoss, RowLoss
+
+
+@dataclass(frozen=True)
+class LinearLossOptions:
+    """How a linear loss is computed; never what it is.
+
+    Args:
+        chunk_bytes: budget for the logits that exist at a time, at least one row of them (over the k hardest, with k
+            at most C / 24: one row of a block of classes). Default: 4 MiB, on an accelerator 256 MiB; over more
+            negatives at least the weight's bytes, and as much again for the gradient of these logits.
+        sparse_grad: the gradients of weight and bias are coalesced sparse COO tensors over the classes picked, as
+            ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and SGD. Needs class-index targets and
+            ``k`` (or ``ratio``) below C - 1. On CUDA backward waits for their number: the one synchronisation here.
+            Not under ``torch.compile``, which knows no sparse gradients.
+    """
+
+    chunk_bytes: int | None = None
+    sparse_grad: bool = False
+
+    def __post_init__(self):
+        if self.chunk_bytes is not None and not isinstance(self.chunk_bytes, int):
+            raise TypeError(f"chunk_bytes must be an integer, got {type(self.chunk_bytes).__name__}")
+        if self.chunk_bytes is not None and self.chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be at least 1, got {self.chunk_bytes}")
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+    normalize: bool = False,
+    scale: float = 1.0,
+    options: LinearLossOptions | None = None,
+) -> Tensor:
+    """Softmax cross-entropy of ``F.linear(input, linear_weight, linear_bias)``, whose logits are never held as a whole.
+
+    The same as the loss of the logits, with one pass over the weight per chunk of rows: see :class:`LinearLossOptions`
+    for the memory. Over the k hardest, with k a small share of C, backward reads N * (k + 1) rows of the weight and
+    computes no logits.
+
+    Args:
+        input: (N, D) or (D,), floating. Under autocast it is cast with the weight, as ``F.linear`` does.
+        linear_weight: (C, D), of input's dtype.
+        target: class indices (N,), any integer dtype.
+        linear_bias: (C,), of input's dtype. Not with ``normalize``.
+        normalize: cosine logits, scale * <input, w_j> / (|input| |w_j|).
+        scale: finite, > 0; the scale of cosine logits. Default 1.
+        options: :class:`LinearLossOptions`.
+
+    Other arguments, defaults and errors as in :func:`fused_losses.cross_entropy`. Differentiable once, by input,
+    linear_weight and linear_bias. A row with a NaN logit is NaN in the loss and in its gradient by input; over the
+    k hardest the weight's gradient is then NaN at the row's target, and elsewhere may be.
+
+    Raises:
+        ValueError: also for shapes of the layer that do not fit, a scale out of range or without ``normalize``, and for
+            ``sparse_grad`` where the gradient is not sparse.
+        RuntimeError: also for input and weight of different dtypes.
+    """
+    loss = CrossEntropy()
+    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
+                 check_targets, normalize, scale, options)  # fmt: skip
+
+
+def linear_nllr_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+    normalize: bool = False,
+    scale: float = 1.0,
+    options: LinearLossOptions | None = None,
+) -> Tensor:
+    """Negative log likelihood ratio of a linear layer's logits.
+
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.nllr_loss`.
+    """
+    loss = NLLR()
+    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
+                 check_targets, normalize, scale, options)  # fmt: skip
+
+
+def linear_crl_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    alpha: float = CRL.alpha,
+    beta: float = CRL.beta,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+    normalize: bool = False,
+    scale: float = 1.0,
+    options: LinearLossOptions | None = None,
+) -> Tensor:
+    """Competing ratio loss of a linear layer's logits.
+
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.crl_loss`.
+    """
+    loss = CRL(alpha, beta)
+    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
+                 check_targets, normalize, scale, options)  # fmt: skip
+
+
+def linear_lr_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+    normalize: bool = False,
+    scale: float = 1.0,
+    options: LinearLossOptions | None = None,
+) -> Tensor:
+    """Vanilla logistic regression, one-vs-rest, of a linear layer's logits.
+
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.lr_loss`.
+    """
+    loss = LR()
+    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
+                 check_targets, normalize, scale, options)  # fmt: skip
+
+
+def linear_hs_lr_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    k: int | None = None,
+    ratio: float | None = None,
+    alpha: float = HSLR.alpha,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+    normalize: bool = False,
+    scale: float = 1.0,
+    options: LinearLossOptions | None = None,
+) -> Tensor:
+    """Logistic regression with hard selection of a linear layer's logits.
+
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.hs_lr_loss`.
+    """
+    loss = HSLR(alpha)
+    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
+                 check_targets, normalize, scale, options)  # fmt: skip
+
+
+def linear_ss_lr_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    alpha: float = SSLR.alpha,
+    gamma: float = SSLR.gamma,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+    normalize: bool = False,
+    scale: float = 1.0,
+    options: LinearLossOptions | None = None,
+) -> Tensor:
+    """Logistic regression with soft selection of a linear layer's logits.
+
+    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
+    :func:`fused_losses.ss_lr_loss`.
+    """
+    loss = SSLR(alpha, gamma)
+    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
+                 check_targets, normalize, scale, options)  # fmt: skip
+
+
+class LinearLoss(nn.Module):
+    """A classifier that owns its weight and its loss: ``LinearLoss(D, C, loss=HSLRLoss(ratio=0.01))(input, target)``.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        loss: one of the loss modules of this package, used with its options. Default: ``CrossEntropyLoss()``.
+        bias: whether the layer has a bias. Default: False.
+        normalize, scale, options: as in :func:`linear_cross_entropy`.
+        device, dtype: of the weight, as in ``nn.Linear``.
+
+    ``weight`` (C, D) and ``bias`` (C,) bear the names and the initialisation of ``nn.Linear``: state dicts of the two
+    are interchangeable (a class-weight buffer of the loss aside).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        loss: RowLoss | None = None,
+        bias: bool = False,
+        normalize: bool = False,
+        scale: float = 1.0,
+        options: LinearLossOptions | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _check_options(options, bias, normalize, scale)
+        loss = CrossEntropyLoss() if loss is None else loss
+        if not isinstance(loss, RowLoss):
+            raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}")
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.loss = loss
+        self.normalize = normalize
+        self.scale = scale
+        self.options = options
+        self.weight = nn.Parameter(torch.empty((num_classes, in_features), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty((num_classes,), device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.Linear.reset_parameters(self)  # it asks for weight and bias only
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return apply(
+            self.loss.loss, input, self.weight, target, self.bias, **self.loss.options,
+            normalize=self.normalize, scale=self.scale, options=self.options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        cosine = f", normalize=True, scale={self.scale}" if self.normalize else ""
+        options = "" if self.options is None else f", options={self.options}"
+        layer = f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}"
+        return layer + cosine + options
+
+    def logits(self, input: Tensor) -> Tensor:
+        """(N, C) logits of (N, D) input, for evaluation."""
+        if not self.normalize:
+            return F.linear(input, self.weight, self.bias)
+        logits = F.linear(_direction(input, self.scale).to(input.dtype), self.weight)
+        logits /= class_norms(self.weight)  # no normalised copy of the weight here either
+        return logits
+
+
+def apply(
+    loss: Loss,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    k: int | None,
+    ratio: float | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    check_targets: bool,
+    normalize: bool,
+    scale: float,
+    options: LinearLossOptions | None,
+) -> Tensor:
+    """The one way from a user's arguments to the autograd function."""
+    check_options(loss, k, ratio, reduction)
+    _check_options(options, linear_bias is not None, normalize, scale)
+    _check_layer(input, linear_weight, linear_bias)
+    dtype = _dtype_of_linear(input, linear_weight, linear_bias)
+    if normalize:
+        input = _direction(input, scale)
+
+    num_classes = linear_weight.shape[0]
+    shape = torch.Size((*input.shape[:-1], num_classes))
+    check_batch(loss, shape, input.device, target, weight, ignore_index)
+    rows, target, k = as_rows(input, target, num_classes, k, ratio)
+    if check_targets and input.device.type != "cpu":  # the CPU doors always check
+        reference.check_target(target, num_classes, ignore_index)
+    options = LinearLossOptions() if options is None else options
+    if options.sparse_grad and (k == 0 or target.dim() == 2):
+        got = "multi-hot targets" if target.dim() == 2 else f"all {num_classes - 1} negatives"
+        raise ValueError(f"sparse_grad needs class-index targets and k (or ratio) below C - 1, got {got}")
+    result = LinearRowLoss.apply(
+        rows, linear_weight, linear_bias, target, weight,
+        loss.family, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction,
+        dtype, normalize, options.chunk_bytes, options.sparse_grad, torch.is_grad_enabled(),
+    )  # fmt: skip
+    return result.squeeze(0) if input.dim() == 1 and reduction == "none" else result
+
+
+def _direction(input: Tensor, scale: float) -> Tensor:
+    """scale * input / |input|, in the compute dtype."""
+    return F.normalize(input.to(reference.compute_dtype(input.dtype)), dim=-1) * scale
+
+
+def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype in which F.linear computes: under autocast not theirs, unless that is float64."""
+
+    def seen(tensor: Tensor) -> torch.dtype:
+        device_type = tensor.device.type
+        if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+            return tensor.dtype
+        return torch.get_autocast_dtype(device_type)
+
+    for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is not None and seen(tensor) != seen(input):
+            raise RuntimeError(f"expected input and {name} of one dtype, but got {seen(input)} and {seen(tensor)}")
+    return seen(input)
+
+
+def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is None and name == "linear_bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"expected a floating-point {name}, got {tensor.dtype}")
+        check_device(name, tensor, input.device)
+    if input.dim() not in (1, 2) or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "expected input (N, D) or (D,) and linear_weight (C, D), "
+            f"got {tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"expected at least one class, got linear_weight of shape {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected linear_bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> None:
+    if options is not None and not isinstance(options, LinearLossOptions):
+        raise TypeError(f"options must be LinearLossOptions, got {type(options).__name__}")
+    if has_bias and normalize:
+        raise ValueError("cosine logits (normalize=True) take no linear_bias")
+    if not isinstance(scale, Real):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and > 0, got {scale}")
+    if scale != 1 and not normalize:
+        raise ValueError("scale belongs to cosine logits: pass normalize=True")
