@@ -4,6 +4,7 @@ FUSED_LOSSES_BUILD_EXT=auto (default)  try; without a working compiler or torch,
                                        serves the CPU
 FUSED_LOSSES_BUILD_EXT=1               a build that fails fails the install
 FUSED_LOSSES_BUILD_EXT=0               do not try
+FUSED_LOSSES_CXXFLAGS=...              more flags for the compiler, behind ours (not on Windows)
 """
 
 import glob
@@ -52,6 +53,7 @@ def extension() -> dict:
         # compiler fuses a sum in one copy of an inlined function and not in another, and bits would depend on which
         # thread does what.
         flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+        flags += os.environ.get("FUSED_LOSSES_CXXFLAGS", "").split()  # last, so that they win
     module = CppExtension(
         "fused_losses._C",
         sorted(glob.glob("csrc/*.cpp")),

@@ -74,7 +74,7 @@ struct Sigmoid {
 
 template <class V>
 FUSED_LOSSES_INLINE V exp_minus_abs(V z) {
-  return exp(min(z, V(0) - z));
+  return exp_nonpositive(minus_abs(z));
 }
 
 template <class V>
@@ -104,7 +104,9 @@ struct SoftSelection {
 
  private:
   FUSED_LOSSES_INLINE V weight(V z, V e, V tail) const {
-    if constexpr (kGamma == 0) return exp(V(0) - gamma * (max(V(0), V(0) - z) + tail));  // log sigma(z) = -softplus(-z)
+    if constexpr (kGamma == 0) {  // log sigma(z) = -softplus(-z)
+      return exp_nonpositive(V(0) - gamma * (max(V(0), V(0) - z) + tail));
+    }
     const V sigma = Sigmoid<V>(z, e).plus;
     return kGamma == 1 ? sigma : sigma * sigma;
   }

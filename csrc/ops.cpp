@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "kernels.h"
+#include "reductions.h"
 
 namespace fused_losses {
 
@@ -71,23 +72,33 @@ InstructionSet& chosen() {
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }  // ValueError in Python
 
 // Strings and lists arrive as handles that the callee owns. (torch's own conversion of a string leaks it.)
+class Text {
+ public:
+  explicit Text(StringHandle handle) : handle_(handle) {}
+  ~Text() { torch_delete_string(handle_); }
+  Text(const Text&) = delete;
+  Text& operator=(const Text&) = delete;
+
+  std::string_view view() const {
+    const char* text = nullptr;
+    size_t length = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &text));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
+    return {text, length};
+  }
+
+ private:
+  StringHandle handle_;
+};
+
 class Handles {
  public:
   Handles(StringHandle loss, StableListHandle params) : loss_(loss), params_(params) {}
-  ~Handles() {
-    torch_delete_string(loss_);
-    torch_delete_list(params_);
-  }
+  ~Handles() { torch_delete_list(params_); }
   Handles(const Handles&) = delete;
   Handles& operator=(const Handles&) = delete;
 
-  std::string_view loss() const {
-    const char* text = nullptr;
-    size_t length = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(loss_, &text));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(loss_, &length));
-    return {text, length};
-  }
+  std::string_view loss() const { return loss_.view(); }
 
   // Writes the hyper-parameters, which must be as many as the loss has.
   void params(size_t expected, double* values) const {
@@ -102,7 +113,7 @@ class Handles {
   }
 
  private:
-  StringHandle loss_;
+  Text loss_;
   StableListHandle params_;
 };
 
@@ -239,7 +250,7 @@ template <class Loss>
 ForwardResult forward(void (*kernel)(Loss, DType, Forward&), const Tensor& any_logits, const Tensor& any_target,
                       const Handles& handles, int64_t k, int64_t ignore_index, bool compact) {
   constexpr bool is_logistic = std::is_same_v<Loss, LogisticLoss>;
-  double params[kMostParams];
+  double params[kMostParams] = {};
   Loss loss;
   read_loss(handles, &loss, params);
 
@@ -276,7 +287,7 @@ Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad
                 const Tensor& any_pick_index, const Tensor& any_pick_logit, const Handles& handles, int64_t k,
                 int64_t ignore_index, int64_t classes, bool compact) {
   constexpr bool is_logistic = std::is_same_v<Loss, LogisticLoss>;
-  double params[kMostParams];
+  double params[kMostParams] = {};
   Loss loss;
   read_loss(handles, &loss, params);
 
@@ -342,6 +353,59 @@ Tensor logistic_backward(const Tensor& grad, const std::optional<Tensor>& logits
                   Handles(loss, params), k, ignore_index, num_classes, compact);
 }
 
+template <class T>
+Column<T> column_of(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return {nullptr, 0};
+  return {static_cast<T*>(tensor->const_data_ptr()), tensor->stride(0)};
+}
+
+ReductionKind reduction_of(std::string_view name) {
+  if (name == "none") return ReductionKind::none;
+  if (name == "sum") return ReductionKind::sum;
+  if (name == "mean") return ReductionKind::mean;
+  refuse("not a reduction: " + std::string(name));
+}
+
+std::tuple<Tensor, Tensor> reduce_terms(const Tensor& terms, const Tensor& target, const std::optional<Tensor>& weight,
+                                        const std::optional<Tensor>& positives, std::optional<double> alpha,
+                                        int64_t classes, int64_t k, int64_t ignore_index, StringHandle reduction) {
+  const Text kind(reduction);
+  const int64_t rows = terms.size(0);
+  const DType dtype = dtype_of(terms);
+  check(dtype == DType::float32 || dtype == DType::float64, "terms must be float32 or float64");
+  check(terms.dim() == 1 || (terms.dim() == 2 && terms.size(1) == 2), "terms must be what forward returned");
+  check(target.size(0) == rows, "target must have as many rows as the terms");
+  check(target.dim() == 2 || dtype_of(target) == DType::int64, "class indices must be int64");
+  check(!weight.has_value() || (weight->dim() == 1 && weight->size(0) == classes && dtype_of(*weight) == dtype),
+        "weight must be (classes,), of the dtype of the terms");
+  check(!positives.has_value() ||
+            (positives->dim() == 1 && positives->size(0) == rows && dtype_of(*positives) == dtype),
+        "positives must be (rows,), of the dtype of the terms");
+
+  ReductionProblem problem{};
+  problem.rows = rows;
+  problem.columns = terms.dim();
+  problem.target = column_of<const int64_t>(target.dim() == 1 ? std::optional<Tensor>(target) : std::nullopt);
+  problem.ignore_index = ignore_index;
+  problem.classes = classes;
+  problem.k = k;
+  problem.scaled = alpha.has_value();
+  problem.alpha = alpha.value_or(1);
+  problem.kind = reduction_of(kind.view());
+
+  Tensor loss = problem.kind == ReductionKind::none ? empty({rows}, torch_dtype(dtype)) : empty({}, torch_dtype(dtype));
+  Tensor slopes = terms.dim() == 1 ? empty({rows}, torch_dtype(dtype)) : empty({rows, 2}, torch_dtype(dtype));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    weigh_terms<T>(problem, {static_cast<const T*>(terms.const_data_ptr()), terms.stride(0)},
+                                  terms.dim() == 2 ? terms.stride(1) : 0, column_of<const T>(positives),
+                                  column_of<const T>(weight), static_cast<T*>(loss.mutable_data_ptr()),
+                                  static_cast<T*>(slopes.mutable_data_ptr()));
+  };
+  dtype == DType::float32 ? run(0.0f) : run(0.0);
+  return {std::move(loss), std::move(slopes)};
+}
+
 // -------------------------------------------------------------------------------------------------------- for tests
 
 // Uses the instruction set of this name from now on ("": no change), and returns the name of the one in use.
@@ -383,6 +447,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("softmax_backward", TORCH_BOX(&fused_losses::softmax_backward));
   m.impl("logistic_forward", TORCH_BOX(&fused_losses::logistic_forward));
   m.impl("logistic_backward", TORCH_BOX(&fused_losses::logistic_backward));
+  m.impl("reduce_terms", TORCH_BOX(&fused_losses::reduce_terms));
   m.impl("_cpu_elementary", TORCH_BOX(&fused_losses::cpu_elementary));
 }
 

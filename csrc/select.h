@@ -90,6 +90,15 @@ inline int64_t count_reaching(const T* value, int64_t n, T threshold) {
   return count;
 }
 
+template <class T, class V = VecOf<T>>
+inline T smallest(const T* value, int64_t n) {
+  V least(kInfinity<T>);
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) least = min(least, V::load(value + i));
+  if (i < n) least = min(least, load_first<V>(value + i, n - i, kInfinity<T>));
+  return -max_lane(V(0) - least);
+}
+
 // Cuts n numbers of storage type S, none of them NaN, so that at least w and at most w + slack are kept; n >= w >= 1.
 // With slack 0, exactly w.
 template <class S, class T = Compute<S>, class V = VecOf<S>>

@@ -13,6 +13,10 @@
 //     unordered(a, b)            Mask: where either is NaN
 //     select(mask, a, b)         a where the mask is set, else b
 //     bits(mask)                 lane i as bit i of a uint32_t
+//     minus_abs(v)               -|v|
+//     replaced(v, i, s)          v with s in lane i
+//     max_lane(v)  sum_lanes(v)  of all lanes, the sum in double; max_lane means nothing where a lane is NaN
+// and where V::masked says so, load_masked and store_masked, which touch only the lanes of the set bits.
 #pragma once
 
 #include "simd_storage.h"
@@ -45,10 +49,11 @@ using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 template <class S>
 using VecOf = std::conditional_t<std::is_same_v<S, double>, DoubleVec, FloatVec>;
 
-// e^v within 2 ulp, subnormal results included; exp(-inf) = 0, exp(inf) = inf, exp(NaN) = NaN.
-FUSED_LOSSES_INLINE FloatVec exp(FloatVec v) {
+// e^v within 2 ulp for v <= 0, subnormal results included; 0 for -inf, NaN for NaN. (Rounding may bring v above 0: up
+// to 88 it is right as well.)
+FUSED_LOSSES_INLINE FloatVec exp_nonpositive(FloatVec v) {
   // Cody and Waite: v = n ln2 + r with |r| <= ln2 / 2. The high part of ln2 has few bits, so that n * high is exact.
-  v = min(FloatVec(89.0f), max(FloatVec(-105.0f), v));
+  v = max(FloatVec(-105.0f), v);
   const FloatVec n = round(v * FloatVec(1.44269504088896341f));
   FloatVec r = fma(n, FloatVec(-0.693359375f), v);
   r = fma(n, FloatVec(2.12194440054690583e-4f), r);
@@ -61,6 +66,9 @@ FUSED_LOSSES_INLINE FloatVec exp(FloatVec v) {
   q = fma(q, r, FloatVec(1.0000000322592943f));
   return scale(fma(q, r, FloatVec(1.0f)), n);
 }
+
+// The same for every v; inf for inf.
+FUSED_LOSSES_INLINE FloatVec exp(FloatVec v) { return exp_nonpositive(min(FloatVec(89.0f), v)); }
 
 // log(1 + e) for e in [0, 1] within 3 ulp; NaN for NaN.
 FUSED_LOSSES_INLINE FloatVec log1p(FloatVec e) {
@@ -81,43 +89,35 @@ inline DoubleVec exp(DoubleVec v) {
   return v;
 }
 
+inline DoubleVec exp_nonpositive(DoubleVec v) { return exp(v); }
+
 inline DoubleVec log1p(DoubleVec v) {
   for (double& lane : v.lane) lane = std::log1p(lane);
   return v;
 }
 
-// The parts of a vector or of the end of an array.
+// The parts of a vector, for the end of an array. 0 < n <= V::lanes.
 
 template <class V, class S>
-inline V load_first(const S* p, int64_t n, typename V::Scalar fill) {
-  typename V::Scalar lane[V::lanes];
-  for (int i = 0; i < V::lanes; ++i) lane[i] = i < n ? to_compute(p[i]) : fill;
-  return V::load(lane);
+FUSED_LOSSES_INLINE V load_first(const S* p, int64_t n, typename V::Scalar fill) {
+  if constexpr (V::masked) {
+    return V::load_masked(p, (2u << (n - 1)) - 1, V(fill));
+  } else {
+    typename V::Scalar lane[V::lanes];
+    for (int i = 0; i < V::lanes; ++i) lane[i] = i < n ? to_compute(p[i]) : fill;
+    return V::load(lane);
+  }
 }
 
 template <class V, class S>
-inline void store_first(S* p, V v, int64_t n) {
-  S lane[V::lanes];
-  v.store(lane);
-  std::memcpy(p, lane, n * sizeof(S));
-}
-
-template <class V>
-inline typename V::Scalar max_lane(V v) {
-  typename V::Scalar lane[V::lanes], largest;
-  v.store(lane);
-  largest = lane[0];
-  for (int i = 1; i < V::lanes; ++i) largest = lane[i] > largest ? lane[i] : largest;
-  return largest;
-}
-
-template <class V>
-inline double sum_lanes(V v) {
-  typename V::Scalar lane[V::lanes];
-  v.store(lane);
-  double sum = 0;
-  for (int i = 0; i < V::lanes; ++i) sum += lane[i];
-  return sum;
+FUSED_LOSSES_INLINE void store_first(S* p, V v, int64_t n) {
+  if constexpr (V::masked && std::is_same_v<S, typename V::Scalar>) {
+    v.store_masked(p, (2u << (n - 1)) - 1);
+  } else {
+    S lane[V::lanes];
+    v.store(lane);
+    std::memcpy(p, lane, n * sizeof(S));
+  }
 }
 
 }  // namespace FUSED_LOSSES_ISA

@@ -11,6 +11,7 @@ namespace FUSED_LOSSES_ISA {
 struct Float16 {
   using Scalar = float;
   static constexpr int lanes = 16;
+  static constexpr bool masked = false;
 
   struct Mask {
     __m256 low, high;
@@ -100,6 +101,35 @@ inline Float16::Mask operator>(Float16 a, Float16 b) { return compare<_CMP_GT_OQ
 inline Float16::Mask unordered(Float16 a, Float16 b) { return compare<_CMP_UNORD_Q>(a, b); }
 inline Float16 select(Float16::Mask m, Float16 a, Float16 b) {
   return {_mm256_blendv_ps(b.low, a.low, m.low), _mm256_blendv_ps(b.high, a.high, m.high)};
+}
+
+inline Float16 minus_abs(Float16 a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(a.low, sign), _mm256_or_ps(a.high, sign)};
+}
+inline Float16 replaced(Float16 a, int64_t lane, float by) {
+  const __m256i wanted = _mm256_set1_epi32(static_cast<int32_t>(lane));
+  const __m256i number = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i low = _mm256_cmpeq_epi32(wanted, number);
+  const __m256i high = _mm256_cmpeq_epi32(wanted, _mm256_add_epi32(number, _mm256_set1_epi32(8)));
+  const __m256 all = _mm256_set1_ps(by);
+  return {_mm256_blendv_ps(a.low, all, _mm256_castsi256_ps(low)),
+          _mm256_blendv_ps(a.high, all, _mm256_castsi256_ps(high))};
+}
+
+inline float max_lane(Float16 a) {
+  const __m256 eight = _mm256_max_ps(a.low, a.high);
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+inline __m256d to_double(__m256 v) {
+  return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+}
+inline double sum_lanes(Float16 a) {
+  const __m256d four = _mm256_add_pd(to_double(a.low), to_double(a.high));
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
 }
 
 // The permutation that brings the lanes of the 8 set bits to the front: their numbers are picked from a word of

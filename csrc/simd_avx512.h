@@ -11,6 +11,7 @@ namespace FUSED_LOSSES_ISA {
 struct Float16 {
   using Scalar = float;
   static constexpr int lanes = 16;
+  static constexpr bool masked = true;
 
   struct Mask {
     __mmask16 m;
@@ -30,6 +31,21 @@ struct Float16 {
   static Float16 load(const Half* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+
+  // Lanes without a bit are neither read nor written; `fill` stands in for what is not read.
+  static Float16 load_masked(const float* p, uint32_t bits, Float16 fill) {
+    return _mm512_mask_loadu_ps(fill.v, static_cast<__mmask16>(bits), p);
+  }
+  static Float16 load_masked(const BFloat16* p, uint32_t bits, Float16 fill) {
+    const __m256i s = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(bits), p);
+    const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(s), 16);
+    return _mm512_mask_mov_ps(fill.v, static_cast<__mmask16>(bits), _mm512_castsi512_ps(wide));
+  }
+  static Float16 load_masked(const Half* p, uint32_t bits, Float16 fill) {
+    const __m256i s = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(bits), p);
+    return _mm512_mask_mov_ps(fill.v, static_cast<__mmask16>(bits), _mm512_cvtph_ps(s));
+  }
+  void store_masked(float* p, uint32_t bits) const { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(bits), v); }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const {
@@ -67,6 +83,17 @@ inline Float16::Mask operator>=(Float16 a, Float16 b) { return {_mm512_cmp_ps_ma
 inline Float16::Mask operator>(Float16 a, Float16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
 inline Float16::Mask unordered(Float16 a, Float16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
 inline Float16 select(Float16::Mask mask, Float16 a, Float16 b) { return _mm512_mask_mov_ps(b.v, mask.m, a.v); }
+inline Float16 minus_abs(Float16 a) { return _mm512_or_ps(a.v, _mm512_set1_ps(-0.0f)); }
+inline Float16 replaced(Float16 a, int64_t lane, float by) {
+  return _mm512_mask_mov_ps(a.v, static_cast<__mmask16>(1u << lane), _mm512_set1_ps(by));
+}
+
+inline float max_lane(Float16 a) { return _mm512_reduce_max_ps(a.v); }
+inline double sum_lanes(Float16 a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+}
 
 // What the set bits choose, written one after another. These write, and may read, 16 elements whatever the bits.
 inline void compress(uint32_t chosen, Float16 v, float* to) {

@@ -12,6 +12,7 @@ struct Plain {
   using Scalar = T;
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   static constexpr int lanes = kLanes;
+  static constexpr bool masked = false;
 
   struct Mask {
     Bits lane[kLanes];  // 0 or -1
@@ -114,6 +115,25 @@ struct Plain {
       const int32_t e = static_cast<int32_t>(exponent), half = e >> 1;
       return x * bit_cast<float>((half + 127) << 23) * bit_cast<float>((e - half + 127) << 23);
     });
+  }
+
+  friend Plain minus_abs(const Plain& a) {
+    return map(a, a, [](T x, T) { return -std::abs(x); });
+  }
+  friend Plain replaced(Plain v, int64_t i, T by) {
+    v.lane[i] = by;
+    return v;
+  }
+
+  friend T max_lane(const Plain& v) {
+    T largest = v.lane[0];
+    for (T l : v.lane) largest = l > largest ? l : largest;
+    return largest;
+  }
+  friend double sum_lanes(const Plain& v) {
+    double sum = 0;
+    for (T l : v.lane) sum += l;
+    return sum;
   }
 
   friend void compress(uint32_t chosen, const Plain& v, T* to) {

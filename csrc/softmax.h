@@ -36,7 +36,7 @@ class SoftmaxForward {
     for_each_negative(row, begin, end, positives, [&](V z) { largest = max(largest, z); });
     partial.max = max_lane(largest);
     const V shift(partial.max == -kInfinity<T> ? T(0) : partial.max);
-    for_each_negative<kPiece>(row, begin, end, positives, [&](V z) { sum = sum + exp(z - shift); });
+    for_each_negative<kPiece>(row, begin, end, positives, [&](V z) { sum = sum + exp_nonpositive(z - shift); });
     partial.sum = sum_lanes(sum);
     return partial;
   }
@@ -83,7 +83,7 @@ class SoftmaxBackward {
     T target_gradient;
     V minus_gradient, max, log_sum;
 
-    FUSED_LOSSES_INLINE V negative(V z) const { return minus_gradient * exp((z - max) - log_sum); }
+    FUSED_LOSSES_INLINE V negative(V z) const { return minus_gradient * exp_nonpositive((z - max) - log_sum); }
     T positive(T) const { return target_gradient; }
   };
 

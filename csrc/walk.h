@@ -42,12 +42,12 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
     }
     if (i >= end) return;
     // A vector with a positive or with the end in it
-    typename V::Scalar lane[V::lanes];
-    for (int j = 0; j < V::lanes; ++j) lane[j] = i + j < end ? to_compute(row[i + j]) : -kInfinity<typename V::Scalar>;
+    constexpr auto masked_class = -kInfinity<typename V::Scalar>;
+    V z = i + V::lanes <= end ? V::load(row + i) : load_first<V>(row + i, end - i, masked_class);
     for (; p < positives.count && positives.index[p] < i + V::lanes; ++p) {
-      if (positives.index[p] < end) lane[positives.index[p] - i] = -kInfinity<typename V::Scalar>;
+      z = replaced(z, positives.index[p] - i, masked_class);  // behind the end there is one already
     }
-    visit(V::load(lane));
+    visit(z);
     i += V::lanes;
   }
 }
@@ -145,9 +145,10 @@ class ForwardWalk {
       for (int64_t i = 0; i < problem_.k; ++i) write_pick(row * problem_.k + i, logit, picks, i < picks.count ? i : -1);
       return;
     }
-    int64_t last = -1;  // in the order of the selection: the smallest logit, among equals the highest index
-    for (int64_t i = 0; i < picks.count; ++i) {
-      if (last < 0 || picks.logit[i] <= picks.logit[last]) last = i;
+    int64_t last = picks.count - 1;  // in the order of the selection: the smallest logit, of equals the highest index
+    if (last >= 0) {
+      const T edge = smallest(picks.logit, picks.count);
+      while (picks.logit[last] != edge) --last;
     }
     write_pick(row, logit, picks, last);
   }

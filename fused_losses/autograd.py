@@ -1,4 +1,4 @@
-"""One ``torch.autograd.Function`` per family: a door forward, the reduction on N values, a door backward.
+"""The ``torch.autograd.Function`` of all losses: a door forward, the reduction of N values, a door backward.
 
 Only state per row crosses from forward to backward, and the logits where the form needs them.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .reductions import reduction_of, term_scales
+from .reductions import grad_of_terms
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -39,51 +39,37 @@ def once(gradient: Tensor, *through: Tensor) -> Tensor:
     return _SecondDerivative.apply(gradient.detach(), *through)
 
 
-class SoftmaxLoss(torch.autograd.Function):
-    """CE, NLLR, CRL: logits (rows, classes), target (rows,) -> loss, state."""
+class LossFromLogits(torch.autograd.Function):
+    """Any loss of the family: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss, state."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, formula, params, k, ignore_index, reduction):
-        num_classes = logits.shape[1]
-        compact = ops.keeps_picks(num_classes, k, multi_hot=False)
-        values, state, *picks = ops.softmax_forward(logits, target, formula, params, k, ignore_index, compact)
-        ctx.reduction = reduction_of(target, weight, ignore_index, reduction, values.dtype)
-        ctx.save_for_backward(None if compact else logits, target, state, *picks)
-        ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
-        ctx.set_materialize_grads(False)  # the states have none
-        return ctx.reduction.loss(values), state
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 8
-        logits, target, state, *picks = ctx.saved_tensors
-        grad_rows = ctx.reduction.grad_of_values(grad).expand(state.shape[0])
-        dlogits = ops.softmax_backward(grad_rows, logits, target, state, *picks, *ctx.door_arguments)
-        return once(dlogits, state, grad), *(None,) * 7
-
-
-class LogisticLoss(torch.autograd.Function):
-    """LR, HS-LR, SS-LR: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss, state."""
-
-    @staticmethod
-    def forward(ctx, logits, target, weight, formula, params, alpha, k, ignore_index, reduction):
+    def forward(ctx, logits, target, weight, family, formula, params, alpha, k, ignore_index, reduction):
         num_classes = logits.shape[1]
         multi_hot = target.dim() == 2
-        compact = ops.keeps_picks(num_classes, k, multi_hot)
-        sums, state, *picks = ops.logistic_forward(logits, target, formula, params, k, ignore_index, compact)
-        ctx.scales = term_scales(alpha, state[:, 1] if multi_hot else None, num_classes, k)
-        ctx.reduction = reduction_of(target, weight, ignore_index, reduction, sums.dtype)
-        ctx.save_for_backward(None if compact and not multi_hot else logits, target, state, *picks)
+        compact = ops.keeps_picks(logits.device, num_classes, k, multi_hot)
+        door = ops.softmax_forward if family == "softmax" else ops.logistic_forward
+        terms, state, pick_index, pick_logit = door(logits, target, formula, params, k, ignore_index, compact)
+        positives = state[:, 1] if multi_hot else None
+        if weight is None and reduction == "none" and family == "softmax":
+            loss, slopes = terms, None
+        else:
+            if weight is not None:
+                weight = weight.to(terms.dtype)
+            loss, slopes = ops.reduce_terms(
+                terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction
+            )
+        kept = None if compact and not multi_hot else logits
+        ctx.save_for_backward(kept, target, state, pick_index, pick_logit, slopes)
+        ctx.family = family
         ctx.door_arguments = formula, params, k, ignore_index, num_classes, compact
         ctx.set_materialize_grads(False)  # the states have none
-        return ctx.reduction.loss(ctx.scales.values(sums)), state
+        return loss, state
 
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 9
-        logits, target, state, *picks = ctx.saved_tensors
-        grad_rows = ctx.scales.grad_of_sums(ctx.reduction.grad_of_values(grad)).expand(state.shape[0], 2)
-        dlogits = ops.logistic_backward(grad_rows, logits, target, state, *picks, *ctx.door_arguments)
-        return once(dlogits, state, grad), *(None,) * 8
+            return (None,) * 10
+        *saved, slopes = ctx.saved_tensors
+        door = ops.softmax_backward if ctx.family == "softmax" else ops.logistic_backward
+        dlogits = door(grad_of_terms(grad, slopes), *saved, *ctx.door_arguments)
+        return once(dlogits, saved[2], grad), *(None,) * 9

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import LogisticLoss, SoftmaxLoss
+from .autograd import LossFromLogits
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 
 IGNORE_INDEX = -100
@@ -207,12 +207,10 @@ def apply(
     rows, target, k = as_rows(logits, target, logits.shape[-1], k, ratio)
     if check_targets and logits.device.type != "cpu":  # the CPU doors always check
         reference.check_target(target, rows.shape[1], ignore_index)
-    if loss.family == "softmax":
-        result, _ = SoftmaxLoss.apply(rows, target, weight, loss.formula, loss.params, k, ignore_index, reduction)
-    else:
-        result, _ = LogisticLoss.apply(
-            rows, target, weight, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction
-        )
+    alpha = loss.alpha if loss.family == "logistic" else None
+    result, _ = LossFromLogits.apply(
+        rows, target, weight, loss.family, loss.formula, loss.params, alpha, k, ignore_index, reduction
+    )
     return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
 
 

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reductions, reference
 from .gpu.layout import gradient_row_stride
 
 _library = torch.library.Library("fused_losses", "DEF")
@@ -62,6 +62,10 @@ def _backward_shapes(
     return torch.empty_strided(shape, (row_stride, 1), dtype=logits.dtype, device=logits.device)
 
 
+def _reduced_shapes(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction):
+    return terms.new_empty(terms.shape[:1] if reduction == "none" else ()), torch.empty_like(terms)
+
+
 # --- doors ------------------------------------------------------------------------------------------------------------
 
 _FORWARD = (
@@ -82,13 +86,22 @@ logistic_forward = define(
 logistic_backward = define("logistic_backward" + _BACKWARD, reference.logistic_backward, _backward_shapes)
 
 
-def keeps_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
+reduce_terms = define(
+    "reduce_terms(Tensor terms, Tensor target, Tensor? weight, Tensor? positives, float? alpha, int num_classes, "
+    "int k, int ignore_index, str reduction) -> (Tensor loss, Tensor slopes)",
+    reductions.reduce_terms,
+    _reduced_shapes,
+)
+
+
+def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool) -> bool:
     """Whether the compact form serves: then backward needs no logits, and autograd keeps none alive.
 
-    Scattered stores cost more than reading the logits once more as soon as the picks are no small share of the classes.
-    With multi-hot targets backward reads the positives' logits anyway.
+    On a CPU it is faster at every k (``bench.speed``), but more picks than half the classes are larger than float32
+    logits. On a GPU scattered stores cost more than reading the logits once more as soon as the picks are no small
+    share of the classes. With multi-hot targets backward reads the positives' logits anyway.
     """
-    return 0 < k <= num_classes // 32 and not multi_hot
+    return 0 < k <= num_classes // (2 if device.type == "cpu" else 32) and not multi_hot
 
 
 # --- who serves CUDA --------------------------------------------------------------------------------------------------
@@ -141,6 +154,12 @@ def _backward_on_cuda(name: str):
     return door
 
 
+def _reduce_terms_on_cuda(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction):
+    wing = _triton_wing(terms.device, terms.dtype, num_classes) or reductions
+    return wing.reduce_terms(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction)
+
+
+_library.impl("reduce_terms", torch.no_grad()(_reduce_terms_on_cuda), "CUDA")
 for _family in ("softmax", "logistic"):
     for _pass, _on_cuda in (("forward", _forward_on_cuda), ("backward", _backward_on_cuda)):
         _library.impl(f"{_family}_{_pass}", torch.no_grad()(_on_cuda(f"{_family}_{_pass}")), "CUDA")

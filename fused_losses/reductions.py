@@ -1,4 +1,7 @@
-"""From one value per row to the loss, and back: class weights, reductions, normalisers. N numbers each."""
+"""From the terms of the rows to the loss, and back: class weights, reductions, normalisers. N numbers each.
+
+A row has one term, its value (softmax family), or two, the sums over its positives and over S (logistic family).
+"""
 
 from typing import NamedTuple
 
@@ -81,3 +84,36 @@ def term_scales(alpha: float | None, num_positives: Tensor | None, num_classes: 
     chosen = num_negatives.clamp(max=k) if k > 0 else num_negatives
     rows = num_positives.shape[0]
     return TermScales(rows / num_positives.sum().clamp(min=1), alpha * rows / chosen.sum().clamp(min=1))
+
+
+def reduce_terms(
+    terms: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    positives: Tensor | None,
+    alpha: float | None,
+    num_classes: int,
+    k: int,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and slopes: d(loss) / d(term), of the shape of terms, (rows,) or (rows, 2). What ``ops.reduce_terms``
+    does in one call, in plain PyTorch.
+
+    positives (rows,): how many a row has; given for multi-hot targets only. weight: of the dtype of terms. alpha, k: as
+    in :func:`term_scales`.
+    """
+    reduced = reduction_of(target, weight, ignore_index, reduction, terms.dtype)
+    slopes = reduced.grad_of_values(terms.new_ones(()))
+    if terms.dim() == 1:
+        loss = reduced.loss(terms)
+        return terms.clone() if loss is terms else loss, slopes.expand(terms.shape).clone()
+    scales = term_scales(alpha, positives, num_classes, k)
+    return reduced.loss(scales.values(terms)), scales.grad_of_sums(slopes).expand(terms.shape).clone()
+
+
+def grad_of_terms(grad: Tensor, slopes: Tensor | None) -> Tensor:
+    """d(objective) / d(terms) from d(objective) / d(loss), a scalar or (rows,). slopes None: the loss is the terms."""
+    if slopes is None:
+        return grad
+    return grad * slopes if grad.dim() in (0, slopes.dim()) else grad.unsqueeze(1) * slopes

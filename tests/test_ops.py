@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import make_index, make_logits, make_multihot
 from doors import CRL, LR, SS_LR, Kept, backward, forward, grad_like
-from fused_losses import ops
+from fused_losses import ops, reductions
 
 OPS = torch.ops.fused_losses
 FORMS = [(0, False), (1, True), (3, False), (3, True), (99, False), (99, True)]
@@ -198,3 +198,55 @@ def test_cuda_doors_pass_their_arguments_on():
         backward(grad, None, target, *saved, *arguments, 7, True),
         ops.softmax_backward(grad, None, target, *saved, *arguments, 7, True),
     )
+
+
+# --- the reduction ----------------------------------------------------------------------------------------------------
+
+
+def reduction_inputs(columns: int, dtype: torch.dtype, form: str, weighted: bool):
+    """terms, target, weight, positives of 7 rows over 11 classes; the rows 2 and 5 are ignored where rows can be."""
+    torch.manual_seed(3)
+    terms = torch.rand(7, columns, dtype=dtype).squeeze(1) + 0.5
+    if form == "multihot":
+        target = make_multihot(7, 11)
+        return terms, target, None, torch.stack([target.sum(1).to(dtype)] * 2, 1)[:, 1]
+    target = make_index(7, 11)
+    target[[2, 5]] = -100
+    terms[[2, 5]] = 0
+    return terms, target, torch.rand(11, dtype=dtype) if weighted else None, None
+
+
+REDUCED = [(1, "index", None), (2, "index", None), (2, "index", 1.5), (2, "multihot", None), (2, "multihot", 1.5)]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("k", [0, 3, 11])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("columns, form, alpha", REDUCED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_reduction_op_is_the_plain_one(dtype, columns, form, alpha, weighted, k, reduction):
+    """The loss, and slopes that are its derivative."""
+    terms, *rest = reduction_inputs(columns, dtype, form, weighted)
+    loss, slopes = OPS.reduce_terms(terms, *rest, alpha, 11, k, -100, reduction)
+    exact = terms.double().requires_grad_()
+    doubled = [t.double() if t is not None and t.is_floating_point() else t for t in rest]
+    expected, expected_slopes = reductions.reduce_terms(exact, *doubled, alpha, 11, k, -100, reduction)
+    torch.testing.assert_close(loss, expected.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(slopes, expected_slopes.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    (derivative,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(expected_slopes, derivative)
+
+
+def test_reduction_op_with_nothing_to_reduce():
+    terms, target = torch.zeros(3), torch.full((3,), -100)
+    assert OPS.reduce_terms(terms, target, None, None, None, 5, 0, -100, "mean")[0].isnan()
+    assert OPS.reduce_terms(terms[:0], target[:0], None, None, None, 5, 0, -100, "mean")[0].isnan()
+    assert OPS.reduce_terms(terms[:0], target[:0], None, None, None, 5, 0, -100, "sum")[0] == 0
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("columns, form, alpha", REDUCED)
+def test_opcheck_of_the_reduction(columns, form, alpha, reduction):
+    terms, *rest = reduction_inputs(columns, torch.float32, form, form == "index")
+    opcheck(OPS.reduce_terms.default, terms, *rest, alpha, 11, 3, -100, reduction)
+    opcheck(OPS.reduce_terms.default, terms.requires_grad_(), *rest, alpha, 11, 3, -100, reduction)

@@ -4,8 +4,16 @@ from torch import Tensor
 
 from . import hardest, launch
 from .launch import unserved
+from .reductions import reduce_terms
 
-__all__ = ["logistic_backward", "logistic_forward", "softmax_backward", "softmax_forward", "unserved"]
+__all__ = [
+    "logistic_backward",
+    "logistic_forward",
+    "reduce_terms",
+    "softmax_backward",
+    "softmax_forward",
+    "unserved",
+]
 
 
 def softmax_forward(
