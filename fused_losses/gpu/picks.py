@@ -366,7 +366,7 @@ def _select_from_blocks(
     number = tl.minimum(number, capacity)
     whole = tl.cdiv(number, VECTOR) * VECTOR
     padding = number + tl.arange(0, VECTOR)
-    tl.store(logit_ptr + padding, tl.full((VECTOR,), -_INF, ELEMENT), mask=padding < whole)
+    tl.store(logit_ptr + padding, tl.full((VECTOR,), -_INF, tl.float32).to(ELEMENT), mask=padding < whole)
     tl.debug_barrier()
 
     info = (class_ptr, number)

@@ -398,7 +398,7 @@ def emit_compact(
     for start in range(tl.minimum(taken, wanted), k, GROUPS):  # empty slots
         slot = start + tl.arange(0, GROUPS)
         tl.store(pick_index_ptr + slot, -1, mask=slot < k)
-        tl.store(pick_logit_ptr + slot, tl.full((GROUPS,), -_INF, element), mask=slot < k)
+        tl.store(pick_logit_ptr + slot, tl.full((GROUPS,), -_INF, tl.float32).to(element), mask=slot < k)
     return tl.sum(sums, axis=0) + tl.sum(tl.where(rim_picked, TERM(rim, top, a, b, VALUE, FAST), 0.0), axis=0)
 
 
