@@ -58,7 +58,7 @@ def reduce_terms(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """loss and slopes, as ``fused_losses.reductions`` has it: that one serves class weights and multi-hot targets."""
+    """loss and slopes; class weights and multi-hot targets are served by ``fused_losses.reductions.reduce_terms``."""
     if weight is not None or target.dim() == 2:
         return reductions.reduce_terms(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction)
     terms = terms.contiguous()
