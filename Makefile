@@ -23,7 +23,7 @@ test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
-fuzz: $(INSTALLED) ## selection on thousands of random rows, in Triton's interpreter (an hour on one core)
+fuzz: $(INSTALLED) ## selection on thousands of random rows, in Triton's interpreter (ten minutes)
 	$(BIN)/python -m pytest tests/gpu -m slow -k fuzz $(ARGS)
 
 machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions

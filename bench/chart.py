@@ -6,12 +6,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-COLOURS = {"ours": "C2", "eager": "C0", "compiled": "C9", "authors": "C7"}
+Times = dict[str, dict[str, dict[str, float]]]  # milliseconds of a step, by case, loss and provider
+
+COLOURS = {
+    "ours": "C2", "ours, compact": "C8", "ours, threshold": "C5", "eager": "C0", "compiled": "C9", "authors": "C7",
+    "topk": "C3", "liger": "C1", "quack": "C4",
+}  # fmt: skip
 
 
-def times(record: dict) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds of forward and backward together, by case, loss and provider."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def times(record: dict) -> Times:
+    """Of forward and backward together, from a record of pytest-benchmark."""
+    found: Times = {}
     for row in record["benchmarks"]:
         info = row["extra_info"]
         if info["pass"] == "both":
@@ -21,20 +26,22 @@ def times(record: dict) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def draw(record: dict, path: Path) -> None:
-    found = times(record)
-    figure = Figure(figsize=(11, 2.6 * len(found)), layout="constrained")
+def draw(found: Times, path: Path, caption: str = "") -> None:
+    """Bars of one case per row of the figure."""
+    present = {provider for losses in found.values() for providers in losses.values() for provider in providers}
+    colours = {provider: colour for provider, colour in COLOURS.items() if provider in present}
+    width = 0.8 / len(colours)
+    figure = Figure(figsize=(11, 2.6 * len(found) + 0.4), layout="constrained")
+    figure.suptitle(caption, fontsize="medium")
     for axes, (case, losses) in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found.items(), strict=True):
-        for place, providers in enumerate(losses.values()):
-            width = 0.8 / len(COLOURS)
-            for number, (provider, colour) in enumerate(COLOURS.items()):
-                if provider in providers:
-                    at = place + (number - (len(COLOURS) - 1) / 2) * width
-                    axes.bar(at, providers[provider], width, color=colour, label=provider if place == 4 else None)
-        axes.set_xticks(range(len(losses)), losses)
+        for number, (provider, colour) in enumerate(colours.items()):
+            bars = {place: of[provider] for place, of in enumerate(losses.values()) if provider in of}
+            places = [place + (number - (len(colours) - 1) / 2) * width for place in bars]
+            axes.bar(places, list(bars.values()), width, color=colour, label=provider)
+        axes.set_xticks(range(len(losses)), [loss.replace(", ", "\n") for loss in losses], fontsize="small")
         axes.set(title=case, ylabel="ms, forward + backward", yscale="log")
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(loc="upper right", ncols=len(COLOURS))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(colours))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -44,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("record", type=Path)
     parser.add_argument("figure", type=Path)
     options = parser.parse_args(arguments)
-    draw(json.loads(options.record.read_text()), options.figure)
+    draw(times(json.loads(options.record.read_text())), options.figure)
     print(f"chart: {options.figure}")
 
 

@@ -10,8 +10,10 @@ every loop that walks a row, the instructions per logit and thread, and the widt
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,7 @@ _TRITON_TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
     torch.uint8: "u8",
 }  # fmt: skip
+_BATCH = 24  # kernels per call of the disassembler
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -170,6 +173,7 @@ def record(
     def recorder(kernel, grid, warps, *arguments, **named):
         constexprs = {name: value for name, value in named.items() if name in kernel.arg_names}
         options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+        arguments = tuple(x.new_empty(0) if isinstance(x, torch.Tensor) else x for x in arguments)  # not gigabytes
         launches.append(Launched(kernel, warps, arguments, constexprs, options))
 
     logits = torch.empty((num_rows, num_classes), dtype=dtype)
@@ -213,18 +217,48 @@ def kernels(target: str, dtypes: list[str], losses: list[str]):
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
-    """Resources, and (address, instruction) of the machine code."""
+def _registers(cubin: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        resources, listing = (
-            subprocess.run([_TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-        usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED):(\d+)", resources)}
-        code = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", listing)]
-    return usage, code
+        command = [_TOOLS / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return int(re.search(r"REG:(\d+)", usage)[1])
+
+
+def _text(cubin: bytes) -> bytes:
+    """The machine code of the only kernel in an ELF file."""
+    table = struct.unpack_from("<Q", cubin, 0x28)[0]
+    size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + place * size) for place in range(number)]
+    found = []
+    for name, _, _, _, offset, length in sections:
+        start = sections[names][4] + name
+        if cubin[start : cubin.index(b"\0", start)].startswith(b".text."):
+            found.append(cubin[offset : offset + length])
+    assert len(found) == 1, f"{len(found)} kernels"
+    return found[0]
+
+
+def _disassemble(cubins: list[bytes], target: str) -> list[list[tuple[int, str]]]:
+    """(address, instruction) of the machine code of each kernel.
+
+    All at once, one behind the other: the disassembler takes half a second to start and no time for a kernel.
+    """
+    texts = [_text(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(texts))
+        file.flush()
+        command = [_TOOLS / "nvdisasm", "-ndf", "-b", target.replace("_", "").upper(), file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = ((int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", listing))
+    ends = list(itertools.accumulate(map(len, texts)))
+    kernels: list[list[tuple[int, str]]] = [[] for _ in texts]
+    place = 0
+    for address, text in code:
+        place += address >= ends[place]
+        kernels[place].append((address, text))
+    return kernels
 
 
 def _innermost(spans: list[tuple[int, int]], code: list[tuple[int, str]]) -> list[list[str]]:
@@ -319,35 +353,81 @@ def _narrow_rows(ttir: str, launched: Launched) -> bool:
     return any(re.search(rf"tt\.addptr {re.escape(names[place])}, .*: !tt\.ptr<\w+>, i32", ttir) for place in matrices)
 
 
-def compile_report(launched: Launched, loss: str, dtype: str, target: str, classes: list[int]) -> Report:
+@dataclass
+class Compiled:
+    """What a compiler process hands back."""
+
+    report: Report
+    lanes: int  # logits per trip of a loop over tiles and thread, 0 where the kernel walks no row
+    code: bytes | str  # cubin, or AMD's assembly
+
+
+def compile_kernel(launched: Launched, loss: str, dtype: str, target: str, classes: list[int]) -> Compiled:
     gpu, _ = TARGETS[target]
     options = {"num_warps": launched.warps, "enable_fp_fusion": True, **launched.options}
     compiled = triton.compile(launched.source(), target=gpu, options=options)
-    if gpu.backend == "cuda":
-        usage, code = _disassemble(compiled.asm["cubin"])
-        loops, access = _nvidia_loops(code), _nvidia_access
-        registers, shared = usage["REG"], compiled.metadata.shared
-        spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in code)
-    else:
-        usage, code, labels = _amd_code(compiled.asm["amdgcn"])
-        loops, access = _amd_loops(code, labels), _amd_access
-        registers, shared = usage["vgpr_count"], compiled.metadata.shared
-        spills = usage["vgpr_spill_count"]
     report = Report(
-        launched.kernel.__name__, loss, dtype, target, sorted(classes), launched.warps, registers, spills, shared,
+        launched.kernel.__name__, loss, dtype, target, sorted(classes), launched.warps, 0, 0, compiled.metadata.shared,
         narrow_rows=_narrow_rows(compiled.asm["ttir"], launched), hardest=loss.endswith("hardest"),
     )  # fmt: skip
-    for loop in loops if "ROWS" in launched.constexprs else ():  # the merge of parts walks no row
-        accesses = Counter(filter(None, map(access, loop)))
-        if not accesses:  # not over logits
-            continue
-        logits = launched.constexprs["ROWS"] * launched.constexprs["LANES"] / (launched.warps * gpu.warp_size)
-        if report.hardest:  # tiles of several sizes, unrolled or not: what the loop's vectors hold
-            vectors = accesses["load 16"] or accesses["store 16"] or 1
-            logits = vectors * 16 / DTYPES[dtype].itemsize
-        inner_spills = sum(bool(re.search(r"\b(LDL|STL)\b|\bscratch_", text)) for text in loop)
-        report.loops.append(Loop(len(loop), len(loop) / logits, inner_spills, dict(accesses)))
-    return report
+    lanes = 0  # the merge of parts walks no row
+    if "ROWS" in launched.constexprs:
+        lanes = launched.constexprs["ROWS"] * launched.constexprs["LANES"] // (launched.warps * gpu.warp_size)
+    if gpu.backend == "cuda":
+        report.registers = _registers(compiled.asm["cubin"])
+        return Compiled(report, lanes, compiled.asm["cubin"])
+    return Compiled(report, lanes, compiled.asm["amdgcn"])
+
+
+def reports_of(batch: list[Compiled]) -> list[Report]:
+    """Of kernels of one target."""
+    target = batch[0].report.target
+    nvidia = TARGETS[target][0].backend == "cuda"
+    codes = _disassemble([compiled.code for compiled in batch], target) if nvidia else [None] * len(batch)
+    for compiled, code in zip(batch, codes, strict=True):
+        report = compiled.report
+        if nvidia:
+            loops, access = _nvidia_loops(code), _nvidia_access
+            report.spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in code)
+        else:
+            usage, code, labels = _amd_code(compiled.code)
+            loops, access = _amd_loops(code, labels), _amd_access
+            report.registers, report.spills = usage["vgpr_count"], usage["vgpr_spill_count"]
+        for loop in loops if compiled.lanes else ():
+            accesses = Counter(filter(None, map(access, loop)))
+            if not accesses:  # not over logits
+                continue
+            logits = compiled.lanes
+            if report.hardest:  # tiles of several sizes, unrolled or not: what the loop's vectors hold
+                vectors = accesses["load 16"] or accesses["store 16"] or 1
+                logits = vectors * 16 / DTYPES[report.dtype].itemsize
+            inner_spills = sum(bool(re.search(r"\b(LDL|STL)\b|\bscratch_", text)) for text in loop)
+            report.loops.append(Loop(len(loop), len(loop) / logits, inner_spills, dict(accesses)))
+    return [compiled.report for compiled in batch]
+
+
+_work: list[tuple] = []  # arguments of compile_kernel: forked processes inherit what cannot be pickled
+
+
+def _compile_number(number: int) -> Compiled:
+    return compile_kernel(*_work[number])
+
+
+def compile_all(targets: list[str], dtypes: list[str], losses: list[str], processes: int):
+    """Reports, in order, as batches of them are done."""
+    _work[:] = [
+        (launched, name, dtype, target, classes)
+        for target in targets
+        for launched, name, dtype, classes in kernels(target, dtypes, losses)
+    ]
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        batch: list[Compiled] = []
+        for compiled in pool.imap(_compile_number, range(len(_work))):
+            if batch and (compiled.report.target != batch[0].report.target or len(batch) == _BATCH):
+                yield from reports_of(batch)
+                batch = []
+            batch.append(compiled)
+        yield from reports_of(batch)
 
 
 def row_of_table(report: Report) -> str:
@@ -369,6 +449,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--gates", action="store_true", help="exit with 1 where a gate does not hold")
     parser.add_argument("--json", type=Path, help="write every report to this file")
+    processors = len(os.sched_getaffinity(0))
+    parser.add_argument("--processes", type=int, default=processors, help="compilers at a time (default: processors)")
     options = parser.parse_args(arguments)
 
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -377,10 +459,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("| kernel | loss | dtype | target | classes | warps | registers | spills | shared | loops: instr./logit |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     reports = []
-    for target in options.targets:
-        for found in kernels(target, options.dtypes, options.losses):
-            reports.append(compile_report(found[0], found[1], found[2], target, found[3]))
-            print(row_of_table(reports[-1]), flush=True)
+    for report in compile_all(options.targets, options.dtypes, options.losses, options.processes):
+        reports.append(report)
+        print(row_of_table(report), flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(

@@ -333,37 +333,40 @@ def _select_from_blocks(
     num_blocks = list_blocks(blocks_ptr, maxima_ptr, num_blocks, at_least, tie, last, max_blocks, GROUPS, VECTOR)
     tl.debug_barrier()
 
-    # Candidates: what the winners hold above the smallest of their maxima.
-    at_least = tl.where(tie == tie, tie, at_least)
-    number, top = list_candidates(
-        class_ptr, logit_ptr, wanted * 0, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
-        at_least, _INF, WIDTH, GROUPS, VECTOR,
-    )  # fmt: skip
-    low = key_of(at_least, ELEMENT)
+    # Candidates: what the winners hold above the smallest of their maxima. Where that is more than there is room for,
+    # many equal logits or a few blocks that hold them all, the bound is searched and they are listed again; where the
+    # bound itself is shared by too many, after all that lies above it. One listing in a loop, not three: each is long.
+    low = key_of(tl.where(tie == tie, tie, at_least), ELEMENT)
+    at_least = float_of(low, ELEMENT)
+    at_most = tl.full((), _INF, tl.float32)
+    number = wanted * 0
+    turns = number + 3  # to go, of three; the first says how many more there are
+    while turns > 0:
+        number, highest = list_candidates(
+            class_ptr, logit_ptr, number, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
+            at_least, at_most, WIDTH, GROUPS, VECTOR,
+        )  # fmt: skip
+        if turns == 3:
+            top = highest
+            turns = number * 0
+            if number > capacity:
+                low, high, number, _above = search(
+                    count_winners, (body_ptr, body, blocks_ptr, num_blocks, WIDTH, rim, z_y), low,
+                    key_of(top, ELEMENT) + 1, number, wanted, capacity, nowhere, nowhere, ELEMENT, 1, LANES,
+                )  # fmt: skip
+                tied = number > capacity
+                turns = tl.where(tied, 2, 1)
+                at_least = float_of(tl.where(tied, high, low), ELEMENT)
+                number = wanted * 0
+        else:
+            turns -= 1
+            at_least = float_of(low, ELEMENT)
+            at_most = at_least
     high = key_of(top, ELEMENT) + 1
-    if number > capacity:  # many equal logits, or a few blocks that hold them all
-        low, high, number, _above = search(
-            count_winners, (body_ptr, body, blocks_ptr, num_blocks, WIDTH, rim, z_y), low, high, number, wanted,
-            capacity, nowhere, nowhere, ELEMENT, 1, LANES,
-        )  # fmt: skip
-        tied = number > capacity
-        at_least = tl.where(tied, float_of(high, ELEMENT), float_of(low, ELEMENT))
-        number, _ = list_candidates(
-            class_ptr, logit_ptr, wanted * 0, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
-            at_least, _INF, WIDTH, GROUPS, VECTOR,
-        )  # fmt: skip
-        if tied:
-            tie = float_of(low, ELEMENT)
-            number, _ = list_candidates(
-                class_ptr, logit_ptr, number, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
-                tie, tie, WIDTH, GROUPS, VECTOR,
-            )  # fmt: skip
-            number = tl.minimum(number, capacity)
-        high = key_of(top, ELEMENT) + 1
     number = tl.minimum(number, capacity)
     whole = tl.cdiv(number, VECTOR) * VECTOR
     padding = number + tl.arange(0, VECTOR)
-    tl.store(logit_ptr + padding, tl.full((VECTOR,), -_INF, ELEMENT), mask=padding < whole)
+    tl.store(logit_ptr + padding, tl.full((VECTOR,), -_INF, tl.float32).to(ELEMENT), mask=padding < whole)
     tl.debug_barrier()
 
     info = (class_ptr, number)

@@ -57,10 +57,12 @@ def search(
 
     -> (low, high, count(low), count(high)); count(high) is 0 at the start. ``first``, unless it is NaN, is tried first.
     Every other step assumes that the log of the count falls linearly between two finite ends, as it nearly does in the
-    upper tail of most distributions, and by 1 (base 2) in ``reach`` as long as the lower end is -inf. A NaN, or two
-    steps in a row that did not halve the interval, ask for its middle, so the worst case stays logarithmic. wanted = 0
-    with count(low) = 0 returns at once.
+    upper tail of most distributions, and by 1 (base 2) in ``reach`` as long as the lower end is as low as can be. A
+    NaN, or two steps in a row that did not halve the interval, ask for its middle, so the worst case stays logarithmic;
+    before the first middle, for everything finite, which settles a row that is masked but for fewer than ``wanted``.
+    wanted = 0 with count(low) = 0 returns at once.
     """
+    masked = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
     aim = tl.log2((wanted + enough).to(tl.float32) * 0.5)
     log_low = tl.log2(count_low.to(tl.float32))
     log_high = tl.full((), -1.0, tl.float32)  # as if half an element
@@ -71,9 +73,9 @@ def search(
         share += tl.where(share < 0.5, 0.02, -0.02)  # into the longer part: both ends shall move
         below = float_of(low, ELEMENT)
         above = float_of(high, ELEMENT)
-        probe = tl.where(below == -_INF, above + (log_high - aim - 0.1) * reach, below + (above - below) * share)
+        probe = tl.where(low <= masked + 1, above + (log_high - aim - 0.1) * reach, below + (above - below) * share)
         probe = tl.where(first == first, first, probe)
-        centre = (low >> 1) + (high >> 1) + (low & high & 1)
+        centre = tl.where(low == masked, low + 1, (low >> 1) + (high >> 1) + (low & high & 1))
         bisect = (stalled == 2) | (probe != probe)
         middle = tl.where(bisect, centre, key_of(tl.where(bisect, 0.0, probe), ELEMENT))
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
@@ -396,7 +398,7 @@ def emit_compact(
     for start in range(tl.minimum(taken, wanted), k, GROUPS):  # empty slots
         slot = start + tl.arange(0, GROUPS)
         tl.store(pick_index_ptr + slot, -1, mask=slot < k)
-        tl.store(pick_logit_ptr + slot, tl.full((GROUPS,), -_INF, element), mask=slot < k)
+        tl.store(pick_logit_ptr + slot, tl.full((GROUPS,), -_INF, tl.float32).to(element), mask=slot < k)
     return tl.sum(sums, axis=0) + tl.sum(tl.where(rim_picked, TERM(rim, top, a, b, VALUE, FAST), 0.0), axis=0)
 
 

@@ -1,5 +1,7 @@
 """Fixtures of the GPU wing's tests. They need a process of their own, ``pytest tests/gpu``: see gpu_doors.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_doors import INTERPRETED  # first: it decides how Triton is imported
@@ -15,7 +17,8 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """The interpreter patches the language again at every call of a jitted function: half of its time on small rows."""
+    """The interpreter patches the language again at every call of a jitted function: half of its time on small rows. It
+    works out for every integer sum whether it overflows, and then asserts it only in debug mode: half of the rest."""
     patch, run, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_once(function):
@@ -32,6 +35,9 @@ def quick_interpreter():
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(interpreter, "_patch_lang", patch_once)
         patches.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        builder = interpreter.interpreter_builder
+        assert not builder.options.debug
+        patches.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
         yield
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_doors import INTERPRETED
 
-from bench import cases, gpu
+from bench import cases, gpu, speed
 from fused_losses import ops
 from fused_losses.gpu import doors
 
@@ -63,6 +63,84 @@ def test_family_writes_after_every_row_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "measure", lambda *_: measured.append(1))
     assert gpu.main(arguments) == 0 and not measured
     assert json.loads(done)["rows"] == json.loads(path.read_text())["rows"]
+
+
+@pytest.fixture
+def report():
+    pytest.importorskip("matplotlib")  # a bare image with a GPU need not have it
+    from bench import report
+
+    return report
+
+
+@pytest.fixture
+def drawn(report, monkeypatch):
+    """What was drawn: (times, path, caption)."""
+    found, honest = [], report.chart.draw
+    monkeypatch.setattr(report.chart, "draw", lambda *of: found.append(of) or honest(*of))
+    return found
+
+
+def test_report(tmp_path, monkeypatch, capsys, report, drawn):
+    """The table holds the JSON's own numbers, with the device and the versions above it."""
+    monkeypatch.setattr(cases, "LOSSES", ("crl_loss", "nllr_loss"))
+    monkeypatch.setattr(cases, "DTYPES", {"fp32": torch.float32})
+    assert gpu.main(["--part", "family", "--tiny", "--out", str(tmp_path)]) == 0
+    path = tmp_path / "family.json"
+    found = json.loads(path.read_text())
+    shape = cases.TINY_SHAPES[0]
+    ours, authors = (found["rows"][f"crl_loss | {shape} | fp32 | {name}"]["full cold"] for name in ("ours", "authors"))
+    found["rows"][f"nllr_loss | {shape} | fp32 | eager"] = {"error": "out of memory"}
+    path.write_text(json.dumps(found))
+
+    capsys.readouterr()
+    arguments = ["--results", str(tmp_path), "--charts", str(tmp_path)]
+    report.main(arguments)
+    printed = capsys.readouterr().out
+    for name in ("device", "torch", "triton"):
+        assert found[name] in printed.splitlines()[0]
+    header, _, crl, nllr = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")
+    )
+    crl, nllr = dict(zip(header, crl, strict=True)), dict(zip(header, nllr, strict=True))
+    assert (crl["case"], crl["loss"], nllr["loss"]) == (f"{shape} fp32", "CRL", "NLLR")
+    assert crl["ours, ms"] == f"{ours['median']:.3f}"
+    assert crl["of a copy's speed"] == f"{100 * ours['of_copy']:.0f} %"
+    assert crl["authors"] == f"{authors['median']:.3f} ({authors['median'] / ours['median']:.2f}x)"
+    assert nllr["eager"] == "failed" and nllr["authors"] == "-"
+    assert (tmp_path / "family.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn[0][0][f"{shape} fp32"]["CRL"]["ours"] == ours["median"] and found["device"] in drawn[0][2]
+
+    report.main([*arguments, "--only", "NLLR", "fp32"])
+    printed = capsys.readouterr().out
+    assert "| NLLR |" in printed and "CRL" not in printed
+    report.main([*arguments, "--only", "bf16"])
+    assert "no row holds bf16" in capsys.readouterr().out and len(drawn) == 2
+
+
+def test_report_of_the_cpu(tmp_path, monkeypatch, capsys, report, drawn):
+    case = cases.Case(cases.TINY_SHAPES[0], "fp32", 4)
+    monkeypatch.setattr(cases, "CPU_CASES", (case,))
+    monkeypatch.setattr(speed, "BARS", {case: []})
+    monkeypatch.setattr(speed, "RESULTS", tmp_path / "cpu.json")
+    threads = torch.get_num_threads()
+    try:
+        assert speed.main(["--write", "--rounds", "1", "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    capsys.readouterr()
+    report.main(["--device", "cpu", "--results", str(tmp_path), "--charts", str(tmp_path)])
+    printed = capsys.readouterr().out
+    median = json.loads((tmp_path / "cpu.json").read_text())["cases"][str(case)]
+    assert torch.__version__ in printed and f"| {case} | HS-LR | {median['HS-LR, ours']:.3f} |" in printed
+    assert drawn[0][0][str(case)]["CE"]["eager"] == median["CE, eager"]
+
+
+@pytest.mark.parametrize("device, command", [("gpu", "bench.gpu"), ("cpu", "bench.speed --write")])
+def test_nothing_to_report(tmp_path, capsys, report, device, command):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["--device", device, "--results", str(tmp_path)])
+    assert command in capsys.readouterr().err
 
 
 def test_hardest(tmp_path, monkeypatch):

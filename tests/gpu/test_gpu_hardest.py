@@ -296,6 +296,25 @@ def test_every_write_lies_in_the_row_s_own_memory(k, traffic, force, monkeypatch
     assert known == traffic.everything()[1]
 
 
+@pytest.mark.parametrize("regime", ["held", "walked", "blocks of 16"])
+def test_fewer_unmasked_than_wanted(regime, traffic, device, force):
+    """One less than wanted, as many, one more; and that what is masked is not searched bit by bit."""
+    force(regime)
+    classes, k = 203, 8
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(7)
+        order = torch.rand((5, classes), generator=generator).argsort(1)
+        counts = torch.tensor([[1], [k - 1], [k], [k + 1], [k]])
+        logits = torch.randn((5, classes), generator=generator).masked_fill(order >= counts, -INF).to(dtype)
+        target = torch.tensor([0, *(order[1:4] == 30).int().argmax(1).tolist(), int(order[4].argmin())])
+        compare("crl", logits, target, k, compact=True)
+        for row in range(3):
+            before = traffic(logits)[0]
+            loss, params = FORMULAS["crl"]
+            hardest.softmax_forward(logits[row : row + 1], target[row : row + 1], loss, params, k, IGNORED, True)
+            assert traffic(logits)[0] - before <= 7 * classes
+
+
 @each_regime
 def test_one_pick(regime, device, force):
     force(regime)

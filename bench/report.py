@@ -1,0 +1,137 @@
+"""Tables and a chart of recorded measurements: ``python -m bench.report [--device cpu] [--only TEXT ...]``.
+
+From the JSON files that ``python -m bench.gpu --part PART --out bench/results`` wrote on a machine with a GPU, or, with
+``--device cpu``, from that of ``python -m bench.speed --write``. Prints Markdown, one table per file, with the device
+and the versions above it, and draws every step beside those of the other providers. Times are medians of forward and
+backward together, on a GPU with cold caches.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import cases, chart
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {
+    "family": "All negatives",
+    "hardest": "The k hardest negatives",
+    "peers": "Cross-entropy beside other projects",
+}
+
+
+@dataclass
+class Record:
+    """What one file holds."""
+
+    caption: str
+    times: chart.Times = field(default_factory=dict)
+    notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # of ours, by case and loss
+    noted: tuple[str, ...] = ()  # what they are
+
+    def add(self, case: str, loss: str, provider: str, milliseconds: float) -> None:
+        self.times.setdefault(case, {}).setdefault(loss, {})[provider] = milliseconds
+
+
+def gpu_record(part: str, found: dict) -> Record:
+    caption = f"{PARTS[part]}: {found['device']}, torch {found['torch']}, Triton {found['triton']}"
+    if "copy GB/s" in found:
+        caption += f", a copy moves {found['copy GB/s']:.0f} GB/s"
+    record = Record(caption, noted=("of a copy's speed", "kernels", "memory, MB"))
+    for key, row in found["rows"].items():
+        loss, shape, dtype, provider = key.split(" | ")
+        name, _, rest = loss.partition(", ")
+        case, loss = f"{shape} {dtype}", ", ".join(filter(None, (cases.NAMES[name], rest)))
+        if "error" in row:
+            record.add(case, loss, provider, float("nan"))
+            continue
+        record.add(case, loss, provider, row["full cold"]["median"])
+        if provider == "ours":
+            kernels, memory = row["kernels_per_step"], row.get("peak_bytes")
+            record.notes[case, loss] = [
+                f"{100 * row['full cold']['of_copy']:.0f} %",
+                "-" if kernels is None else str(kernels),
+                "-" if memory is None else f"{memory / 1e6:.1f}",
+            ]
+    return record
+
+
+def cpu_record(found: dict) -> Record:
+    caption = f"{found['processor']}, {found['threads']} threads, {found['kernels']}, torch {found['torch']}"
+    record = Record(caption)
+    for case, medians in found["cases"].items():
+        for name, milliseconds in medians.items():
+            loss, _, provider = name.partition(", ")
+            if provider:  # else the floor, of no loss
+                record.add(case, loss, provider, milliseconds)
+    return record
+
+
+def chosen(record: Record, only: list[str]) -> Record:
+    """The rows whose case or loss holds each of the texts."""
+    times: chart.Times = {}
+    for case, losses in record.times.items():
+        for loss, providers in losses.items():
+            if all(text in f"{case} {loss}" for text in only):
+                times.setdefault(case, {})[loss] = providers
+    return Record(record.caption, times, record.notes, record.noted)
+
+
+def table(record: Record) -> str:
+    """Markdown: milliseconds, and how many times ours the others take."""
+    rows = [(case, loss, of) for case, losses in record.times.items() for loss, of in losses.items()]
+    others = [name for name in chart.COLOURS if name != "ours" and any(name in of for *_, of in rows)]
+
+    def cell(of: dict[str, float], provider: str) -> str:
+        if provider not in of:
+            return "-"
+        if of[provider] != of[provider]:
+            return "failed"
+        beside = "" if provider == "ours" or "ours" not in of else f" ({of[provider] / of['ours']:.2f}x)"
+        return f"{of[provider]:.3f}{beside}"
+
+    lines = [("case", "loss", "ours, ms", *record.noted, *others)]
+    lines.append(("---",) * len(lines[0]))
+    for case, loss, of in rows:
+        notes = record.notes.get((case, loss), ["-"] * len(record.noted))
+        lines.append((case, loss, cell(of, "ours"), *notes, *(cell(of, name) for name in others)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def records(device: str, folder: Path) -> dict[str, Record]:
+    """By the name of the file; empty where there is none."""
+    if device == "cpu":
+        path = folder / "cpu.json"
+        return {"cpu": cpu_record(json.loads(path.read_text()))} if path.exists() else {}
+    paths = {part: folder / f"{part}.json" for part in PARTS}
+    return {part: gpu_record(part, json.loads(path.read_text())) for part, path in paths.items() if path.exists()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
+    parser.add_argument("--charts", type=Path, default=Path("out"), help="folder of the charts (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="rows whose case or loss holds each TEXT")
+    options = parser.parse_args(arguments)
+    found = records(options.device, options.results)
+    if not found:
+        parser.error(
+            f"nothing was measured on a GPU: {options.results} holds no {', '.join(f'{part}.json' for part in PARTS)}; "
+            "run python -m bench.gpu where there is one"
+            if options.device == "gpu"
+            else f"no cpu.json in {options.results}: run python -m bench.speed --write"
+        )
+    for name, record in found.items():
+        record = chosen(record, options.only)
+        if not record.times:
+            print(f"{name}: no row holds {' and '.join(options.only)}\n" if options.only else f"{name}: no rows yet\n")
+            continue
+        path = options.charts / f"{name}.png"
+        chart.draw(record.times, path, record.caption)
+        print(f"{record.caption}\n\n{table(record)}\n\nchart: {path}\n")
+
+
+if __name__ == "__main__":
+    main()
