@@ -315,7 +315,7 @@ def apply(
 
     num_classes = linear_weight.shape[0]
     shape = torch.Size((*input.shape[:-1], num_classes))
-    check_batch(loss, shape, input.device, target, weight, ignore_index)
+    check_batch(loss, shape, num_classes, input.device, target, weight, ignore_index)
     rows, target, k = as_rows(input, target, num_classes, k, ratio)
     if check_targets and input.device.type != "cpu":  # the CPU doors always check
         reference.check_target(target, num_classes, ignore_index)
