@@ -23,7 +23,7 @@ from cases import (
     make_target,
     value_and_grad,
 )
-from fused_losses.class_parallel import ClassShard, gather
+from fused_losses.class_parallel import ClassShard, gather, merge
 from ranks import Ranks
 
 ROWS = 12
@@ -157,6 +157,7 @@ def test_the_k_hardest_are_those_of_whole_rows(world, ranks, classes):
 @pytest.mark.parametrize("edges", [(0, 1, 1, 10), (0, 0, 10, 10), (0, 7, 9, 10), (0, 0, 0, 10)], ids=str)
 def test_uneven_and_empty_shards(world, edges):
     logits = make_logits(ROWS, 10, torch.float32)
+    logits[::2] -= 500  # a rank without negatives must not stand for a logit of 0
     compare(world, 3, [
         (loss, logits, make_target(form, ROWS, 10), None, {"k": k})
         for loss, form in itertools.product(LOSSES, ("index", "multihot"))
@@ -235,6 +236,22 @@ def test_no_rows_and_nothing_but_ignored_rows(world, rows):
         for loss, reduction in itertools.product(LOSSES, ("mean", "sum", "none"))
         for k in loss.ks(None, 2)
     ])  # fmt: skip
+
+
+def merged_nan(group) -> list[bool]:
+    """Whether the margin is NaN where a door tells of one in m, l or z_y alone."""
+    shard, answers = ClassShard.split(10, group), []
+    for column, k in itertools.product(range(3), (0, 2)):
+        state = torch.zeros(1, 3)
+        state[0, column] = torch.nan
+        picks = torch.arange(k, dtype=torch.int32)[None], torch.zeros(1, k)
+        _, (merged, *_), *_ = merge(shard, (torch.zeros(1), state, *picks), None, "softmax", "nllr", [], k)
+        answers.append((merged[2] - merged[0] - merged[1]).isnan().item())
+    return answers
+
+
+def test_a_row_that_a_door_calls_nan_is_nan(world):
+    assert all(map(all, world.run(2, merged_nan)))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
