@@ -13,16 +13,34 @@ Backward needs no communication: with the merged state, the backward doors give 
 Every rank has the same loss, and calls backward on it; the gradients are those of one loss, not of their sum.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
 from .autograd import once
-from .linear_autograd import IGNORED
+from .linear_autograd import (
+    IGNORED,
+    class_norms,
+    default_chunk_bytes,
+    gradient_shapes,
+    in_dtypes_of,
+    linear_backward,
+    linear_backward_picks,
+    linear_forward,
+    linear_forward_picks,
+    sparse_gradients,
+)
+from .reductions import grad_of_terms
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class ClassShard:
     stop: int
     num_classes: int
     group: "dist.ProcessGroup | None" = None
-    largest: int = field(init=False, repr=False)  # classes of the rank that has the most
+    edges: tuple[int, ...] = field(init=False, repr=False)  # 0, and where the classes of each rank stop
 
     def __post_init__(self):
         _check_initialized()
@@ -57,15 +75,15 @@ class ClassShard:
             raise ValueError(
                 f"the ranks' class shards must tile [0, num_classes) in the order of the ranks, got {told}"
             )
-        object.__setattr__(self, "largest", max(stop - start for start, stop, _ in ranges))
+        object.__setattr__(self, "edges", (0, *(stop for _, stop, _ in ranges)))
 
     @classmethod
     def split(cls, num_classes: int, group: "dist.ProcessGroup | None" = None) -> "ClassShard":
         """Shards as ``torch.chunk`` makes them: ceil(num_classes / ranks) classes each, what is left on the last."""
         _check_initialized()
-        size = -(-num_classes // dist.get_world_size(group))
-        start = min(dist.get_rank(group) * size, num_classes)
-        return cls(start, min(start + size, num_classes), num_classes, group)
+        edges = _edges_of_chunks(num_classes, dist.get_world_size(group))
+        rank = dist.get_rank(group)
+        return cls(edges[rank], edges[rank + 1], num_classes, group)
 
     @property
     def world_size(self) -> int:
@@ -89,23 +107,51 @@ class ClassShard:
         local.masked_fill_((target < 0) | (target >= self.num_classes), -1)  # out of range for everybody
         return local.masked_fill_(target == ignore_index, IGNORED)
 
-    def check_width(self, name: str, shape: torch.Size, width: int) -> int:
-        """The number of classes of all ranks, if a tensor of this shape holds those of this one."""
-        if width != len(self):
-            raise ValueError(
-                f"expected {name} of this rank's {len(self)} classes [{self.start}, {self.stop}) of "
-                f"{self.num_classes}, got {tuple(shape)}"
-            )
-        return self.num_classes
-
     def offers(self, k: int) -> int:
         """How many picks a rank offers of the k hardest."""
-        return min(k, self.largest)
+        return min(k, max(stop - start for start, stop in itertools.pairwise(self.edges)))
+
+    def dtensor(self, mine: Tensor) -> "DTensor":
+        """mine, this rank's rows of a tensor (classes, ...), as the ``DTensor`` of all ranks' rows, in the same memory.
+
+        That is what ``torch.distributed.checkpoint`` saves, and loads in place on any number of ranks; it would take
+        the plain tensors of the ranks for copies of one.
+
+        Raises:
+            ValueError: shards that :meth:`split` would not make, on every rank alike; ``DTensor`` knows no others.
+        """
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        width_of_shard(self, "rows", mine.shape, mine.shape[0])
+        if self.edges != _edges_of_chunks(self.num_classes, self.world_size):
+            raise ValueError(f"DTensor knows the shards of ClassShard.split only, got borders {self.edges}")
+        mesh = DeviceMesh.from_group(self.group or dist.group.WORLD, mine.device.type)
+        shape = torch.Size((self.num_classes, *mine.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(mine.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def width_of_shard(shard: ClassShard, name: str, shape: torch.Size, width: int) -> int:
+    """The number of classes of all ranks, if a tensor of this shape holds those of this one."""
+    if not isinstance(shard, ClassShard):
+        raise TypeError(f"shard must be a ClassShard, got {type(shard).__name__}")
+    if width != len(shard):
+        raise ValueError(
+            f"expected {name} of this rank's {len(shard)} classes [{shard.start}, {shard.stop}) of "
+            f"{shard.num_classes}, got {tuple(shape)}"
+        )
+    return shard.num_classes
 
 
 def _check_initialized() -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("class shards need torch.distributed: call torch.distributed.init_process_group first")
+
+
+def _edges_of_chunks(num_classes: int, world_size: int) -> tuple[int, ...]:
+    size = -(-num_classes // world_size)
+    return tuple(min(rank * size, num_classes) for rank in range(world_size + 1))
 
 
 def _tile(ranges: list[tuple[int, int, int]]) -> bool:
@@ -246,3 +292,122 @@ class LossFromShard(torch.autograd.Function):
         else:
             dlogits = ops.loss_backward(grad, slopes, kept, target, state, pick_index, pick_logit, *ctx.door_arguments)
         return once(dlogits, state, grad), *(None,) * 10
+
+
+# --- linear losses ----------------------------------------------------------------------------------------------------
+
+
+class LinearLossFromShard(torch.autograd.Function):
+    """``LinearRowLoss`` of a shard: input (rows, features) of all ranks, weight (classes of the shard, features).
+
+    By picks over the k hardest of class-index targets, whatever k is; else chunks of rows, whose logits backward
+    computes once more: their merged state is known when all ranks have seen all rows. The gradient of input is the sum
+    of the ranks', one all-reduce; those of weight and bias stay where the classes are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, input, weight, bias, target, class_weight, family, formula, params, alpha, k, ignore_index, reduction,
+        dtype, normalize, chunk_bytes, sparse_grad, grad_enabled, shard,
+    ):  # fmt: skip
+        multi_hot = target.dim() == 2
+        picks = k > 0 and not multi_hot
+        x, w, b = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
+        chunk_elements = max(1, (chunk_bytes or default_chunk_bytes(w, picks)) // dtype.itemsize)
+        norms = class_norms(w, chunk_elements) if normalize else None
+        layer = x, w, b, norms, shard.local_target(target, ignore_index)
+        arguments = chunk_elements, family, formula, params
+        offers = shard.offers(k)
+        if len(shard) == 0:
+            outputs = nothing(x.shape[0], x, family, offers)
+        elif picks:
+            outputs = linear_forward_picks(*layer, *arguments, offers, IGNORED)
+        else:
+            outputs = linear_forward(*layer, *arguments, offers, IGNORED, k > 0)
+        ignored = None if multi_hot else target == ignore_index
+        terms, *saved = merge(shard, outputs, ignored, family, formula, params, k)
+        if class_weight is not None:
+            class_weight = class_weight.to(terms.dtype)
+        loss, slopes = ops.reduce_terms(
+            terms, saved[0], target, class_weight, dtype, alpha, shard.num_classes, k, ignore_index, reduction
+        )
+        ctx.shard, ctx.picks, ctx.sparse_grad, ctx.compact = shard, picks, sparse_grad, k > 0
+        ctx.arguments = *arguments, saved[1].shape[1], IGNORED
+        ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
+        ctx.save_for_backward(input, weight, bias, slopes, *saved, *layer)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, bias, slopes, *saved = ctx.saved_tensors
+        parameters = input, weight, bias
+        if len(ctx.shard) == 0:
+            gradients = [part.zero_() for part in gradient_shapes(saved[3], saved[4], ctx.wanted)]
+        else:
+            arguments = grad_of_terms(grad, slopes), *saved, *ctx.arguments, ctx.wanted
+            if ctx.sparse_grad:
+                gradients = sparse_gradients(*arguments)
+            elif ctx.picks:
+                gradients = linear_backward_picks(*arguments)
+            else:
+                gradients = linear_backward(*arguments, ctx.compact)
+        if ctx.wanted[0]:
+            dist.all_reduce(gradients[0], group=ctx.shard.group)
+        gradients = in_dtypes_of(parameters, gradients, ctx.wanted)
+        leads_back = [tensor for tensor in parameters if tensor is not None]
+        gradients = [None if gradient is None else once(gradient, *leads_back, grad) for gradient in gradients]
+        return *gradients, *(None,) * 15
+
+
+CLASSES_AT_A_TIME = 4096
+
+
+def own_rows_of(shard: ClassShard, mine: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
+    """Fills mine, this rank's rows of a tensor (classes, ...), with what fill draws for them among all classes: the
+    same seed gives every class the same numbers, however the classes are sharded. Every rank draws all."""
+    piece = mine.new_empty((CLASSES_AT_A_TIME, *mine.shape[1:]))
+    for first in range(0, shard.num_classes, CLASSES_AT_A_TIME):
+        rows = fill(piece[: shard.num_classes - first])
+        start, stop = max(first, shard.start), min(first + rows.shape[0], shard.stop)
+        if start < stop:
+            mine[start - shard.start : stop - shard.start] = rows[start - first : stop - first]
+
+
+def move_rows(old: ClassShard, old_rows: Tensor, new: ClassShard, new_rows: Tensor) -> None:
+    """Copies each class's row from the rank that has it among the old shards to the one that has it among the new."""
+    rank = dist.get_rank(old.group)
+    for owner, (start, stop) in enumerate(itertools.pairwise(old.edges)):
+        rows = old_rows.contiguous() if owner == rank else old_rows.new_empty((stop - start, *old_rows.shape[1:]))
+        if stop > start:
+            dist.broadcast(rows, group=old.group, group_src=owner)
+        first, last = max(start, new.start), min(stop, new.stop)
+        if first < last:
+            new_rows[first - new.start : last - new.start] = rows[first - start : last - start]
+
+
+def gather_batch(shard: ClassShard, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """input (rows, features) and class indices (rows,) of all ranks, in the order of the ranks; ranks may have
+    different numbers of rows, also none.
+
+    The gradient that comes back to a rank is that of its own rows, times the number of ranks: DDP divides by it when it
+    averages the gradients of the network in front, and a mean over the rows of all ranks is to stay that.
+    """
+    (counts,) = gather(shard, torch.tensor([input.shape[0]], device=input.device))
+    return _GatherRows.apply(input, target, counts.flatten().tolist(), shard)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target, counts, shard):
+        ctx.own = input.shape[0], sum(counts[: dist.get_rank(shard.group)])
+        ctx.world_size = shard.world_size
+        missing = max(counts) - input.shape[0]
+        inputs, targets = gather(shard, F.pad(input, (0, 0, 0, missing)), F.pad(target, (0, missing)))
+        target = torch.cat([rows[:count] for rows, count in zip(targets, counts, strict=True)])
+        ctx.mark_non_differentiable(target)
+        return torch.cat([rows[:count] for rows, count in zip(inputs, counts, strict=True)]), target
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        rows, start = ctx.own
+        return grad[start : start + rows] * ctx.world_size, None, None, None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import LossFromLogits
-from .class_parallel import ClassShard, LossFromShard
+from .class_parallel import ClassShard, LossFromShard, width_of_shard
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 
 IGNORE_INDEX = -100
@@ -221,15 +221,18 @@ def apply(
     if weight is not None:
         weight = weight.to(reference.compute_dtype(logits.dtype))
     arguments = rows, target, weight, loss.family, loss.formula, loss.params, alpha, k, ignore_index, reduction
+    if check_here(check_targets, logits.device, shard):
+        reference.check_target(target, num_classes, ignore_index)
     if shard is None:
-        if check_targets and logits.device.type != "cpu":  # the CPU doors always check
-            reference.check_target(target, num_classes, ignore_index)
         result, _ = LossFromLogits.apply(*arguments)
     else:
-        if check_targets or logits.device.type == "cpu":  # on every rank, whatever classes it has
-            reference.check_target(target, num_classes, ignore_index)
         result, _ = LossFromShard.apply(*arguments, shard)
     return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
+
+
+def check_here(check_targets: bool, device: torch.device, shard: ClassShard | None) -> bool:
+    """Whether to look at the values of targets: the CPU doors always do, but those of a shard know its classes only."""
+    return shard is not None if device.type == "cpu" else check_targets
 
 
 def as_rows(
@@ -267,8 +270,8 @@ def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str
 
 def _check_logits(logits: Tensor, shard: ClassShard | None) -> int:
     """The number of classes."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
+    if type(logits) is not Tensor:
+        check_kind("logits", logits)
     if logits.dtype not in FLOATING:
         raise TypeError(f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}")
     if logits.dim() not in (1, 2):
@@ -277,9 +280,7 @@ def _check_logits(logits: Tensor, shard: ClassShard | None) -> int:
             hint = ": move the classes last and flatten the rest, logits.movedim(1, -1).flatten(0, -2)"
         raise ValueError(f"expected logits of shape (N, C) or (C,), got {tuple(logits.shape)}{hint}")
     if shard is not None:
-        if not isinstance(shard, ClassShard):
-            raise TypeError(f"shard must be a ClassShard, got {type(shard).__name__}")
-        return shard.check_width("logits", logits.shape, logits.shape[-1])
+        return width_of_shard(shard, "logits", logits.shape, logits.shape[-1])
     if logits.shape[-1] == 0:
         raise ValueError(f"expected at least one class, got logits of shape {tuple(logits.shape)}")
     return logits.shape[-1]
@@ -301,6 +302,16 @@ def check_batch(
         _check_weight(weight, num_classes, device, multi_hot)
     if multi_hot and ignore_index != IGNORE_INDEX:
         raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
+
+
+def check_kind(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "to_local"):
+        raise TypeError(
+            f"{name} must be a plain Tensor, got a DTensor: if it is sharded by classes, give {name}.to_local() and "
+            f"shard=ClassShard.split(num_classes, group); else {name}.full_tensor()"
+        )
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import fused_losses as fl
 import paper
+from bench.scale import Setup
 from cases import (
     CE,
     HS_LR,
@@ -24,7 +25,7 @@ from cases import (
     value_and_grad,
 )
 from fused_losses.class_parallel import ClassShard, gather, merge
-from ranks import Ranks
+from ranks import Ranks, refusal
 
 ROWS = 12
 # ranks, classes: none divides the classes evenly; of the four ranks with 5 classes the last has none
@@ -41,15 +42,6 @@ def world(tmp_path_factory):
 
 def columns(shard: ClassShard) -> slice:
     return slice(shard.start, shard.stop)
-
-
-def refusal(function, *args, **kwargs) -> str:
-    """What it raises, as text: that every rank raises is a result here."""
-    try:
-        function(*args, **kwargs)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def of_shard(shard: ClassShard, loss: Loss, logits, target, upstream=None, **options):
@@ -302,6 +294,26 @@ def test_without_torch_distributed():
     for make in (lambda: ClassShard(0, 3, 3), lambda: ClassShard.split(3)):
         with pytest.raises(RuntimeError, match="init_process_group"):
             make()
+
+
+def sent(group, setups) -> list[int]:
+    """Bytes that this rank puts into collectives for one cross-entropy, forward and backward."""
+    offered, all_gather = [], dist.all_gather
+    dist.all_gather = lambda parts, mine, group: offered.append(mine.nbytes) or all_gather(parts, mine, group=group)
+    try:
+        for setup in setups:
+            shard = ClassShard.split(setup.classes, group)
+            logits = torch.zeros(setup.rows, len(shard), dtype=torch.bfloat16, requires_grad=True)
+            target = torch.zeros(setup.rows, dtype=torch.long)
+            fl.cross_entropy(logits, target, k=setup.k or None, shard=shard).backward()
+    finally:
+        dist.all_gather = all_gather
+    return offered
+
+
+def test_sends_what_the_formulas_of_bench_scale_say(world):
+    setups = [Setup(classes=100, ranks=3, rows=7, k=k) for k in (0, 1, 20, 50)]
+    assert world.run(3, sent, setups) == [[setup.offered_bytes() for setup in setups]] * 3
 
 
 # --- as part of a program ---------------------------------------------------------------------------------------------
