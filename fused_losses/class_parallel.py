@@ -52,7 +52,7 @@ class ClassShard:
 
     Args:
         start, stop: 0 <= start <= stop <= num_classes.
-        num_classes: the classes of all ranks together.
+        num_classes: the classes of all ranks together, fewer than 2^31.
         group: a ``torch.distributed`` process group. Default: the default group.
 
     Raises:
@@ -75,6 +75,8 @@ class ClassShard:
             raise ValueError(
                 f"the ranks' class shards must tile [0, num_classes) in the order of the ranks, got {told}"
             )
+        if self.num_classes >= 2**31:
+            raise ValueError(f"expected fewer than 2^31 classes, got {self.num_classes}")
         object.__setattr__(self, "edges", (0, *(stop for _, stop, _ in ranges)))
 
     @classmethod

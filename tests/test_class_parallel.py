@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 import fused_losses as fl
 import paper
-from bench.scale import Setup
+from bench.scale import Setup, load, traffic
 from cases import (
     CE,
     HS_LR,
@@ -314,6 +315,12 @@ def sent(group, setups) -> list[int]:
 def test_sends_what_the_formulas_of_bench_scale_say(world):
     setups = [Setup(classes=100, ranks=3, rows=7, k=k) for k in (0, 1, 20, 50)]
     assert world.run(3, sent, setups) == [[setup.offered_bytes() for setup in setups]] * 3
+
+
+def test_docs_hold_the_tables_of_bench_scale():
+    setups = [Setup(c, ranks, k=k) for c in (10**7, 10**8) for ranks in (8, 16, 32, 64) for k in (0, 100)]
+    text = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    assert traffic(setups) in text and load(setups) in text
 
 
 # --- as part of a program ---------------------------------------------------------------------------------------------

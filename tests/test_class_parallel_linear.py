@@ -56,6 +56,11 @@ def truth(loss, layer, target, options) -> list:
     return [value.detach(), *(tensor.grad for tensor in layer)]
 
 
+def sendable(tensor):
+    """As an array, which knows no bfloat16: tensors would travel as files."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
 def many_of_shard(group, edges, cases) -> list:
     results = []
     for loss, layer, target, options in cases:
@@ -67,7 +72,7 @@ def many_of_shard(group, edges, cases) -> list:
         own = slice(shard.start, shard.stop)
         target = target if target.dim() == 1 else target[:, own]
         mine = [layer[0], *(tensor[own] for tensor in layer[1:])]
-        results.append([t.numpy() for t in loss_and_gradients(loss, mine, target, options | {"shard": shard})])
+        results.append(list(map(sendable, loss_and_gradients(loss, mine, target, options | {"shard": shard}))))
     return results
 
 
@@ -136,6 +141,23 @@ def test_options(world):
     cases += [(loss, layer[:2], target, cosine | {"k": k}) for loss in LOSSES for k in loss.ks(None, 3)]
     cases += [(loss, layer[:2], target, cosine | {"k": 3, "options": sparse}) for loss in LOSSES]
     compare(world, 3, cases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dtypes(world, dtype):
+    """A 16-bit gradient by input is rounded by each rank and by the sum; everything else as in one process."""
+    layer, target = make_layer(300, dtype), make_index(ROWS, 300)
+    cases = [
+        (loss, layer, target, {"k": k, "options": fl.LinearLossOptions(chunk_bytes=4000)})
+        for loss in LOSSES
+        for k in loss.ks(None, 3)
+    ]
+    units = 8 * torch.finfo(dtype).eps
+    for case, (value, dinput, *others) in zip(cases, whole(world.run(3, many_of_shard, None, cases)), strict=True):
+        expected = loss_and_gradients(*case)
+        torch.testing.assert_close(value, expected[0], rtol=1e-5, atol=0)
+        for ours, theirs in zip((dinput, *others), expected[1:], strict=True):
+            torch.testing.assert_close(ours.to(dtype), theirs, rtol=units, atol=units * theirs.abs().max().item())
 
 
 def test_rows_that_are_nan_or_ignored(world):
