@@ -51,8 +51,9 @@ def fit(
     criterion = case.loss(**{name: settings[name] for name in case.space})
     body, head = model, criterion
     if linear:
-        body, head = model[0], fl.LinearLoss(data.features, data.num_classes, loss=criterion, bias=True)
-        head.weight, head.bias = classifier.weight, classifier.bias  # the model's own, so that it can be evaluated
+        # made without memory or random numbers: its parameters are the model's own, which can so be evaluated
+        head = fl.LinearLoss(data.features, data.num_classes, loss=criterion, bias=True, device="meta")
+        body, head.weight, head.bias = model[0], classifier.weight, classifier.bias
     optimizer = torch.optim.SGD(model.parameters(), settings["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = epochs * math.ceil(len(data.train.target) / data.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, steps))

@@ -21,9 +21,10 @@ class ChannelsLast(nn.Module):
 
 
 def embedding(features: int) -> nn.Sequential:
-    """(rows, 1, 28, 28) -> (rows, features): three strided convolutions, one linear layer."""
+    """(rows, 1, 28, 28) -> (rows, features): three strided convolutions, one linear layer, and what re-identification
+    calls a neck: embeddings that are centred, so that rows do not all push the same classes at first."""
     layers: list[nn.Module] = [ChannelsLast()]
     for channels, wider in ((1, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(channels, wider, 3, 2, 1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
-    layers += [nn.Flatten(), nn.Linear(128 * 4 * 4, features)]
+    layers += [nn.Flatten(), nn.Linear(128 * 4 * 4, features, bias=False), nn.BatchNorm1d(features)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
