@@ -39,7 +39,8 @@ def paired(scores: dict[str, list[float]], baseline: str) -> dict[str, tuple[flo
         name: math.nan if len(difference) < 2 else float(ttest_rel(scores[name], scores[baseline]).pvalue)
         for name, difference in differences.items()
     }
-    corrected, floor = {}, 0.0
-    for rank, name in enumerate(sorted(p, key=lambda name: p[name])):
-        floor = corrected[name] = max(floor, min(1.0, (len(p) - rank) * p[name]))
+    corrected, floor = dict(p), 0.0
+    known = [name for name in p if not math.isnan(p[name])]  # one seed, or no spread at all: nothing can be said
+    for rank, name in enumerate(sorted(known, key=p.get)):
+        floor = corrected[name] = max(floor, min(1.0, (len(known) - rank) * p[name]))
     return {name: (statistics.mean(difference), corrected[name]) for name, difference in differences.items()}
