@@ -39,8 +39,9 @@ def mechanisms(logits: torch.Tensor, target: torch.Tensor, criterion: nn.Module)
     if isinstance(criterion, LOGISTIC):
         leaf = logits.detach().requires_grad_()
         criterion(leaf, target).backward()
-        pull = leaf.grad.masked_fill(~negative, 0).double()
-        return {"easy share": (pull.masked_fill(logits.sigmoid() >= EASY, 0).sum() / pull.sum()).item()}
-    p = logits.double().softmax(1)
+        pull = leaf.grad.masked_fill(~negative, 0)
+        easy = pull.masked_fill(logits.sigmoid() >= EASY, 0)
+        return {"easy share": (easy.sum(dtype=torch.float64) / pull.sum(dtype=torch.float64)).item()}
+    p = logits.softmax(1)
     wrong = p.masked_fill(~negative, 0).amax(1)
     return {"margin": (p.gather(1, target[:, None])[:, 0] - wrong).mean().item()}

@@ -28,9 +28,9 @@ def check_budget(path: Path, budget: dict, names: list[str]) -> None:
     """Before anything is run: the other losses of the file must have had the same budget."""
     record = read(path)
     others = [name for name in record["losses"] if name not in names]
-    if others and record["budget"] != budget:
+    if others and record.get("budget") != budget:
         raise RecordError(
-            f"{path} holds {', '.join(others)} with another budget, {record['budget']}, than {budget}: "
+            f"{path} holds {', '.join(others)} with another budget, {record.get('budget')}, than {budget}: "
             "run these too, or give another folder with --results"
         )
 
