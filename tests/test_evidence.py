@@ -93,7 +93,7 @@ def test_many_linear_and_figures(tmp_path):
     assert "0.25 ms" in many
     linear = render(block("linear", "digits"), tmp_path, tmp_path)
     (row,) = [line for line in linear.splitlines() if line.startswith("| CE")]
-    assert "50.20" in row
+    assert "50.15" in row
     assert "51.15" in row
     for kind in ("curves", "margins", "classes"):
         text = render(block(kind, "digits"), tmp_path, tmp_path / "figures")
@@ -123,6 +123,12 @@ def test_an_unknown_block_is_named(tmp_path):
         render(block("guess", "omniglot"), tmp_path, tmp_path)
 
 
+def two_sided(t: float) -> float:
+    """The p-value of t on 3 degrees of freedom, in closed form."""
+    angle = math.atan(abs(t) / math.sqrt(3))
+    return 1 - 2 / math.pi * (angle + math.sin(angle) * math.cos(angle))
+
+
 def test_paired_is_the_t_test_with_holms_correction():
     base = [1.0, 2.0, 3.0, 4.0]
     scores = {"CE": base, "up": [1.5, 2.4, 3.6, 4.5], "noise": [2.0, 1.0, 4.0, 3.5], "same": base}
@@ -130,10 +136,11 @@ def test_paired_is_the_t_test_with_holms_correction():
     assert list(found) == ["up", "noise", "same"]
     mean, p = found["up"]
     assert mean == pytest.approx(0.5)
-    # t = 0.5 / (0.0816497 / 2) = 12.2474 on 3 degrees of freedom: p = 0.0011763; two comparisons can be made
-    assert p == pytest.approx(2 * 0.0011763, rel=1e-3)
-    mean, p = found["noise"]  # t = 0.125 / (1.0307764 / 2) = 0.242536
-    assert p == pytest.approx(0.8239, abs=2e-4)
+    # differences 0.5, 0.4, 0.6, 0.5: standard deviation sqrt(0.02 / 3); "same" has no spread and cannot be compared
+    assert p == pytest.approx(2 * two_sided(0.5 / (math.sqrt(0.02 / 3) / 2)))
+    mean, p = found["noise"]  # differences 1, -1, 1, -0.5
+    assert mean == pytest.approx(0.125)
+    assert p == pytest.approx(two_sided(0.125 / (math.sqrt(3.1875 / 3) / 2)))
     assert math.isnan(found["same"][1])
     assert math.isnan(paired({"CE": [1.0], "LR": [2.0]}, "CE")["LR"][1])
 
