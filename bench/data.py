@@ -76,5 +76,13 @@ def padded(data: Dataset, num_classes: int) -> Dataset:
     but never a target, so that only the number of negatives differs."""
     if data.multi_hot or num_classes <= data.num_classes:
         raise ValueError(f"{data.name} cannot be padded to {num_classes} classes")
-    hardest = (1, 3, 10, 30, 100)
-    return replace(data, name=f"{data.name}-{num_classes}", num_classes=num_classes, hardest=hardest)
+    return replace(
+        data,
+        name=f"{data.name}-{num_classes}",
+        num_classes=num_classes,
+        hardest=(1, 3, 10, 30, 100),
+        seeds=3,
+        trials=16,
+        tuning_seeds=1,
+        learning_rates=(1e-4, 1.0),
+    )

@@ -4,12 +4,16 @@ import torch
 from torch import Tensor, nn
 
 
-def perceptron(inputs: int, hidden: int, dropout: float = 0.0) -> nn.Sequential:
+def perceptron(inputs: int, hidden: int) -> nn.Sequential:
     """(rows, inputs) -> (rows, hidden), two layers."""
-    layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-    if dropout:
-        layers[2:2] = [nn.Dropout(dropout)]
-        layers.append(nn.Dropout(dropout))
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+
+
+def regularised_perceptron(inputs: int, hidden: int, dropout: float = 0.5) -> nn.Sequential:
+    """The same for few rows and sparse inputs: with batch normalisation and dropout."""
+    layers: list[nn.Module] = []
+    for width in (inputs, hidden):
+        layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers)
 
 

@@ -21,7 +21,7 @@ from bench.contenders import cases
 from bench.data import Dataset, digits, padded
 from bench.fit import Run, fit, pace
 from bench.metrics import label_ranking, retrieval
-from bench.networks import embedding, perceptron
+from bench.networks import embedding, regularised_perceptron
 from bench.split import Split
 from bench.tuning import TUNING_SEEDS
 
@@ -219,7 +219,7 @@ def keywords() -> Dataset:
     inputs = target @ torch.randn(30, 20, generator=generator)
     splits = [Split(inputs[a:b], target[a:b]) for a, b in ((0, 120), (120, 160), (160, 200))]
     return Dataset(
-        "keywords", *splits, num_classes=30, network=lambda: perceptron(20, 32, dropout=0.1), features=32,
+        "keywords", *splits, num_classes=30, network=lambda: regularised_perceptron(20, 32, dropout=0.1), features=32,
         metrics=label_ranking, hardest=(1, 3, 10), epochs=2, batch_size=16, seeds=2, trials=2, tuning_seeds=1,
     )  # fmt: skip
 
