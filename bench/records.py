@@ -36,11 +36,13 @@ def check_budget(path: Path, budget: dict, names: list[str]) -> None:
 
 
 def write(path: Path, head: dict, name: str, entry: dict, order: list[str]) -> None:
-    """Puts one loss into the file, or in the place of what it held; what had another budget goes."""
+    """Puts one loss into the file, or in the place of what it held; what had another budget goes. `order`: the losses
+    of the table."""
     old = read(path)
     losses = old["losses"] if old.get("budget") == head["budget"] else {}
     losses[name] = entry
-    losses = {name: losses[name] for name in sorted(losses, key=order.index)}
+    rank = {name: number for number, name in enumerate(order)}
+    losses = {name: losses[name] for name in sorted(losses, key=lambda name: rank.get(name, len(rank)))}
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_suffix(f".{os.getpid()}")
     whole.write_text(json.dumps(head | {"losses": losses}, indent=2) + "\n")

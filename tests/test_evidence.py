@@ -60,6 +60,14 @@ def test_the_page_is_what_the_recorded_results_give(tmp_path):
         assert (PAGE.parent / "figures" / drawn.name).exists()
 
 
+def test_the_recorded_runs_had_the_recorded_settings():
+    for path in records.RESULTS.glob("*-runs.json"):
+        runs = records.read(path)["losses"]
+        name = path.name.removesuffix("-runs.json").removesuffix("-linear")
+        chosen = records.settings_of(path.with_name(f"{name}.json"), list(runs))
+        assert {loss: of["settings"] for loss, of in runs.items()} == chosen, path.name
+
+
 def test_where_nothing_was_recorded_no_number_stands(tmp_path):
     for kind in evidence.BLOCKS:
         expected = f"before\n<!-- {kind} omniglot -->\n{NOTHING}\n<!-- end -->\nafter\n"
