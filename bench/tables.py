@@ -15,7 +15,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def spread(values: list[float], form: str = ".2f") -> str:
-    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values) if len(values) > 1 else math.nan:{form}}"
+    """Mean ± standard deviation; of one value, the value."""
+    mean = f"{statistics.mean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
 
 
 def spell(settings: dict) -> str:
