@@ -40,8 +40,9 @@ test-sanitized: $(INSTALLED) ## the tests that reach C++, on a build with Addres
 	cd out/sanitized && FUSED_LOSSES_CXXFLAGS="$(SANITIZE) -fno-omit-frame-pointer -g1 -O1" LDFLAGS="$(SANITIZE)" FUSED_LOSSES_BUILD_EXT=1 \
 		../../$(BIN)/python setup.py -q build_ext --inplace
 	cd out/sanitized && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		../../$(BIN)/python -m pytest tests/test_cpu.py tests/test_reference.py tests/test_selection.py tests/test_edges.py $(ARGS)
+		ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 UBSAN_OPTIONS=print_stacktrace=1 \
+		../../$(BIN)/python -m pytest tests/test_cpu.py tests/test_reference.py tests/test_selection.py tests/test_edges.py \
+		--deselect tests/test_cpu.py::test_calls_do_not_leak $(ARGS)  # it counts pages, and the sanitizer's own come in between
 
 bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark), write out/bench.json, draw out/bench.png
 	mkdir -p out

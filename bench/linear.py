@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(million(options.normalize, options.device)))
         return
 
-    from bench.train import table  # the measured processes are spared its imports
+    from bench.tables import table  # the measured processes are spared its imports
 
     bars = Bars()
     chosen = options.cases or [*CASES, "million"]

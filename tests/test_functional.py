@@ -30,12 +30,13 @@ from cases import (
     make_target,
     value_and_grad,
 )
+from fused_losses import ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
-# All negatives, one, few enough for the compact form, many (threshold form), more than there are.
+# All negatives, one, few, many (on the CPU still the compact form), more than there are.
 KS = {1: (None, 1), 2: (None, 1), 3: (None, 1, 2, 9), 10: (None, 1, 3, 9)}
 KS |= {classes: (None, 1, classes // 100, classes // 4) for classes in (751, 1000, 21841)}
 
@@ -72,6 +73,20 @@ def test_index_targets(loss, classes, dtype):
     for k in loss.ks(*KS[classes]):
         for hyper in loss.hypers:
             assert_agrees(loss, logits, target, k, hyper)
+
+
+@dtypes
+@pytest.mark.parametrize("classes", [10, 751, 1000])
+@each(LOSSES)
+def test_the_threshold_form(loss, classes, dtype, monkeypatch):
+    """Which form serves is a matter of speed and differs between devices: both are right for the same k."""
+    asked = []
+    monkeypatch.setattr(ops, "keeps_picks", lambda *shape: bool(asked.append(shape)))
+    logits, target = make_logits(6, classes, dtype), make_index(6, classes)
+    logits[0, target[0]] += 10
+    for hyper in loss.hypers:
+        assert_agrees(loss, logits, target, max(3, classes // 4), hyper)
+    assert asked
 
 
 @dtypes

@@ -1,0 +1,181 @@
+"""Puts the recorded results into docs/evidence.md and draws its figures: `python -m bench.evidence`.
+
+The page marks the place of each table and figure with a pair of comments, `<!-- KIND NAME -->` and `<!-- end -->`; what
+stands between is rewritten from bench/results. Where nothing was recorded it says so, and no number stands there.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench import figures, records
+from bench.tables import paired, spell, spread, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
+BLOCK = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOTHING = "*Not measured yet.*"
+BASELINES = ("CE", "LR")  # what the others are compared with: the first of them that took part
+
+
+def runs_of(results: Path, name: str) -> dict | None:
+    """The record of the runs, or None."""
+    record = records.read(results / f"{name}-runs.json")
+    return record if record["losses"] else None
+
+
+def among_many(results: Path, name: str) -> dict[int, dict]:
+    """By number of classes, the records of a data set that was padded to several."""
+    sizes = {}
+    for path in results.glob(f"{name}-*-runs.json"):
+        number = path.name.removeprefix(f"{name}-").removesuffix("-runs.json")
+        if number.isdecimal():
+            sizes[int(number)] = records.read(path)
+    return dict(sorted(sizes.items()))
+
+
+def conditions(record: dict) -> str:
+    """Where the numbers come from."""
+    budget = record["budget"]
+    packages = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return (
+        f"`{record['command']}`: {len(budget['seeds'])} seeds, {budget['epochs']} epochs, {budget['device']}, "
+        f"{record['threads']} threads; {packages}."
+    )
+
+
+def percent(scores: list[float]) -> list[float]:
+    return [100 * score for score in scores]
+
+
+def result_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """Test metrics, and the difference of the first of them to the baseline."""
+    record = runs_of(results, name)
+    if record is None:
+        return None
+    losses = record["losses"]
+    metrics = list(next(iter(losses.values()))["test"])
+    baseline = next((loss for loss in BASELINES if loss in losses), None)
+    header = ["loss", "hyper-parameters", *(f"{metric}, %" for metric in metrics)]
+    tested = (
+        paired({loss: percent(of["test"][metrics[0]]) for loss, of in losses.items()}, baseline) if baseline else {}
+    )
+    if tested:
+        header += [f"{metrics[0]} less {baseline}'s", "p"]
+    rows = []
+    for loss, of in losses.items():
+        row = [loss, spell(of["settings"]), *(spread(percent(scores)) for scores in of["test"].values())]
+        if tested:
+            difference, p = tested.get(loss, (None, None))
+            row += ["", ""] if difference is None else [f"{difference:+.2f}", f"{p:.2g}"]
+        rows.append(row)
+    return f"{conditions(record)}\n\n{table(header, rows)}"
+
+
+def tuning_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """What was chosen, from what, with which budget."""
+    record = records.read(results / f"{name}.json")
+    if not record["losses"]:
+        return None
+
+    def searched(axis: dict) -> str:
+        return f"{axis['low']:g} to {axis['high']:g}" if "low" in axis else ", ".join(map(str, axis["options"]))
+
+    rows = []
+    for loss, of in record["losses"].items():
+        space = "; ".join(f"{name} {searched(axis)}" for name, axis in of["space"].items() if name != "prior_bias")
+        rows.append([loss, space, spell(of["settings"]), spread(percent(of["validation"]))])
+    budget = record["budget"]
+    said = (
+        f"`{record['command']}`: for every loss {budget['trials']} settings, each run with {len(budget['seeds'])} "
+        f"seeds for {budget['epochs']} epochs. Every loss could also choose whether to start from the prior bias."
+    )
+    return f"{said}\n\n{table(['loss', 'searched', 'chosen', 'validation, %'], rows)}"
+
+
+def many_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """Test metric and time of the loss against the number of classes."""
+    sizes = among_many(results, name)
+    if not sizes:
+        return None
+    names = list(dict.fromkeys(loss for record in sizes.values() for loss in record["losses"]))
+    rows = []
+    for loss in names:
+        row = [loss]
+        for record in sizes.values():
+            of = record["losses"].get(loss)
+            row.append(
+                "" if of is None else f"{spread(percent(next(iter(of['test'].values()))))}, {of['loss_ms']:.3g} ms"
+            )
+        rows.append(row)
+    said = "\n".join(f"- {conditions(record)}" for record in sizes.values())
+    return f"{said}\n\n{table(['loss', *(f'{number:,} classes' for number in sizes)], rows)}"
+
+
+def linear_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """Through the linear loss and through logits."""
+    logits, linear = runs_of(results, name), runs_of(results, f"{name}-linear")
+    if logits is None or linear is None:
+        return None
+    rows = []
+    for loss in linear["losses"]:
+        if loss in logits["losses"]:
+            by_way = [spread(percent(next(iter(of["losses"][loss]["test"].values())))) for of in (logits, linear)]
+            rows.append([loss, *by_way])
+    metric = next(iter(next(iter(linear["losses"].values()))["test"]))
+    return f"{conditions(linear)}\n\n{table(['loss', f'{metric}, %, from logits', 'LinearLoss'], rows)}"
+
+
+def figure(draw: Callable, record: dict, folder: Path, name: str, text: str) -> str:
+    draw(record, folder / f"{name}.png")
+    return f"![{text}]({folder.name}/{name}.png)"
+
+
+def curves_figure(results: Path, name: str, folder: Path) -> str | None:
+    record = runs_of(results, name)
+    return record and figure(figures.curves, record, folder, f"{name}-curves", f"{name}: training loss")
+
+
+def margin_figure(results: Path, name: str, folder: Path) -> str | None:
+    record = runs_of(results, name)
+    return record and figure(figures.margins, record, folder, f"{name}-margins", f"{name}: margins over training")
+
+
+def classes_figure(results: Path, name: str, folder: Path) -> str | None:
+    sizes = among_many(results, name)
+    if len(sizes) < 2:
+        return None
+    return figure(figures.against_classes, sizes, folder, f"{name}-classes", f"{name}: against the number of classes")
+
+
+BLOCKS = {
+    "results": result_table, "tuning": tuning_table, "many": many_table, "linear": linear_table,
+    "curves": curves_figure, "margins": margin_figure, "classes": classes_figure,
+}  # fmt: skip
+
+
+def render(page: str, results: Path, figures_folder: Path) -> str:
+    """The page with every block rewritten."""
+
+    def block(found: re.Match) -> str:
+        opening, kind, name, closing = found.groups()
+        if kind not in BLOCKS:
+            raise SystemExit(f"no such block: {opening.strip()} (choose from {', '.join(BLOCKS)})")
+        return f"{opening}{BLOCKS[kind](results, name, figures_folder) or NOTHING}\n{closing}"
+
+    return BLOCK.sub(block, page)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of what was recorded")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page; figures go to the folder beside it")
+    options = parser.parse_args(arguments)
+    page = options.page.read_text()
+    rendered = render(page, options.results, options.page.parent / "figures")
+    options.page.write_text(rendered)
+    print(f"{options.page}: {'unchanged' if rendered == page else 'rewritten'}, {rendered.count(NOTHING)} not measured")
+
+
+if __name__ == "__main__":
+    main()

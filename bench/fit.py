@@ -1,0 +1,97 @@
+"""One training: the same network, initial weights, batches, optimiser and schedule for every loss."""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import fused_losses as fl
+from bench.contenders import Case
+from bench.data import Dataset
+from bench.mechanisms import Probe
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+
+
+@dataclass
+class Run:
+    model: nn.Module
+    train_loss: list[float]  # mean over the rows of each epoch
+    validation: list[float]  # the first metric after each epoch; empty where there is no such split
+    loss_ms: float  # median over the steps: the loss, forward and backward (with linear=True, the classifier too)
+    step_ms: float  # median over the steps: network, loss and optimiser
+    mechanisms: dict[str, list[float]]  # what the probe saw, before the first epoch and after each
+
+
+def pace(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: up in a straight line for the first twentieth, down along a cosine."""
+    return min(20 * (step + 1) / steps, (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def fit(
+    data: Dataset,
+    case: Case,
+    settings: dict,
+    seed: int,
+    epochs: int,
+    progress: tqdm,
+    linear: bool = False,
+    probe: Probe | None = None,
+) -> Run:
+    """With `linear`, classifier and loss are one `fl.LinearLoss`, and no logits are made while training."""
+    device = data.train.inputs.device
+    torch.manual_seed(seed)
+    classifier = nn.Linear(data.features, data.num_classes)
+    nn.init.constant_(classifier.bias, -math.log(data.num_classes - 1) if settings["prior_bias"] else 0.0)
+    model = nn.Sequential(data.network(), classifier).to(device)
+    criterion = case.loss(**{name: settings[name] for name in case.space})
+    body, head = model, criterion
+    if linear:
+        # made without memory or random numbers: its parameters are the model's own, which can so be evaluated
+        head = fl.LinearLoss(data.features, data.num_classes, loss=criterion, bias=True, device="meta")
+        body, head.weight, head.bias = model[0], classifier.weight, classifier.bias
+    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+    steps = epochs * math.ceil(len(data.train.target) / data.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, steps))
+
+    def clock() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    train_loss, validation, loss_s, step_s = [], [], [], []
+    seen = [probe(model, criterion)] if probe else []
+    for _ in range(epochs):
+        total = 0.0
+        order = torch.randperm(len(data.train.target)).to(device)  # drawn on the CPU: the same batches on every device
+        for rows in order.split(data.batch_size):
+            inputs, target = data.train.inputs[rows], data.train.target[rows]
+            started = clock()
+            output = body(inputs)  # (rows, classes), or with linear (rows, features)
+            leaf = output.detach().requires_grad_()  # the graph is cut here so that the loss can be timed alone
+            optimizer.zero_grad()
+            before_loss = clock()
+            loss = head(leaf, target)
+            loss.backward()
+            after_loss = clock()
+            output.backward(leaf.grad)
+            optimizer.step()
+            schedule.step()
+            step_s.append(clock() - started)
+            loss_s.append(after_loss - before_loss)
+            total += loss.item() * len(rows)
+        train_loss.append(total / len(order))
+        model.eval()
+        if data.validation is not None:
+            validation.append(next(iter(data.metrics(model, data.validation).values())))
+        if probe:
+            seen.append(probe(model, criterion))
+        model.train()
+        progress.update()
+    mechanisms = {name: [moment[name] for moment in seen] for name in seen[0]} if seen else {}
+    loss_ms, step_ms = (1e3 * statistics.median(seconds) for seconds in (loss_s, step_s))
+    return Run(model.eval(), train_loss, validation, loss_ms, step_ms, mechanisms)
