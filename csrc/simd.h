@@ -15,11 +15,19 @@
 //     bits(mask)                 lane i as bit i of a uint32_t
 //     minus_abs(v)               -|v|
 //     replaced(v, i, s)          v with s in lane i
-//     max_lane(v)  sum_lanes(v)  of all lanes, the sum in double; max_lane means nothing where a lane is NaN
+//     max_lane(v)                of all lanes; means nothing where one is NaN
+//     Sum<V>                     .add(v) adds up vectors lane by lane in double, .total() is the sum of all lanes
 // and where V::masked says so, load_masked and store_masked, which touch only the lanes of the set bits.
 #pragma once
 
 #include "simd_storage.h"
+
+namespace fused_losses {
+namespace FUSED_LOSSES_ISA {
+template <class V>
+class Sum;
+}  // namespace FUSED_LOSSES_ISA
+}  // namespace fused_losses
 
 #if defined(FUSED_LOSSES_AVX512)
 #include "simd_avx512.h"
@@ -94,6 +102,13 @@ inline DoubleVec exp_nonpositive(DoubleVec v) { return exp(v); }
 inline DoubleVec log1p(DoubleVec v) {
   for (double& lane : v.lane) lane = std::log1p(lane);
   return v;
+}
+
+template <class V>
+FUSED_LOSSES_INLINE double sum_lanes(V v) {
+  Sum<V> sum;
+  sum.add(v);
+  return sum.total();
 }
 
 // The parts of a vector, for the end of an array. 0 < n <= V::lanes.

@@ -123,14 +123,25 @@ inline float max_lane(Float16 a) {
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
-inline __m256d to_double(__m256 v) {
-  return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
-}
-inline double sum_lanes(Float16 a) {
-  const __m256d four = _mm256_add_pd(to_double(a.low), to_double(a.high));
-  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-  return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
-}
+
+template <>
+class Sum<Float16> {
+ public:
+  Sum() : four_(_mm256_setzero_pd()) {}  // GCC would write it without the instruction set
+
+  void add(Float16 a) { four_ = _mm256_add_pd(four_, _mm256_add_pd(to_double(a.low), to_double(a.high))); }
+  double total() const {
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four_), _mm256_extractf128_pd(four_, 1));
+    return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
+  }
+
+ private:
+  static __m256d to_double(__m256 v) {
+    return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+  }
+
+  __m256d four_;
+};
 
 // The permutation that brings the lanes of the 8 set bits to the front: their numbers are picked from a word of
 // nibbles.

@@ -89,11 +89,21 @@ inline Float16 replaced(Float16 a, int64_t lane, float by) {
 }
 
 inline float max_lane(Float16 a) { return _mm512_reduce_max_ps(a.v); }
-inline double sum_lanes(Float16 a) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.v));
-  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
-  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
-}
+
+template <>
+class Sum<Float16> {
+ public:
+  Sum() : low_(_mm512_setzero_pd()), high_(_mm512_setzero_pd()) {}  // GCC would write it without the instruction set
+
+  void add(Float16 a) {
+    low_ = _mm512_add_pd(low_, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+    high_ = _mm512_add_pd(high_, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+  }
+  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low_, high_)); }
+
+ private:
+  __m512d low_, high_;
+};
 
 // What the set bits choose, written one after another. These write, and may read, 16 elements whatever the bits.
 inline void compress(uint32_t chosen, Float16 v, float* to) {

@@ -130,11 +130,6 @@ struct Plain {
     for (T l : v.lane) largest = l > largest ? l : largest;
     return largest;
   }
-  friend double sum_lanes(const Plain& v) {
-    double sum = 0;
-    for (T l : v.lane) sum += l;
-    return sum;
-  }
 
   friend void compress(uint32_t chosen, const Plain& v, T* to) {
     for (int i = 0; i < kLanes; ++i) {
@@ -142,6 +137,22 @@ struct Plain {
       to += chosen >> i & 1;
     }
   }
+};
+
+template <class T, int kLanes>
+class Sum<Plain<T, kLanes>> {
+ public:
+  void add(const Plain<T, kLanes>& v) {
+    for (int i = 0; i < kLanes; ++i) lane_[i] += v.lane[i];
+  }
+  double total() const {
+    double sum = 0;
+    for (double lane : lane_) sum += lane;
+    return sum;
+  }
+
+ private:
+  double lane_[kLanes] = {};
 };
 
 #if !defined(FUSED_LOSSES_AVX512) && !defined(FUSED_LOSSES_AVX2)

@@ -44,12 +44,21 @@ class SoftmaxForward {
   Partial over(const X* row, int64_t begin, int64_t end, Positives positives) const {
     using V = VecOf<X>;
     Partial partial;
-    V largest(partial.max), sum(0);
+    V largest(partial.max), run(0);
     for_each_negative(row, begin, end, positives, [&](V z) { largest = max(largest, z); });
     partial.max = max_lane(largest);
     const V shift(partial.max == -kInfinity<T> ? T(0) : partial.max);
-    for_each_negative<kPiece>(row, begin, end, positives, [&](V z) { sum = sum + exp_nonpositive(z - shift); });
-    partial.sum = sum_lanes(sum);
+    // Lanes go on in double before long: where one term is nearly the whole sum, every small one added to it is rounded
+    // to a unit of it.
+    Sum<V> sum;
+    for_each_negative<kPiece>(
+        row, begin, end, positives,
+        [&](V z) { run = run + exp_nonpositive(z - shift); },
+        [&] {
+          sum.add(run);
+          run = V(0);
+        });
+    partial.sum = sum.total();
     return partial;
   }
 

@@ -28,19 +28,34 @@ FUSED_LOSSES_INLINE void prefetch(const void* p) {
 // Calls visit(vector) for the negatives among row[begin, end). Lanes of positives and past the end hold -inf, a masked
 // class, which adds nothing to any statistic.
 // kAhead: fetch what lies that many classes ahead, for a second look at a piece while the next one is still in memory.
-template <int64_t kAhead = 0, class S, class Visit>
+// pause(), if there is one, is called after every kRun vectors at most, and after the last.
+constexpr int kRun = 8;
+
+struct NoPause {
+  void operator()() const {}
+};
+
+template <int64_t kAhead = 0, class S, class Visit, class Pause = NoPause>
 FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t end, Positives positives,
-                                           const Visit& visit) {
+                                           const Visit& visit, const Pause& pause = {}) {
   using V = VecOf<S>;
+  constexpr bool pauses = !std::is_same_v<Pause, NoPause>;
   int64_t p = 0, i = begin;
   while (p < positives.count && positives.index[p] < begin) ++p;
   while (i < end) {
     const int64_t stop = p < positives.count && positives.index[p] < end ? positives.index[p] : end;
+    for (; pauses && i + kRun * V::lanes <= stop; i += kRun * V::lanes) {
+      for (int j = 0; j < kRun; ++j) {
+        if (kAhead > 0) prefetch(row + i + j * V::lanes + kAhead);
+        visit(V::load(row + i + j * V::lanes));
+      }
+      pause();
+    }
     for (; i + V::lanes <= stop; i += V::lanes) {
       if (kAhead > 0) prefetch(row + i + kAhead);
       visit(V::load(row + i));
     }
-    if (i >= end) return;
+    if (i >= end) break;
     // A vector with a positive or with the end in it
     constexpr auto masked_class = -kInfinity<typename V::Scalar>;
     V z = i + V::lanes <= end ? V::load(row + i) : load_first<V>(row + i, end - i, masked_class);
@@ -49,7 +64,9 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
     }
     visit(z);
     i += V::lanes;
+    pause();
   }
+  pause();
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward
