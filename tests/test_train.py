@@ -364,9 +364,10 @@ def test_what_cannot_be_run_is_said(arguments, message, capsys):
 def test_sharded_over_processes_the_training_is_the_same(tmp_path):
     """torchrun and --class-parallel against --linear in one process, through the command line."""
     write_settings(tmp_path, digits(), 0.05)
-    asked = "-m bench.train --record --seeds 1 --epochs 5 --losses CE CRL HS-LR SS-LR".split()
+    losses = ["--losses", "CE", "CRL", "HS-LR", "SS-LR"]
+    asked = ["-m", "bench.train", "--record", "--seeds", "1", "--epochs", "5", *losses]
     folders = ["--results", str(tmp_path), "--output", str(tmp_path)]
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 3".split()  # 10 classes: 4, 4 and 2
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]  # 10 classes: 4, 4 and 2
     for command in ([*asked, "--linear"], [*torchrun, *asked, "--class-parallel"]):
         done = subprocess.run([sys.executable, *command, *folders], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
