@@ -11,7 +11,8 @@ from pathlib import Path
 
 from bench import figures, records
 from bench.fit import FIRST
-from bench.tables import paired, spell, spread, table
+from bench.significance import paired
+from bench.tables import spell, spread, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -7,7 +7,10 @@ python -m bench.scale --classes 29000000 --ranks 8 --rows 1024 --features 512 --
 import argparse
 from dataclasses import dataclass
 
+from bench.tables import table
+
 STATE_BYTES = 12  # softmax: m, l, z_y in float32
+TERM_BYTES = 4  # softmax: the value of a row in float32
 INDEX_BYTES = 4  # of a picked class
 
 
@@ -34,14 +37,29 @@ class Setup:
         """The share of a gathered tensor that a rank receives."""
         return (self.ranks - 1) / self.ranks
 
-    def offered_bytes(self) -> int:
-        """What a rank puts into the one all-gather of the loss (softmax family)."""
-        picks = min(self.k, self.shard)
-        return self.rows * (STATE_BYTES + picks * (INDEX_BYTES + self.element))
+    @property
+    def share(self) -> int:
+        """Rows that a rank merges, over the k hardest."""
+        return -(-self.rows // self.ranks)
+
+    def offer_bytes(self) -> int:
+        """What a rank knows of a row (softmax family): its state, and its picks."""
+        return STATE_BYTES + min(self.k, self.shard) * (INDEX_BYTES + self.element)
+
+    def merged_bytes(self) -> int:
+        """What the rank that merges a row over the k hardest tells of it: value, state, and the last of the k."""
+        return TERM_BYTES + STATE_BYTES + INDEX_BYTES + self.element
+
+    def collectives(self) -> list[int]:
+        """What a rank puts into each collective of the loss: an all-gather, or an all-to-all and an all-gather."""
+        offered = self.rows * self.offer_bytes()
+        return [offered, self.share * self.merged_bytes()] if self.k else [offered]
 
     def loss_bytes(self) -> int:
         """Received by a rank for the loss."""
-        return (self.ranks - 1) * self.offered_bytes()
+        if self.k:
+            return (self.ranks - 1) * self.share * (self.offer_bytes() + self.merged_bytes())
+        return (self.ranks - 1) * self.rows * self.offer_bytes()
 
     def input_bytes(self) -> float:
         """Received by a rank for gather_input: embeddings and int64 targets, then the all-reduce of their gradient."""
@@ -79,12 +97,6 @@ def amount(number: float, unit: str) -> str:
         if number < 1000 or prefix == "P":
             return f"{number:.3g} {prefix}{unit}"
         number /= 1000
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def traffic(setups: list[Setup]) -> str:

@@ -1,13 +1,16 @@
 """The classifier sharded over the ranks of a process group, exactly: states of rows are merged, logits never travel.
 
 Every rank of the group sees all rows of the batch and its own range of classes. The doors run on that range; a row
-whose positive is on another rank has ``NO_TARGET`` there. Then one all-gather of a few numbers per row, which every
-rank merges in the order of the ranks, so that all hold the same bits:
+whose positive is on another rank has ``NO_TARGET`` there. Then a few numbers per row are exchanged and merged in the
+order of the ranks, so that all hold the same bits:
 
-- softmax over all negatives: (m, l, z_y) of each rank, merged by log-sum-exp;
-- logistic over all negatives: the two sums of each rank, added;
-- k hardest: each rank offers its k best (logit, class). The k best of these, lowest class first among equals, are the
-  k hardest of all; a rank keeps those that are its own, so every gradient is written by the owner of its class.
+- softmax over all negatives: (m, l, z_y) of each rank, in one all-gather, merged by log-sum-exp;
+- logistic over all negatives: the two sums of each rank, in one all-gather, added;
+- k hardest: each rank offers its k best (logit, class). Every rank merges its share of the rows, for which one
+  all-to-all brings it all offers: the k best, lowest class first among equals, are the k hardest of all. What it then
+  tells the others, in one all-gather, is each row's terms, state and edge, the last of its k. Of its offers a rank
+  keeps those up to the edge, so every gradient is written by the owner of its class. No rank receives all offers: what
+  a step sends does not grow with the number of ranks.
 
 Backward needs no communication: with the merged state, the backward doors give the shard's columns of the gradient.
 Every rank has the same loss, and calls backward on it; the gradients are those of one loss, not of their sum.
@@ -20,7 +23,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops, reference
@@ -169,14 +171,45 @@ def _tile(ranges: list[tuple[int, int, int]]) -> bool:
 
 
 def gather(shard: ClassShard, *mine: Tensor) -> Iterator[Tensor]:
-    """Each tensor of every rank, (ranks, *its shape), in one collective: their bytes travel side by side."""
-    parts = [tensor.flatten().view(torch.uint8) for tensor in mine]
-    packed = torch.cat(parts)
-    theirs = packed.new_empty((shard.world_size, packed.shape[0]))
+    """Each tensor (rows, ...) of every rank, (ranks, rows, ...), in one collective: their bytes travel side by side."""
+    packed = _side_by_side(mine)
+    theirs = packed.new_empty((shard.world_size, *packed.shape))
     dist.all_gather(list(theirs), packed, group=shard.group)
-    for part, tensor in zip(theirs.split([part.shape[0] for part in parts], dim=1), mine, strict=True):
-        aligned = part.clone(memory_format=torch.contiguous_format).flatten()
-        yield aligned.view(tensor.dtype).view(shard.world_size, *tensor.shape)
+    return _apart(theirs, mine)
+
+
+def exchange(shard: ClassShard, *mine: Tensor) -> Iterator[Tensor]:
+    """Of each tensor (rows, ...) of every rank what it holds for this rank's share of the rows: (ranks, share, ...)."""
+    packed = _side_by_side(mine)
+    shares = rows_of_ranks(shard, packed.shape[0])
+    share = shares[dist.get_rank(shard.group)]
+    theirs = packed.new_empty((shard.world_size, share, packed.shape[1]))
+    dist.all_to_all_single(theirs.flatten(0, 1), packed, [share] * shard.world_size, shares, group=shard.group)
+    return _apart(theirs, mine)
+
+
+def rows_of_ranks(shard: ClassShard, rows: int) -> list[int]:
+    """How many rows each rank merges: all but the last ones as many as the first."""
+    most = -(-rows // shard.world_size)
+    return [max(0, min(most, rows - rank * most)) for rank in range(shard.world_size)]
+
+
+def _side_by_side(tensors: tuple[Tensor, ...]) -> Tensor:
+    """(rows, bytes of all)"""
+    return torch.cat([tensor.reshape(len(tensor), tensor.shape[1:].numel()).view(torch.uint8) for tensor in tensors], 1)
+
+
+def _with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Zeros behind it, up to so many rows: what all ranks gather has one size."""
+    return torch.cat((tensor, tensor.new_zeros((rows - tensor.shape[0], *tensor.shape[1:]))))
+
+
+def _apart(packed: Tensor, like: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """(ranks, rows, bytes of all) -> tensors of the dtypes and widths of like."""
+    widths = [tensor.dtype.itemsize * tensor.shape[1:].numel() for tensor in like]
+    for part, tensor in zip(packed.split(widths, dim=2), like, strict=True):
+        aligned = part.clone(memory_format=torch.contiguous_format)
+        yield aligned.view(tensor.dtype).view(*packed.shape[:2], *tensor.shape[1:])
 
 
 def merge(
@@ -191,33 +224,48 @@ def merge(
     """What a forward door gives for the whole rows, from what it gave for the shard; of the picks, the shard's own.
 
     outputs: terms, state and picks, with ``shard.offers(k)`` picks of each row; ignored (rows,), None for multi-hot
-    targets. The result has k picks, or those of all ranks if they are fewer. Merged in float64, so that what the shards
-    rounded is not rounded again.
+    targets. Of the picks the result has those that are among the k hardest of all, the others are empty slots.
     """
     terms, state, pick_index, pick_logit = outputs
-    row = state if family == "softmax" else torch.cat((terms, state), dim=1)
+    row = state if family == "softmax" else torch.cat((terms, state), dim=1)  # (rows, values)
     if k == 0:
-        (rows,) = gather(shard, row)  # (ranks, rows, values)
-        hardest = None
+        (rows,) = gather(shard, row)
+        terms, state = _merge_rows(rows, None, terms.dtype, family, formula, params)
     else:
+        count = row.shape[0]
         index = torch.where(pick_index < 0, shard.num_classes, pick_index + shard.start)
-        rows, index, logit = gather(shard, row, index, pick_logit)
-        hardest, pick_index, pick_logit = _merge_picks(shard, index, logit, k)
+        rows, indices, logits = exchange(shard, row, index, pick_logit)
+        indices, logits = _hardest(indices, logits, k)
+        merged = _merge_rows(rows, logits.double(), terms.dtype, family, formula, params)
+        most = rows_of_ranks(shard, count)[0]
+        mine = (_with_rows(part, most) for part in (*merged, indices[:, -1], logits[:, -1]))
+        terms, state, edge, edge_logit = (part.flatten(0, 1)[:count] for part in gather(shard, *mine))
+        edge, edge_logit = edge[:, None], edge_logit[:, None]
+        taken = (pick_logit > edge_logit) | ((pick_logit == edge_logit) & (index <= edge))
+        pick_index = pick_index.masked_fill(~taken, -1)
+        pick_logit = pick_logit.masked_fill(~taken, -torch.inf)
+    if ignored is not None:
+        terms = terms.masked_fill(ignored if family == "softmax" else ignored[:, None], 0)
+    return terms, state, pick_index, pick_logit
+
+
+def _merge_rows(
+    rows: Tensor, hardest: Tensor | None, dtype: torch.dtype, family: str, formula: str, params: list[float]
+) -> tuple[Tensor, Tensor]:
+    """Terms and state of whole rows from those of the ranks, (ranks, rows, values), and from the logits of the k
+    hardest, (rows, k). In float64, so that what the shards rounded is not rounded again."""
     rows = rows.double()
     if family == "softmax":
         m, l, z_y = rows.unbind(2)
         m, l = _merge_log_sums(m, l) if hardest is None else _merge_log_sums(hardest.t(), hardest.new_zeros(()))
         z_y = z_y.amax(0).masked_fill(rows.isnan().any(dim=(0, 2)), torch.nan)
-        merged_terms = reference.value(formula, (z_y - m) - l, params)
-        merged_state = torch.stack((m, l, z_y), dim=1)
+        terms, state = reference.value(formula, (z_y - m) - l, params), torch.stack((m, l, z_y), dim=1)
     else:
         rows = rows.sum(0)  # z_y is 0 on all ranks but one; NaN wins
         if hardest is not None:
             rows[:, 1] = reference.phi(formula, hardest, params).sum(1)  # of a row with a NaN, pos is NaN
-        merged_terms, merged_state = rows.split(2, dim=1)
-    if ignored is not None:
-        merged_terms = merged_terms.masked_fill(ignored if family == "softmax" else ignored[:, None], 0)
-    return merged_terms.to(terms.dtype), merged_state.to(state.dtype, copy=True), pick_index, pick_logit
+        terms, state = rows.split(2, dim=1)
+    return terms.to(dtype), state.to(dtype, copy=True)
 
 
 def _merge_log_sums(m: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,19 +276,15 @@ def _merge_log_sums(m: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:
     return most, ((m - most) + l).exp().sum(0).log()
 
 
-def _merge_picks(shard: ClassShard, index: Tensor, logit: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k hardest of all, float64 (rows, k), and the shard's own among them: index and logit, empty slots -1, -inf.
+def _hardest(index: Tensor, logit: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k hardest of all offers, hardest first, lowest class first among equals: index and logit (rows, k).
 
     index, logit: (ranks, rows, offers), num_classes and -inf in empty slots.
     """
-    dtype = logit.dtype
     index, logit = (part.transpose(0, 1).flatten(1) for part in (index, logit))  # (rows, ranks * offers)
     index, by_class = index.sort(dim=1)
     logit, by_logit = logit.gather(1, by_class).sort(dim=1, descending=True, stable=True)
-    hardest, logit = index.gather(1, by_logit[:, :k]), logit[:, :k]
-    own = (hardest >= shard.start) & (hardest < shard.stop)
-    own_index = (hardest - shard.start).masked_fill(~own, -1).int()
-    return logit.double(), own_index, logit.masked_fill(~own, -torch.inf).to(dtype).contiguous()
+    return index.gather(1, by_logit[:, :k]), logit[:, :k]
 
 
 def nothing(rows: int, like: Tensor, family: str, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -403,8 +447,8 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx, input, target, counts, shard):
         ctx.own = input.shape[0], sum(counts[: dist.get_rank(shard.group)])
         ctx.world_size = shard.world_size
-        missing = max(counts) - input.shape[0]
-        inputs, targets = gather(shard, F.pad(input, (0, 0, 0, missing)), F.pad(target, (0, missing)))
+        most = max(counts)
+        inputs, targets = gather(shard, _with_rows(input, most), _with_rows(target, most))
         target = torch.cat([rows[:count] for rows, count in zip(targets, counts, strict=True)])
         ctx.mark_non_differentiable(target)
         return torch.cat([rows[:count] for rows, count in zip(inputs, counts, strict=True)]), target

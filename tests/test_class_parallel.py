@@ -297,24 +297,36 @@ def test_without_torch_distributed():
             make()
 
 
-def sent(group, setups) -> list[int]:
-    """Bytes that this rank puts into collectives for one cross-entropy, forward and backward."""
-    offered, all_gather = [], dist.all_gather
-    dist.all_gather = lambda parts, mine, group: offered.append(mine.nbytes) or all_gather(parts, mine, group=group)
+def sent(group, setups) -> list[list[int]]:
+    """Bytes that this rank puts into each collective for one cross-entropy, forward and backward."""
+    offered = []
+    originals = {name: getattr(dist, name) for name in ("all_gather", "all_to_all_single")}
+
+    def counting(collective):
+        def call(theirs, mine, *arguments, **options):
+            offered[-1].append(mine.nbytes)
+            return collective(theirs, mine, *arguments, **options)
+
+        return call
+
+    for name, collective in originals.items():
+        setattr(dist, name, counting(collective))
     try:
         for setup in setups:
+            offered.append([])
             shard = ClassShard.split(setup.classes, group)
             logits = torch.zeros(setup.rows, len(shard), dtype=torch.bfloat16, requires_grad=True)
             target = torch.zeros(setup.rows, dtype=torch.long)
             fl.cross_entropy(logits, target, k=setup.k or None, shard=shard).backward()
     finally:
-        dist.all_gather = all_gather
+        for name, collective in originals.items():
+            setattr(dist, name, collective)
     return offered
 
 
 def test_sends_what_the_formulas_of_bench_scale_say(world):
     setups = [Setup(classes=100, ranks=3, rows=7, k=k) for k in (0, 1, 20, 50)]
-    assert world.run(3, sent, setups) == [[setup.offered_bytes() for setup in setups]] * 3
+    assert world.run(3, sent, setups) == [[setup.collectives() for setup in setups]] * 3
 
 
 def test_docs_hold_the_tables_of_bench_scale():

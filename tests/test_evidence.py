@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from bench import evidence, figures, records, train
 from bench.evidence import NOTHING, PAGE, render
-from bench.tables import paired
+from bench.significance import paired
 
 EPOCHS, SEEDS = 3, 4
 
