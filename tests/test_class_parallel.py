@@ -362,3 +362,23 @@ def test_modules_and_autograd(world):
     for answer in world.run(4, program):
         assert answer.pop("gathered") == [[[3], [3], [3], [1]], [[[1.0, 1.0]]] * 4]
         assert all(answer.values()), answer
+
+
+def compiled(group) -> list[bool]:
+    shard = ClassShard.split(10, group)
+    step = torch.compile(
+        lambda logits, target: 2 * fl.hs_lr_loss(logits / 2, target, k=3, shard=shard), backend="eager"
+    )
+    answers = []
+    for seed in (0, 1):
+        logits, target = make_logits(4, 10, torch.float32, seed=seed)[:, columns(shard)], make_index(4, 10, seed=seed)
+        twin = logits.clone().requires_grad_()
+        step(logits.requires_grad_(), target).backward()
+        (2 * fl.hs_lr_loss(twin / 2, target, k=3, shard=shard)).backward()
+        answers.append(torch.equal(logits.grad, twin.grad))
+    return answers
+
+
+def test_torch_compile_goes_around_it(world):
+    """A graph break: collectives stay in the order in which they were written."""
+    assert world.run(2, compiled) == [[True, True]] * 2
