@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import figures, records
-from bench.tables import paired, spell, spread, table
+from bench.fit import FIRST
+from bench.significance import paired
+from bench.tables import spell, spread, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -112,18 +114,34 @@ def many_table(results: Path, name: str, figures_folder: Path) -> str | None:
     return f"{said}\n\n{table(['loss', *(f'{number:,} classes' for number in sizes)], rows)}"
 
 
-def linear_table(results: Path, name: str, figures_folder: Path) -> str | None:
-    """Through the linear loss and through logits."""
-    logits, linear = runs_of(results, name), runs_of(results, f"{name}-linear")
+def ways_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """Through logits, through the linear loss, and that with its classes sharded: one training computed in three
+    ways."""
+    logits, linear, sharded = (runs_of(results, name + suffix) for suffix in ("", "-linear", "-class-parallel"))
     if logits is None or linear is None:
         return None
+    ways = {"from logits": logits, "LinearLoss": linear} | ({"class-parallel": sharded} if sharded else {})
     rows = []
     for loss in linear["losses"]:
-        if loss in logits["losses"]:
-            by_way = [spread(percent(next(iter(of["losses"][loss]["test"].values())))) for of in (logits, linear)]
-            rows.append([loss, *by_way])
+        of_ways = [way["losses"].get(loss) for way in ways.values()]
+        if of_ways[0] is None:
+            continue
+        row = [loss, *("" if of is None else spread(percent(next(iter(of["test"].values())))) for of in of_ways)]
+        if sharded:
+            row.append("" if of_ways[2] is None else f"{largest_gap(*of_ways[1:]):.1e}")
+        rows.append(row)
     metric = next(iter(next(iter(linear["losses"].values()))["test"]))
-    return f"{conditions(linear)}\n\n{table(['loss', f'{metric}, %, from logits', 'LinearLoss'], rows)}"
+    header = ["loss", *(f"{metric}, %, {way}" for way in ways)]
+    if sharded:
+        header.append(f"first {FIRST} losses, one process to sharded")
+    said = "\n".join(f"- {conditions(way)}" for way in list(ways.values())[1:])
+    return f"{said}\n\n{table(header, rows)}"
+
+
+def largest_gap(one: dict, other: dict) -> float:
+    """The largest difference between the losses of the first steps of runs with the same seed."""
+    pairs = zip(one["first_losses"], other["first_losses"], strict=False)
+    return max(abs(a - b) for run, twin in pairs for a, b in zip(run, twin, strict=True))
 
 
 def figure(draw: Callable, record: dict, folder: Path, name: str, text: str) -> str:
@@ -149,7 +167,7 @@ def classes_figure(results: Path, name: str, folder: Path) -> str | None:
 
 
 BLOCKS = {
-    "results": result_table, "tuning": tuning_table, "many": many_table, "linear": linear_table,
+    "results": result_table, "tuning": tuning_table, "many": many_table, "ways": ways_table,
     "curves": curves_figure, "margins": margin_figure, "classes": classes_figure,
 }  # fmt: skip
 

@@ -15,11 +15,13 @@ from bench.data import Dataset
 from bench.mechanisms import Probe
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+FIRST = 50  # steps whose losses are kept: two ways to compute a loss must agree there, before rounding has grown
 
 
 @dataclass
 class Run:
     model: nn.Module
+    first_losses: list[float]  # of the first 50 steps
     train_loss: list[float]  # mean over the rows of each epoch
     validation: list[float]  # the first metric after each epoch; empty where there is no such split
     loss_ms: float  # median over the steps: the loss, forward and backward (with linear=True, the classifier too)
@@ -41,8 +43,13 @@ def fit(
     progress: tqdm,
     linear: bool = False,
     probe: Probe | None = None,
+    shard: fl.ClassShard | None = None,
 ) -> Run:
-    """With `linear`, classifier and loss are one `fl.LinearLoss`, and no logits are made while training."""
+    """With `linear`, classifier and loss are one `fl.LinearLoss`, and no logits are made while training.
+
+    With a `shard` too, from `fl.ClassShard.split`: every rank runs the network on all rows, and has its own classes of
+    the classifier, which the ranks put together wherever the model is looked at.
+    """
     device = data.train.inputs.device
     torch.manual_seed(seed)
     classifier = nn.Linear(data.features, data.num_classes)
@@ -52,9 +59,10 @@ def fit(
     body, head = model, criterion
     if linear:
         # made without memory or random numbers: its parameters are the model's own, which can so be evaluated
-        head = fl.LinearLoss(data.features, data.num_classes, loss=criterion, bias=True, device="meta")
-        body, head.weight, head.bias = model[0], classifier.weight, classifier.bias
-    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+        head = fl.LinearLoss(data.features, data.num_classes, loss=criterion, bias=True, shard=shard, device="meta")
+        body, head.weight, head.bias = model[0], *(own_classes(whole, shard) for whole in classifier.parameters())
+    parameters = model.parameters() if shard is None else [*body.parameters(), *head.parameters()]
+    optimizer = torch.optim.SGD(parameters, settings["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = epochs * math.ceil(len(data.train.target) / data.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, steps))
 
@@ -63,7 +71,14 @@ def fit(
             torch.accelerator.synchronize()
         return time.perf_counter()
 
-    train_loss, validation, loss_s, step_s = [], [], [], []
+    @torch.no_grad()
+    def looked_at() -> nn.Module:
+        if shard is not None:
+            for whole, mine in zip(classifier.parameters(), head.parameters(), strict=True):
+                whole.copy_(shard.dtensor(mine).full_tensor())
+        return model.eval()
+
+    first_losses, train_loss, validation, loss_s, step_s = [], [], [], [], []
     seen = [probe(model, criterion)] if probe else []
     for _ in range(epochs):
         total = 0.0
@@ -83,15 +98,21 @@ def fit(
             schedule.step()
             step_s.append(clock() - started)
             loss_s.append(after_loss - before_loss)
-            total += loss.item() * len(rows)
+            value = loss.item()
+            total += value * len(rows)
+            if len(first_losses) < FIRST:
+                first_losses.append(value)
         train_loss.append(total / len(order))
-        model.eval()
         if data.validation is not None:
-            validation.append(next(iter(data.metrics(model, data.validation).values())))
+            validation.append(next(iter(data.metrics(looked_at(), data.validation).values())))
         if probe:
-            seen.append(probe(model, criterion))
+            seen.append(probe(looked_at(), criterion))
         model.train()
         progress.update()
     mechanisms = {name: [moment[name] for moment in seen] for name in seen[0]} if seen else {}
     loss_ms, step_ms = (1e3 * statistics.median(seconds) for seconds in (loss_s, step_s))
-    return Run(model.eval(), train_loss, validation, loss_ms, step_ms, mechanisms)
+    return Run(looked_at(), first_losses, train_loss, validation, loss_ms, step_ms, mechanisms)
+
+
+def own_classes(whole: nn.Parameter, shard: fl.ClassShard | None) -> nn.Parameter:
+    return whole if shard is None else nn.Parameter(whole.detach()[shard.start : shard.stop].clone())

@@ -5,6 +5,7 @@
     python -m bench.train --many-classes                       digits among 1,000 to 100,000 classes, most distractors
     python -m bench.train ... --tune                           choose the settings on the validation split, record them
     python -m bench.train ... --record                         keep what the runs gave, for python -m bench.evidence
+    torchrun --nproc-per-node 2 -m bench.train ... --class-parallel      the classifier sharded over processes
 
 Every loss is given the same network, initial weights, batches, optimiser, schedule and number of tuning trials. The
 test split is read once at the end of each reported run, and not at all while tuning. Omniglot and Corel5k train on the
@@ -12,12 +13,15 @@ validation rows as well once the settings are chosen. Files are read from DIR; n
 """
 
 import argparse
+import os
 import statistics
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+import fused_losses as fl
 from bench import figures, records
 from bench.contenders import Case, cases
 from bench.corel5k import corel5k
@@ -70,13 +74,17 @@ def entry(runs: list[Run], scores: list[dict[str, float]], settings: dict) -> di
     """What is kept of the runs of one loss: by metric, and by curve, one item per seed."""
     curves = {"train_loss": [run.train_loss for run in runs], "validation": [run.validation for run in runs]}
     curves |= {name: [run.mechanisms[name] for run in runs] for name in runs[0].mechanisms}
-    rounded = {name: [[float(f"{value:.5g}") for value in run] for run in of_runs] for name, of_runs in curves.items()}
+
+    def rounded(of_runs: list[list[float]], digits: int) -> list[list[float]]:
+        return [[float(f"{value:.{digits}g}") for value in run] for run in of_runs]
+
     return {
         "settings": settings,
         "test": {metric: [score[metric] for score in scores] for metric in scores[0]},
         "loss_ms": statistics.median(run.loss_ms for run in runs),
         "step_ms": statistics.median(run.step_ms for run in runs),
-        "curves": {name: of_runs for name, of_runs in rounded.items() if of_runs[0]},
+        "first_losses": rounded([run.first_losses for run in runs], 8),
+        "curves": {name: rounded(of_runs, 5) for name, of_runs in curves.items() if of_runs[0]},
     }
 
 
@@ -84,7 +92,8 @@ def report(data: Dataset, chosen: list[Case], options: argparse.Namespace, comma
     """Trains with the recorded settings, prints the table, draws the curves."""
     all_settings = records.settings_of(options.results / f"{data.name}.json", [case.name for case in chosen])
     seeds, epochs = options.seeds or data.seeds, options.epochs or data.epochs
-    name = f"{data.name}-linear" if options.linear else data.name
+    shard = fl.ClassShard.split(data.num_classes) if options.class_parallel else None
+    name = data.name + ("-class-parallel" if shard else "-linear" if options.linear else "")
     path = options.results / f"{name}-runs.json"
     head = {
         "data": name,
@@ -96,21 +105,25 @@ def report(data: Dataset, chosen: list[Case], options: argparse.Namespace, comma
     if options.record:
         records.check_budget(path, head["budget"], [case.name for case in chosen])
     probe = probe_of(data.train) if options.record else None
+    linear = options.linear or options.class_parallel
+    leads = shard is None or dist.get_rank() == 0  # of the ranks, which all have the same results, the one that tells
     done, rows = {}, []
-    with tqdm(total=len(chosen) * seeds * epochs, unit="epoch") as progress:
+    with tqdm(total=len(chosen) * seeds * epochs, unit="epoch", disable=not leads) as progress:
         for case in chosen:
             progress.set_description(case.name)
             settings = all_settings[case.name]
-            runs = [fit(data, case, settings, s, epochs, progress, options.linear, probe) for s in range(seeds)]
+            runs = [fit(data, case, settings, s, epochs, progress, linear, probe, shard) for s in range(seeds)]
             done[case.name] = entry(runs, [data.metrics(run.model, data.test) for run in runs], settings)
-            if options.record:
+            if options.record and leads:
                 records.write(path, head, case.name, done[case.name], [case.name for case in cases(data)])
+    if not leads:
+        return
     for loss, found in done.items():
         by_metric = [spread([100 * score for score in scores]) for scores in found["test"].values()]
         times = [f"{found[ms]:.3f}" for ms in ("loss_ms", "step_ms")]
         rows.append([loss, spell(found["settings"]), *by_metric, *times])
     metrics = [f"test {metric}, %" for metric in found["test"]]
-    loss_column = "classifier and loss, ms/step" if options.linear else "loss, ms/step"
+    loss_column = "classifier and loss, ms/step" if linear else "loss, ms/step"
     print(f"\n{name}: {seeds} seeds, mean ± standard deviation; hyper-parameters chosen on the validation split\n")
     print(table(["loss", "hyper-parameters", *metrics, loss_column, "whole step, ms"], rows))
     figure = options.output / f"{name}.png"
@@ -129,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         help=f"pad the classifier with distractors to C classes (default: {', '.join(map(str, MANY_CLASSES))})",
     )  # fmt: skip
     parser.add_argument("--linear", action="store_true", help="classifier and loss in one fl.LinearLoss")
+    parser.add_argument("--class-parallel", action="store_true", help="that, its classes sharded over the processes")
     parser.add_argument("--tune", action="store_true", help="choose the hyper-parameters, record them and stop")
     parser.add_argument("--trials", type=int, help="settings tried per loss with --tune")
     parser.add_argument("--tuning-seeds", type=int, help=f"runs per setting tried, up to {len(TUNING_SEEDS)}")
@@ -144,11 +158,15 @@ def main(argv: list[str] | None = None) -> None:
     for name, least in (("trials", 1), ("tuning_seeds", 1), ("seeds", 1), ("epochs", 1), ("threads", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             parser.error(f"argument --{name.replace('_', '-')}: must be at least {least}")
-    if options.tune and options.linear:
-        parser.error("argument --linear: it trains with the settings chosen without it")
+    for name in ("linear", "class_parallel"):
+        if options.tune and getattr(options, name):
+            parser.error(f"argument --{name.replace('_', '-')}: it trains with the settings chosen without it")
 
     torch.set_num_threads(options.threads)
-    command = f"python -m bench.train --data {options.data}" + (" --root DIR" if options.root else "")
+    launcher = "python"
+    if options.class_parallel:
+        launcher = join_ranks(parser, options.device)
+    command = f"{launcher} -m bench.train --data {options.data}" + (" --root DIR" if options.root else "")
     try:
         data = load(options.data, options.root, hold_out=options.tune).to(options.device)
         variants = [data]
@@ -164,11 +182,23 @@ def main(argv: list[str] | None = None) -> None:
         names = options.losses or (known if options.many_classes is None else AMONG_MANY)
         many = "" if options.many_classes is None else f" --many-classes {data.num_classes}"
         work = choose if options.tune else report
-        linear = " --linear" if options.linear else ""
+        linear = " --class-parallel" if options.class_parallel else " --linear" if options.linear else ""
         try:
             work(data, [known[name] for name in names], options, command + many + linear)
         except RecordError as error:
             raise SystemExit(str(error)) from error
+    if options.class_parallel:
+        dist.destroy_process_group()
+
+
+def join_ranks(parser: argparse.ArgumentParser, device: str) -> str:
+    """Becomes a rank of those that torchrun has started; how they were."""
+    if not dist.is_torchelastic_launched():
+        parser.error("argument --class-parallel: needs processes: torchrun --nproc-per-node 2 -m bench.train ...")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return f"torchrun --nproc-per-node {dist.get_world_size()}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Discriminative losses for classifiers with very many classes."""
 
+from .class_parallel import ClassShard
 from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss, ss_lr_loss
 from .linear import (
     LinearLoss,
@@ -16,6 +17,7 @@ from .ops import show_config
 
 __all__ = [
     "CRLLoss",
+    "ClassShard",
     "CrossEntropyLoss",
     "HSLRLoss",
     "LRLoss",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import LossFromLogits
+from .class_parallel import ClassShard, LossFromShard, width_of_shard
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 
 IGNORE_INDEX = -100
@@ -38,6 +39,7 @@ def cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
+    shard: ClassShard | None = None,
 ) -> Tensor:
     """Softmax cross-entropy, over all classes or over the target and its k most confusing negatives.
 
@@ -54,6 +56,9 @@ def cross_entropy(
         reduction: "none" | "mean" (over the rows not ignored; NaN if there are none) | "sum".
         check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
             elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
 
     Raises:
         TypeError: logits or target of a wrong dtype, an argument that is not a number.
@@ -61,7 +66,7 @@ def cross_entropy(
         IndexError: a class index outside [0, C), see ``check_targets``.
         RuntimeError: tensors on different devices.
     """
-    return apply(CrossEntropy(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+    return apply(CrossEntropy(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 def nllr_loss(
@@ -74,13 +79,14 @@ def nllr_loss(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
+    shard: ClassShard | None = None,
 ) -> Tensor:
     """Negative log likelihood ratio, -log(p_y / (1 - p_y)). Zhu, Yao, Jiang, Yu, arXiv 1804.10690.
 
     Unbounded below: the pull on the target's logit is 1 however sure the model is. Arguments, defaults and errors as in
     :func:`cross_entropy`.
     """
-    return apply(NLLR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+    return apply(NLLR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 def crl_loss(
@@ -95,6 +101,7 @@ def crl_loss(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
+    shard: ClassShard | None = None,
 ) -> Tensor:
     """Competing ratio loss, -log p_y + beta * log(alpha + 1 - p_y). Zhang et al., arXiv 1907.13349, 1912.11642.
 
@@ -106,7 +113,7 @@ def crl_loss(
 
     Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for alpha or beta out of range.
     """
-    return apply(CRL(alpha, beta), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+    return apply(CRL(alpha, beta), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 def lr_loss(
@@ -119,6 +126,7 @@ def lr_loss(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
+    shard: ClassShard | None = None,
 ) -> Tensor:
     """Vanilla logistic regression, one-vs-rest: softplus(-z_y) + sum over the negatives of softplus(z_j).
 
@@ -126,13 +134,14 @@ def lr_loss(
     rate than cross-entropy. The baseline of Dong, Zhu, Gong, AAAI 2019, arXiv 1811.08400.
 
     Args:
-        target: class indices (N,), or multi-hot (N, C): 0 and 1 of any dtype, any number of positives per row.
+        target: class indices (N,), or multi-hot (N, C): 0 and 1 of any dtype, any number of positives per row. With
+            ``shard``, multi-hot targets are this rank's columns too.
         weight, ignore_index: index targets only.
 
     Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for a multi-hot entry other than
     0 and 1 (checked as class indices are).
     """
-    return apply(LR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+    return apply(LR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 def hs_lr_loss(
@@ -146,6 +155,7 @@ def hs_lr_loss(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
+    shard: ClassShard | None = None,
 ) -> Tensor:
     """Logistic regression with hard selection: softplus(-z_y) + alpha * mean of softplus(z_j) over the k hardest.
 
@@ -159,7 +169,7 @@ def hs_lr_loss(
 
     Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
     """
-    return apply(HSLR(alpha), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+    return apply(HSLR(alpha), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 def ss_lr_loss(
@@ -174,6 +184,7 @@ def ss_lr_loss(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
+    shard: ClassShard | None = None,
 ) -> Tensor:
     """Logistic regression with soft selection: softplus(-z_y) + alpha * mean of sigma(z_j)^gamma * softplus(z_j).
 
@@ -186,7 +197,7 @@ def ss_lr_loss(
 
     Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
     """
-    return apply(SSLR(alpha, gamma), logits, target, k, ratio, weight, ignore_index, reduction, check_targets)
+    return apply(SSLR(alpha, gamma), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 def apply(
@@ -199,21 +210,29 @@ def apply(
     ignore_index: int,
     reduction: str,
     check_targets: bool,
+    shard: ClassShard | None,
 ) -> Tensor:
     """The one way from a user's arguments to the autograd functions."""
     check_options(loss, k, ratio, reduction)
-    _check_logits(logits)
-    check_batch(loss, logits.shape, logits.device, target, weight, ignore_index)
-    rows, target, k = as_rows(logits, target, logits.shape[-1], k, ratio)
-    if check_targets and logits.device.type != "cpu":  # the CPU doors always check
-        reference.check_target(target, rows.shape[1], ignore_index)
+    num_classes = _check_logits(logits, shard)
+    check_batch(loss, logits.shape, num_classes, logits.device, target, weight, ignore_index)
+    rows, target, k = as_rows(logits, target, num_classes, k, ratio)
     alpha = loss.alpha if loss.family == "logistic" else None
     if weight is not None:
         weight = weight.to(reference.compute_dtype(logits.dtype))
-    result, _ = LossFromLogits.apply(
-        rows, target, weight, loss.family, loss.formula, loss.params, alpha, k, ignore_index, reduction
-    )
+    arguments = rows, target, weight, loss.family, loss.formula, loss.params, alpha, k, ignore_index, reduction
+    if check_here(check_targets, logits.device, shard):
+        reference.check_target(target, num_classes, ignore_index)
+    if shard is None:
+        result, _ = LossFromLogits.apply(*arguments)
+    else:
+        result, _ = LossFromShard.apply(*arguments, shard)
     return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
+
+
+def check_here(check_targets: bool, device: torch.device, shard: ClassShard | None) -> bool:
+    """Whether to look at the values of targets: the CPU doors always do, but those of a shard know its classes only."""
+    return shard is not None if device.type == "cpu" else check_targets
 
 
 def as_rows(
@@ -249,9 +268,10 @@ def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
 
 
-def _check_logits(logits: Tensor) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
+def _check_logits(logits: Tensor, shard: ClassShard | None) -> int:
+    """The number of classes."""
+    if type(logits) is not Tensor:
+        check_kind("logits", logits)
     if logits.dtype not in FLOATING:
         raise TypeError(f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}")
     if logits.dim() not in (1, 2):
@@ -259,25 +279,39 @@ def _check_logits(logits: Tensor) -> None:
         if logits.dim() > 2:
             hint = ": move the classes last and flatten the rest, logits.movedim(1, -1).flatten(0, -2)"
         raise ValueError(f"expected logits of shape (N, C) or (C,), got {tuple(logits.shape)}{hint}")
+    if shard is not None:
+        return width_of_shard(shard, "logits", logits.shape, logits.shape[-1])
     if logits.shape[-1] == 0:
         raise ValueError(f"expected at least one class, got logits of shape {tuple(logits.shape)}")
+    return logits.shape[-1]
 
 
 def check_batch(
     loss: Loss,
     shape: torch.Size,
+    num_classes: int,
     device: torch.device,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
 ) -> None:
-    """Whether target and weight fit logits of this shape on this device."""
+    """Whether target and weight fit logits of this shape on this device; num_classes is that of all shards."""
     _check_target(loss, shape, device, target)
     multi_hot = target.dim() == len(shape)
     if weight is not None:
-        _check_weight(weight, shape[-1], device, multi_hot)
+        _check_weight(weight, num_classes, device, multi_hot)
     if multi_hot and ignore_index != IGNORE_INDEX:
         raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
+
+
+def check_kind(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "to_local"):
+        raise TypeError(
+            f"{name} must be a plain Tensor, got a DTensor: if it is sharded by classes, give {name}.to_local() and "
+            f"shard=ClassShard.split(num_classes, group); else {name}.full_tensor()"
+        )
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
-from .functional import FLOATING, IGNORE_INDEX, as_rows, check_batch, check_device, check_options
+from .class_parallel import ClassShard, LinearLossFromShard, gather_batch, move_rows, own_rows_of, width_of_shard
+from .functional import (
+    FLOATING,
+    IGNORE_INDEX,
+    as_rows,
+    check_batch,
+    check_device,
+    check_here,
+    check_kind,
+    check_options,
+)
 from .linear_autograd import LinearRowLoss, class_norms
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 from .modules import CrossEntropyLoss, RowLoss
@@ -56,6 +66,8 @@ def linear_cross_entropy(
     check_targets: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
+    shard: ClassShard | None = None,
+    gather_input: bool = False,
     options: LinearLossOptions | None = None,
 ) -> Tensor:
     """Softmax cross-entropy of ``F.linear(input, linear_weight, linear_bias)``, whose logits are never held as a whole.
@@ -71,6 +83,14 @@ def linear_cross_entropy(
         linear_bias: (C,), of input's dtype. Not with ``normalize``.
         normalize: cosine logits, scale * <input, w_j> / (|input| |w_j|).
         scale: finite, > 0; the scale of cosine logits. Default 1.
+        shard: the classes are sharded over ranks, as in :func:`fused_losses.cross_entropy`: linear_weight (and
+            linear_bias) are those of this rank's classes, input is the same on every rank, and so is its gradient.
+        gather_input: with ``shard``: input and class-index target are this rank's rows, any number of them, and the
+            loss is that of the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied
+            by the number of ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the
+            network in front, so gives that network what one process with all rows would; the gradient by linear_weight
+            is one process's already, so the classifier stays outside of it. Their numbers of rows are exchanged first,
+            which on CUDA costs a synchronisation.
         options: :class:`LinearLossOptions`.
 
     Other arguments, defaults and errors as in :func:`fused_losses.cross_entropy`. Differentiable once, by input,
@@ -84,7 +104,7 @@ def linear_cross_entropy(
     """
     loss = CrossEntropy()
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, options)  # fmt: skip
+                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
 
 
 def linear_nllr_loss(
@@ -101,6 +121,8 @@ def linear_nllr_loss(
     check_targets: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
+    shard: ClassShard | None = None,
+    gather_input: bool = False,
     options: LinearLossOptions | None = None,
 ) -> Tensor:
     """Negative log likelihood ratio of a linear layer's logits.
@@ -110,7 +132,7 @@ def linear_nllr_loss(
     """
     loss = NLLR()
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, options)  # fmt: skip
+                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
 
 
 def linear_crl_loss(
@@ -129,6 +151,8 @@ def linear_crl_loss(
     check_targets: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
+    shard: ClassShard | None = None,
+    gather_input: bool = False,
     options: LinearLossOptions | None = None,
 ) -> Tensor:
     """Competing ratio loss of a linear layer's logits.
@@ -138,7 +162,7 @@ def linear_crl_loss(
     """
     loss = CRL(alpha, beta)
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, options)  # fmt: skip
+                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
 
 
 def linear_lr_loss(
@@ -155,6 +179,8 @@ def linear_lr_loss(
     check_targets: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
+    shard: ClassShard | None = None,
+    gather_input: bool = False,
     options: LinearLossOptions | None = None,
 ) -> Tensor:
     """Vanilla logistic regression, one-vs-rest, of a linear layer's logits.
@@ -164,7 +190,7 @@ def linear_lr_loss(
     """
     loss = LR()
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, options)  # fmt: skip
+                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
 
 
 def linear_hs_lr_loss(
@@ -182,6 +208,8 @@ def linear_hs_lr_loss(
     check_targets: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
+    shard: ClassShard | None = None,
+    gather_input: bool = False,
     options: LinearLossOptions | None = None,
 ) -> Tensor:
     """Logistic regression with hard selection of a linear layer's logits.
@@ -191,7 +219,7 @@ def linear_hs_lr_loss(
     """
     loss = HSLR(alpha)
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, options)  # fmt: skip
+                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
 
 
 def linear_ss_lr_loss(
@@ -210,6 +238,8 @@ def linear_ss_lr_loss(
     check_targets: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
+    shard: ClassShard | None = None,
+    gather_input: bool = False,
     options: LinearLossOptions | None = None,
 ) -> Tensor:
     """Logistic regression with soft selection of a linear layer's logits.
@@ -219,7 +249,7 @@ def linear_ss_lr_loss(
     """
     loss = SSLR(alpha, gamma)
     return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, options)  # fmt: skip
+                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
 
 
 class LinearLoss(nn.Module):
@@ -230,11 +260,12 @@ class LinearLoss(nn.Module):
         num_classes: C.
         loss: one of the loss modules of this package, used with its options. Default: ``CrossEntropyLoss()``.
         bias: whether the layer has a bias. Default: False.
-        normalize, scale, options: as in :func:`linear_cross_entropy`.
+        normalize, scale, shard, gather_input, options: as in :func:`linear_cross_entropy`.
         device, dtype: of the weight, as in ``nn.Linear``.
 
     ``weight`` (C, D) and ``bias`` (C,) bear the names and the initialisation of ``nn.Linear``: state dicts of the two
-    are interchangeable (a class-weight buffer of the loss aside).
+    are interchangeable (a class-weight buffer of the loss aside). With ``shard`` they hold this rank's classes, and
+    start from the numbers that the same seed gives to one process.
     """
 
     def __init__(
@@ -246,6 +277,8 @@ class LinearLoss(nn.Module):
         bias: bool = False,
         normalize: bool = False,
         scale: float = 1.0,
+        shard: ClassShard | None = None,
+        gather_input: bool = False,
         options: LinearLossOptions | None = None,
         device=None,
         dtype=None,
@@ -255,33 +288,70 @@ class LinearLoss(nn.Module):
         loss = CrossEntropyLoss() if loss is None else loss
         if not isinstance(loss, RowLoss):
             raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}")
+        if loss.shard is not None:
+            raise ValueError("give the shard to LinearLoss, not to its loss")
+        classes = num_classes if shard is None else len(shard)
+        if shard is not None and shard.num_classes != num_classes:
+            raise ValueError(f"the shard is one of {shard.num_classes} classes, expected {num_classes}")
         self.in_features = in_features
         self.num_classes = num_classes
         self.loss = loss
         self.normalize = normalize
         self.scale = scale
+        self.shard = shard
+        self.gather_input = gather_input
         self.options = options
-        self.weight = nn.Parameter(torch.empty((num_classes, in_features), device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty((num_classes,), device=device, dtype=dtype)) if bias else None
+        self.weight = nn.Parameter(torch.empty((classes, in_features), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty((classes,), device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        nn.Linear.reset_parameters(self)  # it asks for weight and bias only
+        if self.shard is None:
+            nn.Linear.reset_parameters(self)  # it asks for weight and bias only
+            return
+        own_rows_of(self.shard, self.weight, lambda rows: nn.init.kaiming_uniform_(rows, a=math.sqrt(5)))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            own_rows_of(self.shard, self.bias, lambda rows: rows.uniform_(-bound, bound))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return apply(
-            self.loss.loss, input, self.weight, target, self.bias, **self.loss.options,
-            normalize=self.normalize, scale=self.scale, options=self.options,
+            self.loss.loss, input, self.weight, target, self.bias, **self.loss.options | {"shard": self.shard},
+            normalize=self.normalize, scale=self.scale, gather_input=self.gather_input, options=self.options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         cosine = f", normalize=True, scale={self.scale}" if self.normalize else ""
         options = "" if self.options is None else f", options={self.options}"
         layer = f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}"
-        return layer + cosine + options
+        shard = "" if self.shard is None else f", shard={self.shard}, gather_input={self.gather_input}"
+        return layer + cosine + shard + options
+
+    @torch.no_grad()
+    def grown(self, num_classes: int) -> "LinearLoss":
+        """The same classifier with more classes behind the old ones: their rows are kept, the new ones are drawn.
+
+        With a shard, every rank calls it, and the classes are split anew (:meth:`ClassShard.split`). A class-weight
+        buffer does not grow: ValueError, as for fewer classes than now.
+        """
+        if num_classes < self.num_classes or self.loss.weight is not None:
+            raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes, or with class weights")
+        shard = None if self.shard is None else ClassShard.split(num_classes, self.shard.group)
+        grown = LinearLoss(
+            self.in_features, num_classes, loss=self.loss, bias=self.bias is not None, normalize=self.normalize,
+            scale=self.scale, shard=shard, gather_input=self.gather_input, options=self.options,
+            device=self.weight.device, dtype=self.weight.dtype,
+        )  # fmt: skip
+        for old, new in ((self.weight, grown.weight), (self.bias, grown.bias)):
+            if old is not None and shard is None:
+                new[: self.num_classes] = old
+            elif old is not None:
+                move_rows(self.shard, old, shard, new)
+        return grown
 
     def logits(self, input: Tensor) -> Tensor:
-        """(N, C) logits of (N, D) input, for evaluation."""
+        """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
         if not self.normalize:
             return F.linear(input, self.weight, self.bias)
         logits = F.linear(_direction(input, self.scale).to(input.dtype), self.weight)
@@ -303,31 +373,39 @@ def apply(
     check_targets: bool,
     normalize: bool,
     scale: float,
+    shard: ClassShard | None,
+    gather_input: bool,
     options: LinearLossOptions | None,
 ) -> Tensor:
     """The one way from a user's arguments to the autograd function."""
     check_options(loss, k, ratio, reduction)
     _check_options(options, linear_bias is not None, normalize, scale)
-    _check_layer(input, linear_weight, linear_bias)
+    num_classes = _check_layer(input, linear_weight, linear_bias, shard)
     dtype = _dtype_of_linear(input, linear_weight, linear_bias)
-    if normalize:
-        input = _direction(input, scale)
-
-    num_classes = linear_weight.shape[0]
-    shape = torch.Size((*input.shape[:-1], num_classes))
-    check_batch(loss, shape, input.device, target, weight, ignore_index)
+    shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
+    check_batch(loss, shape, num_classes, input.device, target, weight, ignore_index)
+    if gather_input:
+        if shard is None or input.dim() != 2 or target.dim() != 1:
+            raise ValueError("gather_input needs shard=, input of shape (N, D) and class-index targets (N,)")
+        input, target = gather_batch(shard, input, target.long())
     rows, target, k = as_rows(input, target, num_classes, k, ratio)
-    if check_targets and input.device.type != "cpu":  # the CPU doors always check
+    if normalize:
+        rows = _direction(rows, scale)
+    if check_here(check_targets, input.device, shard):
         reference.check_target(target, num_classes, ignore_index)
     options = LinearLossOptions() if options is None else options
     if options.sparse_grad and (k == 0 or target.dim() == 2):
         got = "multi-hot targets" if target.dim() == 2 else f"all {num_classes - 1} negatives"
         raise ValueError(f"sparse_grad needs class-index targets and k (or ratio) below C - 1, got {got}")
-    result = LinearRowLoss.apply(
+    arguments = (
         rows, linear_weight, linear_bias, target, weight,
         loss.family, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction,
         dtype, normalize, options.chunk_bytes, options.sparse_grad, torch.is_grad_enabled(),
     )  # fmt: skip
+    if shard is None:
+        result = LinearRowLoss.apply(*arguments)
+    else:
+        result = LinearLossFromShard.apply(*arguments, shard)
     return result.squeeze(0) if input.dim() == 1 and reduction == "none" else result
 
 
@@ -351,12 +429,12 @@ def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torc
     return seen(input)
 
 
-def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, shard: ClassShard | None) -> int:
+    """The number of classes, of all shards."""
     for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
         if tensor is None and name == "linear_bias":
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        check_kind(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(f"expected a floating-point {name}, got {tensor.dtype}")
         check_device(name, tensor, input.device)
@@ -365,10 +443,13 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             "expected input (N, D) or (D,) and linear_weight (C, D), "
             f"got {tuple(input.shape)} and {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"expected at least one class, got linear_weight of shape {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected linear_bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if shard is not None:
+        return width_of_shard(shard, "linear_weight", weight.shape, weight.shape[0])
+    if weight.shape[0] == 0:
+        raise ValueError(f"expected at least one class, got linear_weight of shape {tuple(weight.shape)}")
+    return weight.shape[0]
 
 
 def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> None:

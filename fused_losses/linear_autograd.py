@@ -123,7 +123,7 @@ class _Gradients:
 
     def __init__(self, input: Tensor, layer: _Layer, wanted: list[bool]):
         self.x, self.layer, self.wanted = input, layer, wanted
-        self.input, self.weight, self.bias = _gradient_shapes(input, layer.weight, wanted)
+        self.input, self.weight, self.bias = gradient_shapes(input, layer.weight, wanted)
         self.weight.zero_()
         self.bias.zero_()
 
@@ -154,14 +154,16 @@ _DOORS = {
 
 
 def _linear_forward(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact=False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward door of the family over all rows: *again*."""
     forward, _ = _DOORS[family]
     _check_target(input, weight, target, ignore_index)
-    outputs = _forward_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index)
+    outputs = _forward_shapes(
+        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact
+    )
     for rows, z in _Layer(weight, bias, norms).chunks(input, chunk_elements):
-        for whole, part in zip(outputs, forward(z, target[rows], loss, params, k, ignore_index, False), strict=True):
+        for whole, part in zip(outputs, forward(z, target[rows], loss, params, k, ignore_index, compact), strict=True):
             whole[rows] = part
     return outputs
 
@@ -169,6 +171,7 @@ def _linear_forward(
 def _linear_backward(
     grad, state, pick_index, pick_logit,
     input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
+    compact=False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias from grad of the rows: *again*."""
     _, backward = _DOORS[family]
@@ -176,7 +179,7 @@ def _linear_backward(
     gradients = _Gradients(input, layer, wanted)
     for rows, z in layer.chunks(input, chunk_elements):
         saved = z, target[rows], state[rows], pick_index[rows], pick_logit[rows]
-        gradients.add(rows, backward(grad[rows], *saved, loss, params, k, ignore_index, z.shape[1], False))
+        gradients.add(rows, backward(grad[rows], *saved, loss, params, k, ignore_index, z.shape[1], compact))
     return gradients.result(chunk_elements)
 
 
@@ -256,7 +259,10 @@ def _hardest_of_blocks(
 
     states = torch.stack(states)  # (blocks, rows, values); without the target, z_y is -inf or 0
     z_y = states[..., 2].amax(0) if family == "softmax" else states[..., 0].sum(0)
-    out_of_range = (target < 0) | (target >= layer.weight.shape[0])
+    elsewhere = target == reference.NO_TARGET  # column 0 is then no class: an empty slot
+    index[:, 0] = -1
+    out_of_range = ((target < 0) & ~elsewhere) | (target >= layer.weight.shape[0])
+    z_y = z_y.masked_fill(elsewhere, -math.inf)
     logit[:, 0] = z_y.masked_fill(out_of_range | states.isnan().any(dim=(0, 2)), math.nan)
     *rows, chosen, chosen_logit = forward(logit, target.clamp(max=0), loss, params, k, IGNORED, True)
     return *rows, index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1), chosen_logit
@@ -316,7 +322,7 @@ def _pick_gradients(
     dz_by_norm = dz if norms is None else dz / norms[inside]
 
     want_input, want_weight, want_bias = wanted
-    dinput, dweight, dbias = _gradient_shapes(input, weight, wanted)
+    dinput, dweight, dbias = gradient_shapes(input, weight, wanted)
     by_class = None
     if want_input and input.shape[0] > 0:
         dinput = F.embedding_bag(inside, weight, mode="sum", per_sample_weights=dz_by_norm.to(weight.dtype))
@@ -346,7 +352,7 @@ def _linear_backward_picks(
 
 
 @torch.no_grad()  # under create_graph=True the graph is recorded here, where no op hides it
-def _sparse_gradients(*saved) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_gradients(*saved) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias from grad of the rows: *picks*, coalesced COO for weight and bias."""
     weight, wanted = saved[5], saved[-1]
     dinput, *of_picked, picked = _pick_gradients(*saved, True)
@@ -373,15 +379,17 @@ def _row_shapes(input, family):
     return values, input.new_empty((rows, 3 if family == "softmax" else 2), dtype=dtype)
 
 
-def _forward_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index):
-    return *_row_shapes(input, family), *ops.empty_picks(input, k, compact=False)
+def _forward_shapes(
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact=False
+):
+    return *_row_shapes(input, family), *ops.empty_picks(input, k, compact)
 
 
 def _picks_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index):
     return *_row_shapes(input, family), *ops.empty_picks(input, k, compact=True)
 
 
-def _gradient_shapes(input, weight, wanted):
+def gradient_shapes(input, weight, wanted):
     want_input, want_weight, want_bias = wanted
     dtype = reference.compute_dtype(input.dtype)
     return (
@@ -394,18 +402,21 @@ def _gradient_shapes(input, weight, wanted):
 def _backward_shapes(
     grad, state, pick_index, pick_logit,
     input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
+    compact=False,
 ):  # fmt: skip
-    return _gradient_shapes(input, weight, wanted)
+    return gradient_shapes(input, weight, wanted)
 
 
 def _at_once_shapes(
     grad, input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted
 ):
-    return grad.new_empty(grad.shape), *_gradient_shapes(input, weight, wanted)
+    return grad.new_empty(grad.shape), *gradient_shapes(input, weight, wanted)
 
 
 linear_forward = ops.define(
-    f"linear_forward({_LAYER}{_LOSS}) -> (Tensor values, {_SAVED})", _linear_forward, _forward_shapes
+    f"linear_forward({_LAYER}{_LOSS}, bool compact=False) -> (Tensor values, {_SAVED})",
+    _linear_forward,
+    _forward_shapes,
 )
 linear_forward_picks = ops.define(
     f"linear_forward_picks({_LAYER}{_LOSS}) -> (Tensor values, {_SAVED})", _linear_forward_picks, _picks_shapes
@@ -416,7 +427,7 @@ linear_at_once = ops.define(
     _at_once_shapes,
 )
 linear_backward = ops.define(
-    f"linear_backward(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted) -> ({_GRADIENTS}",
+    f"linear_backward(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted, bool compact=False) -> ({_GRADIENTS}",
     _linear_backward,
     _backward_shapes,
 )
@@ -462,7 +473,7 @@ class LinearRowLoss(torch.autograd.Function):
         ctx.at_once = any(ctx.wanted) and not ctx.picks and _gradients_at_once(reduction, dtype, not counted)
         if ctx.at_once:
             values, *gradients = _at_once(ctx, layer)
-            gradients = _in_dtypes_of((input, weight, bias), gradients, ctx.wanted)
+            gradients = in_dtypes_of((input, weight, bias), gradients, ctx.wanted)
             # a compiled graph keeps them; otherwise backward takes them over, and no step holds the weight's twice
             ctx.gradients = None if torch.compiler.is_compiling() else gradients
             saved = gradients if torch.compiler.is_compiling() else ()
@@ -481,17 +492,17 @@ class LinearRowLoss(torch.autograd.Function):
         elif ctx.at_once:
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:  # retain_graph=True: they went with the first pass
-                gradients = _in_dtypes_of(parameters, _at_once(ctx, layer)[1:], ctx.wanted)
+                gradients = in_dtypes_of(parameters, _at_once(ctx, layer)[1:], ctx.wanted)
             with torch.no_grad():
                 gradients = [None if gradient is None else gradient.mul_(grad) for gradient in gradients]
         else:
             grad_rows = _grad_of_rows(ctx, grad, layer[0].shape[0])
             if ctx.sparse_grad:
-                backward = _sparse_gradients
+                backward = sparse_gradients
             else:
                 backward = linear_backward_picks if ctx.picks else linear_backward
             gradients = backward(grad_rows, *saved, *layer, *ctx.arguments, ctx.wanted)
-            gradients = _in_dtypes_of(parameters, gradients, ctx.wanted)
+            gradients = in_dtypes_of(parameters, gradients, ctx.wanted)
         leads_back = [tensor for tensor in parameters if tensor is not None]
         gradients = [None if gradient is None else once(gradient, *leads_back, grad) for gradient in gradients]
         return *gradients, *(None,) * 14
@@ -504,7 +515,7 @@ def _at_once(ctx, layer: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return linear_at_once(_grad_of_rows(ctx, one, x.shape[0]), *layer, *ctx.arguments, ctx.wanted)
 
 
-def _in_dtypes_of(tensors, gradients, wanted: list[bool]) -> list[Tensor | None]:
+def in_dtypes_of(tensors, gradients, wanted: list[bool]) -> list[Tensor | None]:
     """The gradients that are wanted, each in the dtype of its tensor."""
     triples = zip(tensors, gradients, wanted, strict=True)
     return [gradient.to(tensor.dtype) if want else None for tensor, gradient, want in triples]

@@ -7,6 +7,7 @@ dict. Options are checked when the module is made.
 from torch import Tensor, nn
 
 from . import functional
+from .class_parallel import ClassShard
 from .functional import IGNORE_INDEX
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 
@@ -16,7 +17,7 @@ class RowLoss(nn.Module):
 
     weight: Tensor | None
 
-    def __init__(self, loss: Loss, k, ratio, weight, ignore_index, reduction, check_targets):
+    def __init__(self, loss: Loss, k, ratio, weight, ignore_index, reduction, check_targets, shard):
         super().__init__()
         functional.check_options(loss, k, ratio, reduction)
         self.loss = loss
@@ -25,6 +26,7 @@ class RowLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.check_targets = check_targets
+        self.shard = shard
         self.register_buffer("weight", weight)
 
     @property
@@ -37,6 +39,7 @@ class RowLoss(nn.Module):
             "ignore_index": self.ignore_index,
             "reduction": self.reduction,
             "check_targets": self.check_targets,
+            "shard": self.shard,
         }
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -46,8 +49,8 @@ class RowLoss(nn.Module):
         settings = vars(self.loss) | self.options
         if self.weight is not None:
             settings["weight"] = f"<{self.weight.shape[0]} classes>"
-        usual = {"k": None, "ratio": None, "weight": None, "ignore_index": IGNORE_INDEX, "check_targets": False}
-        return ", ".join(f"{name}={value}" for name, value in settings.items() if usual.get(name, ...) != value)
+        usual = {"ignore_index": IGNORE_INDEX, "check_targets": False}
+        return ", ".join(f"{name}={value}" for name, value in settings.items() if value != usual.get(name))
 
 
 class CrossEntropyLoss(RowLoss):
@@ -62,8 +65,9 @@ class CrossEntropyLoss(RowLoss):
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
+        shard: ClassShard | None = None,
     ):
-        super().__init__(CrossEntropy(), k, ratio, weight, ignore_index, reduction, check_targets)
+        super().__init__(CrossEntropy(), k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 class NLLRLoss(RowLoss):
@@ -78,8 +82,9 @@ class NLLRLoss(RowLoss):
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
+        shard: ClassShard | None = None,
     ):
-        super().__init__(NLLR(), k, ratio, weight, ignore_index, reduction, check_targets)
+        super().__init__(NLLR(), k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 class CRLLoss(RowLoss):
@@ -96,8 +101,9 @@ class CRLLoss(RowLoss):
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
+        shard: ClassShard | None = None,
     ):
-        super().__init__(CRL(alpha, beta), k, ratio, weight, ignore_index, reduction, check_targets)
+        super().__init__(CRL(alpha, beta), k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 class LRLoss(RowLoss):
@@ -112,8 +118,9 @@ class LRLoss(RowLoss):
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
+        shard: ClassShard | None = None,
     ):
-        super().__init__(LR(), k, ratio, weight, ignore_index, reduction, check_targets)
+        super().__init__(LR(), k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 class HSLRLoss(RowLoss):
@@ -129,8 +136,9 @@ class HSLRLoss(RowLoss):
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
+        shard: ClassShard | None = None,
     ):
-        super().__init__(HSLR(alpha), k, ratio, weight, ignore_index, reduction, check_targets)
+        super().__init__(HSLR(alpha), k, ratio, weight, ignore_index, reduction, check_targets, shard)
 
 
 class SSLRLoss(RowLoss):
@@ -147,5 +155,6 @@ class SSLRLoss(RowLoss):
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
+        shard: ClassShard | None = None,
     ):
-        super().__init__(SSLR(alpha, gamma), k, ratio, weight, ignore_index, reduction, check_targets)
+        super().__init__(SSLR(alpha, gamma), k, ratio, weight, ignore_index, reduction, check_targets, shard)

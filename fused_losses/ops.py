@@ -170,13 +170,20 @@ for _family in ("softmax", "logistic"):
 def _loss_forward(logits, target, weight, family, loss, params, alpha, k, ignore_index, reduction, compact):
     door = softmax_forward if family == "softmax" else logistic_forward
     terms, state, pick_index, pick_logit = door(logits, target, loss, params, k, ignore_index, compact)
-    if reductions.slopes_shape(terms, weight, reduction) != terms.shape:
-        return terms, terms.new_empty((0,)), state, pick_index, pick_logit
-    num_classes = logits.shape[1]
-    wing = _triton_wing(logits.device, logits.dtype, num_classes) or reductions
-    positives = state[:, 1] if target.dim() == 2 else None
-    value, slopes = wing.reduce_terms(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction)
+    value, slopes = reduce_terms(
+        terms, state, target, weight, logits.dtype, alpha, logits.shape[1], k, ignore_index, reduction
+    )
     return value, slopes, state, pick_index, pick_logit
+
+
+def reduce_terms(terms, state, target, weight, dtype, alpha, num_classes, k, ignore_index, reduction):
+    """The loss and its slopes from what a forward door gave for logits of this dtype: ``reductions.reduce_terms``, by
+    the wing that serves them. No slopes where the loss is the terms."""
+    if reductions.slopes_shape(terms, weight, reduction) != terms.shape:
+        return terms, terms.new_empty((0,))
+    wing = _triton_wing(terms.device, dtype, num_classes) or reductions
+    positives = state[:, 1] if target.dim() == 2 else None
+    return wing.reduce_terms(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction)
 
 
 def _loss_backward(grad, slopes, logits, target, state, pick_index, pick_logit, family, *door_arguments):

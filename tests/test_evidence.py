@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from bench import evidence, figures, records, train
 from bench.evidence import NOTHING, PAGE, render
-from bench.tables import paired
+from bench.significance import paired
 
 EPOCHS, SEEDS = 3, 4
 
@@ -27,6 +27,7 @@ def a_record(name: str, losses: dict[str, float]) -> dict:
             "test": {"mAP": scores, "rank-1": [1 - score for score in scores]},
             "loss_ms": 0.25,
             "step_ms": 1.0,
+            "first_losses": [[mean + 0.5, mean + 0.25]] * SEEDS,
             "curves": {
                 "train_loss": [[1.0, 0.5, 0.1]] * SEEDS,
                 curve: [[0.9, 0.5, 0.25, 0.1 * seed] for seed in range(SEEDS)],
@@ -63,7 +64,7 @@ def test_the_page_is_what_the_recorded_results_give(tmp_path):
 def test_the_recorded_runs_had_the_recorded_settings():
     for path in records.RESULTS.glob("*-runs.json"):
         runs = records.read(path)["losses"]
-        name = path.name.removesuffix("-runs.json").removesuffix("-linear")
+        name = path.name.removesuffix("-runs.json").removesuffix("-linear").removesuffix("-class-parallel")
         chosen = records.settings_of(path.with_name(f"{name}.json"), list(runs))
         assert {loss: of["settings"] for loss, of in runs.items()} == chosen, path.name
 
@@ -91,18 +92,26 @@ def test_results_table(tmp_path):
     assert "`python -m bench.train --data omniglot --record`: 4 seeds, 3 epochs, cpu" in text
 
 
-def test_many_linear_and_figures(tmp_path):
-    keep(tmp_path, "digits", {"CE": 0.5, "CRL": 0.5, "LR": 0.4})
+def test_three_ways_to_compute_one_training(tmp_path):
+    def row():
+        text = render(block("ways", "digits"), tmp_path, tmp_path)
+        (row,) = [line for line in text.splitlines() if line.startswith("| CE")]
+        return [cell.strip().split(" ± ")[0] for cell in row.strip("|").split("|")]
+
+    keep(tmp_path, "digits", {"CE": 0.5, "LR": 0.4})
     keep(tmp_path, "digits-linear", {"CE": 0.51})
+    assert row() == ["CE", "50.15", "51.15"]
+    keep(tmp_path, "digits-class-parallel", {"CE": 0.515})
+    assert row() == ["CE", "50.15", "51.15", "51.65", "5.0e-03"]  # the losses differ by as much as the means
+
+
+def test_many_and_figures(tmp_path):
+    keep(tmp_path, "digits", {"CE": 0.5, "CRL": 0.5, "LR": 0.4})
     for number in (10000, 1000):
         keep(tmp_path, f"digits-{number}", {"CE": 0.5, "LR": 1 / math.log(number), "HS-LR": 0.4})
     many = render(block("many", "digits"), tmp_path, tmp_path)
     assert many.index("1,000 classes") < many.index("10,000 classes")  # by number, not by name
     assert "0.25 ms" in many
-    linear = render(block("linear", "digits"), tmp_path, tmp_path)
-    (row,) = [line for line in linear.splitlines() if line.startswith("| CE")]
-    assert "50.15" in row
-    assert "51.15" in row
     for kind in ("curves", "margins", "classes"):
         text = render(block(kind, "digits"), tmp_path, tmp_path / "figures")
         assert f"](figures/digits-{kind}.png)" in text

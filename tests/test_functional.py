@@ -144,6 +144,7 @@ def test_signatures():
         "ignore_index": -100,
         "reduction": "mean",
         "check_targets": False,
+        "shard": None,
     }
     for loss in LOSSES:
         parameters = inspect.signature(getattr(fl, loss.name)).parameters

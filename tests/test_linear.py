@@ -1140,7 +1140,7 @@ def test_signatures(loss):
     for name in set(theirs) - {"logits", "target"}:
         assert ours[name].default == theirs[name].default
         assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY
-    layer = {"input", "linear_weight", "target", "linear_bias", "normalize", "scale", "options"}
+    layer = {"input", "linear_weight", "target", "linear_bias", "normalize", "scale", "gather_input", "options"}
     assert set(ours) == layer | (set(theirs) - {"logits"})
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,7 +92,7 @@ def test_tune_keeps_the_setting_with_the_best_validation_mean(monkeypatch):
     def scored(data, case, settings, seed, epochs, progress):
         score = 1 / (1 + abs(math.log(settings["lr"] / 0.03))) + 1e-3 * (seed % 2)
         tried.append((settings["lr"], seed, score))
-        return Run(None, [], [0.0, score], 0.0, 0.0, {})
+        return Run(None, [], [], [0.0, score], 0.0, 0.0, {})
 
     monkeypatch.setattr(tuning, "fit", scored)
     best = tuning.tune(digits(), cases(digits())[0], 16, TUNING_SEEDS, 2, tqdm(disable=True))
@@ -357,3 +359,30 @@ def test_what_cannot_be_run_is_said(arguments, message, capsys):
     with pytest.raises(SystemExit):
         train.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_sharded_over_processes_the_training_is_the_same(tmp_path):
+    """torchrun and --class-parallel against --linear in one process, through the command line."""
+    write_settings(tmp_path, digits(), 0.05)
+    losses = ["--losses", "CE", "CRL", "HS-LR", "SS-LR"]
+    asked = ["-m", "bench.train", "--record", "--seeds", "1", "--epochs", "5", *losses]
+    folders = ["--results", str(tmp_path), "--output", str(tmp_path)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]  # 10 classes: 4, 4 and 2
+    for command in ([*asked, "--linear"], [*torchrun, *asked, "--class-parallel"]):
+        done = subprocess.run([sys.executable, *command, *folders], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test accuracy") == 1  # one rank tells
+    one, sharded = (
+        json.loads((tmp_path / f"digits-{way}-runs.json").read_text()) for way in ("linear", "class-parallel")
+    )
+    assert sharded["command"] == "torchrun --nproc-per-node 3 -m bench.train --data digits --class-parallel --record"
+    for loss, of in one["losses"].items():
+        assert len(of["first_losses"][0]) == 50
+        assert sharded["losses"][loss]["first_losses"][0] == pytest.approx(of["first_losses"][0], abs=1e-4)
+        assert sharded["losses"][loss]["test"]["accuracy"] == pytest.approx(of["test"]["accuracy"], abs=0.01)
+
+
+def test_class_parallel_without_torchrun_says_what_to_do(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--class-parallel"])
+    assert "torchrun" in capsys.readouterr().err

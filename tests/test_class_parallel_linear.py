@@ -1,0 +1,354 @@
+"""Linear losses whose classes, and batch, are sharded over ranks: the loss, the gradients and the training of one
+process."""
+
+import datetime
+import itertools
+import multiprocessing
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+
+import fused_losses as fl
+from cases import LOGISTIC, LOSSES, make_index, make_logits, make_target
+from fused_losses.class_parallel import ClassShard
+from ranks import Ranks, refusal
+
+ROWS, FEATURES = 12, 8
+NAMES = ("loss", "input", "weight", "bias")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
+
+
+def make_layer(classes, dtype=torch.float32) -> list:
+    """input, weight, bias."""
+    generator = torch.Generator().manual_seed(classes)
+    shapes = (ROWS, FEATURES), (classes, FEATURES), (classes,)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def linear(loss):
+    return getattr(fl, f"linear_{loss.name}")
+
+
+def loss_and_gradients(loss, layer, target, options) -> list:
+    """The loss and the gradients by input, weight and, if there is one, bias, dense."""
+    layer = [tensor.detach().clone().requires_grad_() for tensor in layer]
+    value = linear(loss)(*layer[:2], target, linear_bias=layer[2] if len(layer) > 2 else None, **options)
+    value.backward(torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape))
+    return [value.detach(), *(t.grad.to_dense() if t.grad.is_sparse else t.grad for t in layer)]
+
+
+def truth(loss, layer, target, options) -> list:
+    """The same in float64, from the whole logits."""
+    layer = [tensor.detach().double().requires_grad_() for tensor in layer]
+    options = {name: value for name, value in options.items() if name not in ("options", "normalize", "scale")}
+    value = loss(F.linear(*layer), target, **options)
+    value.backward(torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape))
+    return [value.detach(), *(tensor.grad for tensor in layer)]
+
+
+def sendable(tensor):
+    """As an array, which knows no bfloat16: tensors would travel as files."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def many_of_shard(group, edges, cases) -> list:
+    results = []
+    for loss, layer, target, options in cases:
+        classes, rank = layer[1].shape[0], dist.get_rank(group)
+        if edges is None:
+            shard = ClassShard.split(classes, group)
+        else:
+            shard = ClassShard(edges[rank], edges[rank + 1], classes, group)
+        own = slice(shard.start, shard.stop)
+        target = target if target.dim() == 1 else target[:, own]
+        mine = [layer[0], *(tensor[own] for tensor in layer[1:])]
+        results.append(list(map(sendable, loss_and_gradients(loss, mine, target, options | {"shard": shard}))))
+    return results
+
+
+def whole(answers: list) -> list:
+    """Loss and gradients of every case; loss and the gradient by input have the same bits on every rank."""
+    merged = []
+    for of_ranks in zip(*answers, strict=True):
+        value, dinput, *others = zip(*of_ranks, strict=True)
+        assert len({part.tobytes() for part in value}) == len({part.tobytes() for part in dinput}) == 1
+        parts = [torch.from_numpy(value[0]), torch.from_numpy(dinput[0])]
+        merged.append(parts + [torch.cat([torch.from_numpy(part) for part in other]) for other in others])
+    return merged
+
+
+@pytest.mark.parametrize("ranks, classes", [(1, 751), (2, 751), (3, 1000), (4, 5)])
+def test_as_exact_as_one_process(world, ranks, classes):
+    """The error against float64 is at most twice that of one process, plus 1e-7 of the largest entry."""
+    layer, cases = make_layer(classes), []
+    for loss, form in itertools.product(LOSSES, ("index", "multihot")):
+        if form == "index" or loss in LOGISTIC:
+            for k in loss.ks(None, 2, 100):
+                target = make_target(form, ROWS, classes)
+                small = fl.LinearLossOptions(chunk_bytes=4 * 300 * 5)
+                cases.append((loss, layer, target, {"k": k, "reduction": "none", "options": small}))
+    for case, ours in zip(cases, whole(world.run(ranks, many_of_shard, None, cases)), strict=True):
+        for name, mine, of_one, true in zip(NAMES, ours, loss_and_gradients(*case), truth(*case), strict=True):
+            error, allowed = (mine.double() - true).abs().max(), (of_one.double() - true).abs().max()
+            bound = 2 * allowed + 1e-7 * max(1, true.abs().max())
+            assert error <= bound, f"{case[0]} {case[3]} {name}: {error:.2e}, one process {allowed:.2e}"
+
+
+def compare(world, ranks, cases, edges=None) -> None:
+    for case, ours in zip(cases, whole(world.run(ranks, many_of_shard, edges, cases)), strict=True):
+        expected = loss_and_gradients(*case)
+        for name, mine, theirs in zip(NAMES[: len(ours)], ours, expected, strict=True):
+            torch.testing.assert_close(
+                mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m: f"{case[0]} {case[3]} {name}: {m}"
+            )
+
+
+@pytest.mark.parametrize("edges", [(0, 1, 1, 40), (0, 0, 40, 40), (0, 0, 0, 40)], ids=str)
+def test_uneven_and_empty_shards(world, edges):
+    cases = [
+        (loss, make_layer(40), make_target(form, ROWS, 40), {"k": k})
+        for loss, form in itertools.product(LOSSES, ("index", "multihot"))
+        for k in loss.ks(None, 1, 20)
+        if form == "index" or loss in LOGISTIC
+    ]
+    compare(world, 3, cases, edges)
+
+
+def test_options(world):
+    classes = 300
+    layer, target = make_layer(classes), make_index(ROWS, classes)
+    target[::3] = 5
+    sparse = fl.LinearLossOptions(sparse_grad=True)
+    everything = (
+        {}, {"ignore_index": 5}, {"weight": torch.linspace(0, 1, classes)}, {"k": 7, "options": sparse},
+        {"ratio": 0.02, "reduction": "sum"}, {"k": 7, "ignore_index": 5, "options": sparse},
+    )  # fmt: skip
+    cases = [
+        (loss, layer, target, {"k": 4} | options if loss.needs_k and "ratio" not in options else options)
+        for loss, options in itertools.product(LOSSES, everything)
+    ]
+    cosine = {"normalize": True, "scale": 16.0}
+    cases += [(loss, layer[:2], target, cosine | {"k": k}) for loss in LOSSES for k in loss.ks(None, 3)]
+    cases += [(loss, layer[:2], target, cosine | {"k": 3, "options": sparse}) for loss in LOSSES]
+    compare(world, 3, cases)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dtypes(world, dtype):
+    """A 16-bit gradient by input is rounded by each rank and by the sum; everything else as in one process."""
+    layer, target = make_layer(300, dtype), make_index(ROWS, 300)
+    cases = [
+        (loss, layer, target, {"k": k, "options": fl.LinearLossOptions(chunk_bytes=4000)})
+        for loss in LOSSES
+        for k in loss.ks(None, 3)
+    ]
+    units = 8 * torch.finfo(dtype).eps
+    for case, (value, dinput, *others) in zip(cases, whole(world.run(3, many_of_shard, None, cases)), strict=True):
+        expected = loss_and_gradients(*case)
+        torch.testing.assert_close(value, expected[0], rtol=1e-5, atol=0)
+        for ours, theirs in zip((dinput, *others), expected[1:], strict=True):
+            torch.testing.assert_close(ours.to(dtype), theirs, rtol=units, atol=units * theirs.abs().max().item())
+
+
+def test_rows_that_are_nan_or_ignored(world):
+    layer, target = make_layer(40), make_index(ROWS, 40)
+    layer[0][1, 0] = torch.nan
+    target[2], layer[0][2] = -100, torch.nan
+    answers = whole(world.run(3, many_of_shard, None, [
+        (loss, layer, target, {"k": k, "reduction": "none"}) for loss in LOSSES for k in loss.ks(None, 3)
+    ]))  # fmt: skip
+    for value, dinput, *_ in answers:
+        assert value[1].isnan() and dinput[1].isnan().all()
+        assert value[2] == 0 and (dinput[2] == 0).all()
+        others = torch.arange(ROWS) > 2
+        assert value[others].isfinite().all() and dinput[others].isfinite().all()
+
+
+# --- the batch sharded too --------------------------------------------------------------------------------------------
+
+
+def train(group, batches, heads, steps=4) -> list:
+    """Losses, and network and classifier, after some steps of a network under DDP and a classifier in shards; group
+    None: of one process with all rows."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(6, FEATURES)
+    head_of = {
+        "ce": lambda **k: fl.LinearLoss(FEATURES, 50, bias=True, **k),
+        "hs_lr": lambda **k: fl.LinearLoss(FEATURES, 50, loss=fl.HSLRLoss(k=5), normalize=True, scale=8.0, **k),
+    }[heads]
+    if group is None:
+        head, ddp, rows = head_of(), network, slice(None)
+    else:
+        shard, rank = ClassShard.split(50, group), dist.get_rank(group)
+        head = head_of(shard=shard, gather_input=True)
+        ddp = torch.nn.parallel.DistributedDataParallel(network, process_group=group)
+        rows = slice(*batches[rank])
+    optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], lr=0.5, momentum=0.9)
+    inputs = make_logits(20, 6, torch.float32)
+    target = make_index(20, 50)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = head(ddp(inputs[rows]), target[rows])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return [losses, *(p.detach().numpy() for p in (*network.parameters(), *head.parameters()))]
+
+
+@pytest.mark.parametrize("heads", ["ce", "hs_lr"])
+@pytest.mark.parametrize("batches", [((0, 10), (10, 20)), ((0, 3), (3, 20)), ((0, 0), (0, 13), (13, 20))], ids=str)
+def test_trains_as_one_process_does(world, batches, heads):
+    """Under DDP, with batches of any size, an empty one included: same losses, same network, same classifier."""
+    losses, *expected = train(None, None, heads)
+    answers = world.run(len(batches), train, batches, heads)
+    assert losses[-1] < 0.9 * losses[0]
+    for of_rank, *network in ([a[0], *a[1:3]] for a in answers):
+        torch.testing.assert_close(of_rank, losses, rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(network, expected[:2], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for parts, theirs in zip(zip(*(a[3:] for a in answers), strict=True), expected[2:], strict=True):
+        ours = torch.cat([torch.from_numpy(part) for part in parts])
+        torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-4, atol=1e-5)
+
+
+# --- LinearLoss -------------------------------------------------------------------------------------------------------
+
+
+def initial(group, classes) -> list:
+    torch.manual_seed(5)
+    head = fl.LinearLoss(4, classes, bias=True, shard=ClassShard.split(classes, group))
+    return [head.weight.detach().numpy(), head.bias.detach().numpy(), repr(head)]
+
+
+@pytest.mark.parametrize("classes", [5, 9000])
+def test_starts_as_one_process_does(world, classes):
+    torch.manual_seed(5)
+    expected = torch.nn.Linear(4, classes)
+    weights, biases, texts = zip(*world.run(3, initial, classes), strict=True)
+    assert torch.equal(torch.cat([torch.from_numpy(w) for w in weights]), expected.weight)
+    assert torch.equal(torch.cat([torch.from_numpy(b) for b in biases]), expected.bias)
+    assert all("gather_input=False" in text for text in texts)
+
+
+def errors(group) -> list[str]:
+    shard = ClassShard.split(10, group)
+    x, weight, target = torch.zeros(3, 4), torch.zeros(len(shard), 4), torch.tensor([0, 9, 10])
+    return [
+        refusal(fl.linear_cross_entropy, x, torch.zeros(9, 4), target, shard=shard),
+        refusal(fl.linear_cross_entropy, x, weight, target, shard=shard),
+        refusal(fl.linear_lr_loss, x, weight, torch.zeros(3, len(shard)), shard=shard, gather_input=True),
+        refusal(fl.linear_lr_loss, x, torch.zeros(10, 4), target, gather_input=True),
+        refusal(fl.LinearLoss, 4, 10, loss=fl.LRLoss(shard=shard)),
+        refusal(fl.LinearLoss, 4, 11, shard=shard),
+    ]
+
+
+def test_errors(world):
+    for width, target, multi_hot, alone, of_loss, classes in world.run(2, errors):
+        assert width.startswith("ValueError: expected linear_weight of this rank's 5 classes")
+        assert target.startswith("IndexError: Target 10 is out of bounds. (row 2, 10 classes)")
+        assert multi_hot.startswith("ValueError: gather_input needs shard=") and alone == multi_hot
+        assert of_loss == "ValueError: give the shard to LinearLoss, not to its loss"
+        assert classes == "ValueError: the shard is one of 10 classes, expected 11"
+
+
+def save(group, path) -> list:
+    shard = ClassShard.split(10, group)
+    head = fl.LinearLoss(4, 10, bias=True, shard=shard)
+    dcp.save({name: shard.dtensor(p) for name, p in head.named_parameters()}, checkpoint_id=path, process_group=group)
+    return [p.detach().numpy() for p in head.parameters()]
+
+
+def load(group, path) -> list:
+    shard = ClassShard.split(10, group)
+    head = fl.LinearLoss(4, 10, bias=True, shard=shard)
+    dcp.load({name: shard.dtensor(p) for name, p in head.named_parameters()}, checkpoint_id=path, process_group=group)
+    return [p.detach().numpy() for p in head.parameters()]
+
+
+def joined(answers: list) -> list:
+    return [torch.cat([torch.from_numpy(part) for part in parts]) for parts in zip(*answers, strict=True)]
+
+
+@pytest.mark.parametrize("saved_on, loaded_on", [(2, 3), (3, 4), (4, 1)])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(world, tmp_path, saved_on, loaded_on):
+    saved = joined(world.run(saved_on, save, str(tmp_path)))
+    loaded = joined(world.run(loaded_on, load, str(tmp_path)))
+    assert [tensor.shape for tensor in saved] == [(10, 4), (10,)]
+    assert all(map(torch.equal, saved, loaded))
+
+
+def grow(group) -> tuple[list, list]:
+    rank = dist.get_rank(group)
+    edges = (0, 1, 1, 10)
+    torch.manual_seed(rank)
+    head = fl.LinearLoss(4, 10, bias=True, shard=ClassShard(edges[rank], edges[rank + 1], 10, group))
+    torch.manual_seed(0)
+    grown = head.grown(17)
+    return [p.detach().numpy() for p in head.parameters()], [p.detach().numpy() for p in grown.parameters()]
+
+
+def test_growing_keeps_the_old_classes(world):
+    old, new = (joined(answers) for answers in zip(*world.run(3, grow), strict=True))
+    head = fl.LinearLoss(4, 10, bias=True)
+    alone = head.grown(17)
+    old_alone, new_alone = list(head.parameters()), list(alone.parameters())
+    for before, after in ((old, new), (old_alone, new_alone)):
+        assert [tensor.shape for tensor in after] == [(17, 4), (17,)]
+        assert all(
+            torch.equal(b, a[:10]) and a[10:].count_nonzero() == a[10:].numel()
+            for b, a in zip(before, after, strict=True)
+        )
+    with pytest.raises(ValueError, match="cannot grow from 10 to 9"):
+        head.grown(9)
+
+
+def dtensors(group) -> list[str]:
+    shard = ClassShard.split(10, group)
+    rank = dist.get_rank(group)
+    uneven = ClassShard(3 * rank, 3 + 7 * rank, 10, group)
+    logits, weight = shard.dtensor(torch.zeros(len(shard), 10)), shard.dtensor(torch.zeros(len(shard), 4))
+    return [
+        refusal(uneven.dtensor, torch.zeros(len(uneven))),
+        refusal(fl.cross_entropy, logits, torch.zeros(10, dtype=torch.long)),
+        refusal(fl.linear_cross_entropy, torch.zeros(3, 4), weight, torch.zeros(3, dtype=torch.long), shard=shard),
+    ]
+
+
+def test_dtensors_are_refused_with_a_way_out(world):
+    for uneven, logits, weight in world.run(2, dtensors):
+        assert uneven == "ValueError: DTensor knows the shards of ClassShard.split only, got borders (0, 3, 10)"
+        assert logits.startswith("TypeError: logits must be a plain Tensor, got a DTensor") and "to_local()" in logits
+        assert weight.startswith("TypeError: linear_weight must be a plain Tensor") and "ClassShard.split" in weight
+
+
+def lost(rank: int, store: str, answer) -> None:
+    timeout = datetime.timedelta(seconds=3)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
+    shard = ClassShard.split(10)
+    if rank == 1:
+        os._exit(0)
+    answer.send(refusal(fl.cross_entropy, torch.zeros(2, 5), torch.tensor([0, 9]), shard=shard))
+
+
+def test_a_rank_that_dies_makes_the_others_fail(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    ranks = [context.Process(target=lost, args=(rank, str(tmp_path / "store"), theirs)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    assert ours.poll(120), "the other rank hangs"
+    assert ours.recv().startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))
+    for rank in ranks:
+        rank.join()
