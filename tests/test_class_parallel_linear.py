@@ -263,18 +263,29 @@ def test_errors(world):
         assert classes == "ValueError: the shard is one of 10 classes, expected 11"
 
 
-def save(group, path) -> list:
+def resume(group, steps: range, loaded: str | None, saved: str | None) -> list:
+    """Some steps of a training, from a checkpoint and to one: the classifier's parameters and their momenta."""
     shard = ClassShard.split(10, group)
-    head = fl.LinearLoss(4, 10, bias=True, shard=shard)
-    dcp.save({name: shard.dtensor(p) for name, p in head.named_parameters()}, checkpoint_id=path, process_group=group)
-    return [p.detach().numpy() for p in head.parameters()]
-
-
-def load(group, path) -> list:
-    shard = ClassShard.split(10, group)
-    head = fl.LinearLoss(4, 10, bias=True, shard=shard)
-    dcp.load({name: shard.dtensor(p) for name, p in head.named_parameters()}, checkpoint_id=path, process_group=group)
-    return [p.detach().numpy() for p in head.parameters()]
+    head = fl.LinearLoss(4, 10, loss=fl.HSLRLoss(k=3), bias=True, shard=shard)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5, momentum=0.9)
+    for p in head.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    kept = {name: shard.dtensor(p) for name, p in head.named_parameters()}
+    kept |= {
+        f"momentum of {name}": shard.dtensor(optimizer.state[p]["momentum_buffer"])
+        for name, p in head.named_parameters()
+    }
+    if loaded:
+        dcp.load(kept, checkpoint_id=loaded, process_group=group)
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randn(ROWS, 4, generator=generator), torch.randint(10, (ROWS,), generator=generator)
+        optimizer.zero_grad()
+        head(*rows).backward()
+        optimizer.step()
+    if saved:
+        dcp.save(kept, checkpoint_id=saved, process_group=group)
+    return [tensor.to_local().numpy() for tensor in kept.values()]
 
 
 def joined(answers: list) -> list:
@@ -282,11 +293,17 @@ def joined(answers: list) -> list:
 
 
 @pytest.mark.parametrize("saved_on, loaded_on", [(2, 3), (3, 4), (4, 1)])
-def test_a_checkpoint_resumes_on_another_number_of_ranks(world, tmp_path, saved_on, loaded_on):
-    saved = joined(world.run(saved_on, save, str(tmp_path)))
-    loaded = joined(world.run(loaded_on, load, str(tmp_path)))
-    assert [tensor.shape for tensor in saved] == [(10, 4), (10,)]
-    assert all(map(torch.equal, saved, loaded))
+def test_a_run_resumes_on_another_number_of_ranks(world, tmp_path, saved_on, loaded_on):
+    start, middle = str(tmp_path / "start"), str(tmp_path / "middle")
+    world.run(1, resume, range(0), None, start)
+    through = joined(world.run(1, resume, range(8), start, None))
+    halfway = joined(world.run(saved_on, resume, range(4), start, middle))
+    loaded = joined(world.run(loaded_on, resume, range(0), middle, None))
+    resumed = joined(world.run(loaded_on, resume, range(4, 8), middle, None))
+    assert [tensor.shape for tensor in loaded] == [(10, 4), (10,)] * 2
+    assert all(map(torch.equal, loaded, halfway))
+    torch.testing.assert_close(resumed, through)
+    assert not torch.allclose(halfway[0], through[0], atol=0.1)
 
 
 def grow(group) -> tuple[list, list]:
