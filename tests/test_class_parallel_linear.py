@@ -4,7 +4,7 @@ process."""
 import datetime
 import itertools
 import multiprocessing
-import os
+import time
 
 import pytest
 import torch
@@ -350,22 +350,27 @@ def test_dtensors_are_refused_with_a_way_out(world):
         assert weight.startswith("TypeError: linear_weight must be a plain Tensor") and "ClassShard.split" in weight
 
 
-def lost(rank: int, store: str, answer) -> None:
-    timeout = datetime.timedelta(seconds=3)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
-    shard = ClassShard.split(10)
-    if rank == 1:
-        os._exit(0)
-    answer.send(refusal(fl.cross_entropy, torch.zeros(2, 5), torch.tensor([0, 9]), shard=shard))
+def lost(rank: int, store: str, how: str, answer) -> None:
+    patient, timeout = datetime.timedelta(minutes=2), datetime.timedelta(seconds=5)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patient)
+    shard = ClassShard.split(10, dist.new_group(timeout=timeout))
+    if rank == 0:
+        answer.send(refusal(fl.cross_entropy, torch.zeros(2, 5), torch.tensor([0, 9]), shard=shard))
+    elif how == "hangs":
+        time.sleep(240)
 
 
-def test_a_rank_that_dies_makes_the_others_fail(tmp_path):
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_rank_that_is_lost_makes_the_others_fail(tmp_path, how):
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
-    ranks = [context.Process(target=lost, args=(rank, str(tmp_path / "store"), theirs)) for rank in range(2)]
+    ranks = [context.Process(target=lost, args=(rank, str(tmp_path / "store"), how, theirs)) for rank in range(2)]
     for rank in ranks:
         rank.start()
-    assert ours.poll(120), "the other rank hangs"
-    assert ours.recv().startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))
-    for rank in ranks:
-        rank.join()
+    try:
+        assert ours.poll(240), "the other rank hangs"
+        assert ours.recv().startswith(("RuntimeError", "DistBackendError", "DistNetworkError"))
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
