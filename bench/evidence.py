@@ -12,7 +12,7 @@ from pathlib import Path
 from bench import figures, records
 from bench.fit import FIRST
 from bench.significance import paired
-from bench.tables import spell, spread, table
+from bench.tables import counted, spell, spread, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -41,8 +41,8 @@ def conditions(record: dict) -> str:
     budget = record["budget"]
     packages = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return (
-        f"`{record['command']}`: {len(budget['seeds'])} seeds, {budget['epochs']} epochs, {budget['device']}, "
-        f"{record['threads']} threads; {packages}."
+        f"`{record['command']}`: {counted(len(budget['seeds']), 'seed')}, {counted(budget['epochs'], 'epoch')}, "
+        f"{budget['device']}, {counted(record['threads'], 'thread')}; {packages}."
     )
 
 
@@ -88,9 +88,10 @@ def tuning_table(results: Path, name: str, figures_folder: Path) -> str | None:
         space = "; ".join(f"{name} {searched(axis)}" for name, axis in of["space"].items() if name != "prior_bias")
         rows.append([loss, space, spell(of["settings"]), spread(percent(of["validation"]))])
     budget = record["budget"]
+    runs = f"{counted(len(budget['seeds']), 'seed')} for {counted(budget['epochs'], 'epoch')}"
     said = (
-        f"`{record['command']}`: for every loss {budget['trials']} settings, each run with {len(budget['seeds'])} "
-        f"seeds for {budget['epochs']} epochs. Every loss could also choose whether to start from the prior bias."
+        f"`{record['command']}`: for every loss {budget['trials']} settings, each run with {runs}. "
+        "Every loss could also choose whether to start from the prior bias."
     )
     return f"{said}\n\n{table(['loss', 'searched', 'chosen', 'validation, %'], rows)}"
 

@@ -11,6 +11,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def spread(values: list[float], form: str = ".2f") -> str:
     """Mean ± standard deviation; of one value, the value."""
     mean = f"{statistics.mean(values):{form}}"

@@ -30,7 +30,7 @@ from bench.fit import Run, fit
 from bench.mechanisms import probe_of
 from bench.omniglot import omniglot
 from bench.records import RecordError
-from bench.tables import spell, spread, table
+from bench.tables import counted, spell, spread, table
 from bench.tuning import TUNING_SEEDS, tune
 
 DATA = {"digits": digits}
@@ -124,7 +124,7 @@ def report(data: Dataset, chosen: list[Case], options: argparse.Namespace, comma
         rows.append([loss, spell(found["settings"]), *by_metric, *times])
     metrics = [f"test {metric}, %" for metric in found["test"]]
     loss_column = "classifier and loss, ms/step" if linear else "loss, ms/step"
-    print(f"\n{name}: {seeds} seeds, mean ± standard deviation; hyper-parameters chosen on the validation split\n")
+    print(f"\n{name}: {counted(seeds, 'seed')}, mean ± standard deviation; settings chosen on the validation split\n")
     print(table(["loss", "hyper-parameters", *metrics, loss_column, "whole step, ms"], rows))
     figure = options.output / f"{name}.png"
     figures.curves(head | {"losses": done}, figure)
