@@ -25,7 +25,6 @@ class Setup:
     k: int = 0  # 0: all negatives
     element: int = 2  # bytes of an embedding or a logit: 2 for bfloat16
     parameter: int = 4  # bytes of a weight, and of each of its optimiser states
-    states: int = 1  # SGD with momentum: 1, Adam: 2
 
     @property
     def shard(self) -> int:
@@ -36,6 +35,12 @@ class Setup:
     def others(self) -> float:
         """The share of a gathered tensor that a rank receives."""
         return (self.ranks - 1) / self.ranks
+
+    @property
+    def states(self) -> int:
+        """Of the optimiser, for every weight: SGD's momentum; over the k hardest, with sparse gradients, SparseAdam's
+        two, since SGD's momentum is then a list of all entries that ever were."""
+        return 2 if self.k else 1
 
     @property
     def share(self) -> int:
@@ -137,7 +142,7 @@ def main() -> None:
     ]
     print(f"{options.rows} rows of all ranks, {options.features} features, bfloat16; received per rank and step\n")
     print(traffic(setups), end="\n\n")
-    print("float32 weight, SGD with momentum; held and computed per rank\n")
+    print("float32 weight, SGD with momentum, over the k hardest SparseAdam; held and computed per rank\n")
     print(load(setups))
 
 

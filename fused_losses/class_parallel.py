@@ -1,4 +1,4 @@
-"""The classifier sharded over the ranks of a process group, exactly: states of rows are merged, logits never travel.
+"""The classifier sharded over the ranks of a process group, exactly: states of rows are merged, not logits.
 
 Every rank of the group sees all rows of the batch and its own range of classes. The doors run on that range; a row
 whose positive is on another rank has ``NO_TARGET`` there. Then a few numbers per row are exchanged and merged in the
@@ -31,6 +31,7 @@ from .linear_autograd import (
     IGNORED,
     class_norms,
     default_chunk_bytes,
+    gathers_picks,
     gradient_shapes,
     in_dtypes_of,
     linear_backward,
@@ -59,6 +60,7 @@ class ClassShard:
 
     Raises:
         ValueError: ranges that do not tile [0, num_classes); on every rank alike.
+        ValueError: this rank is not one of the group.
         RuntimeError: ``torch.distributed`` is not initialised.
     """
 
@@ -69,7 +71,7 @@ class ClassShard:
     edges: tuple[int, ...] = field(init=False, repr=False)  # 0, and where the classes of each rank stop
 
     def __post_init__(self):
-        _check_initialized()
+        _check_member(self.group)
         ranges = [None] * self.world_size
         dist.all_gather_object(ranges, (self.start, self.stop, self.num_classes), group=self.group)
         if not _tile(ranges):
@@ -84,7 +86,7 @@ class ClassShard:
     @classmethod
     def split(cls, num_classes: int, group: "dist.ProcessGroup | None" = None) -> "ClassShard":
         """Shards as ``torch.chunk`` makes them: ceil(num_classes / ranks) classes each, what is left on the last."""
-        _check_initialized()
+        _check_member(group)
         edges = _edges_of_chunks(num_classes, dist.get_world_size(group))
         rank = dist.get_rank(group)
         return cls(edges[rank], edges[rank + 1], num_classes, group)
@@ -148,9 +150,11 @@ def width_of_shard(shard: ClassShard, name: str, shape: torch.Size, width: int) 
     return shard.num_classes
 
 
-def _check_initialized() -> None:
+def _check_member(group: "dist.ProcessGroup | None") -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("class shards need torch.distributed: call torch.distributed.init_process_group first")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"rank {dist.get_rank()} is not one of the group whose ranks share the classes")
 
 
 def _edges_of_chunks(num_classes: int, world_size: int) -> tuple[int, ...]:
@@ -200,8 +204,10 @@ def _side_by_side(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def _with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Zeros behind it, up to so many rows: what all ranks gather has one size."""
-    return torch.cat((tensor, tensor.new_zeros((rows - tensor.shape[0], *tensor.shape[1:]))))
+    """Zeros behind it, up to so many rows: what all ranks gather has one size. (Autocast chooses torch.cat's dtype.)"""
+    padded = tensor.new_zeros((rows, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    return padded
 
 
 def _apart(packed: Tensor, like: tuple[Tensor, ...]) -> Iterator[Tensor]:
@@ -291,9 +297,9 @@ def nothing(rows: int, like: Tensor, family: str, k: int) -> tuple[Tensor, Tenso
     """What a forward door would give for rows without classes: nothing to add, nothing to pick."""
     dtype = reference.compute_dtype(like.dtype)
     terms = like.new_zeros((rows,) if family == "softmax" else (rows, 2), dtype=dtype)
-    state = like.new_zeros((rows, 2), dtype=dtype)
+    state = like.new_zeros((rows, 3 if family == "softmax" else 2), dtype=dtype)
     if family == "softmax":
-        state = torch.tensor((0, -torch.inf, -torch.inf), dtype=dtype, device=like.device).expand(rows, 3)
+        state[:, 1:] = -torch.inf
     pick_logit = like.new_full((rows, k), -torch.inf)
     return terms, state, torch.full_like(pick_logit, -1, dtype=torch.int32), pick_logit
 
@@ -346,9 +352,9 @@ class LossFromShard(torch.autograd.Function):
 class LinearLossFromShard(torch.autograd.Function):
     """``LinearRowLoss`` of a shard: input (rows, features) of all ranks, weight (classes of the shard, features).
 
-    By picks over the k hardest of class-index targets, whatever k is; else chunks of rows, whose logits backward
-    computes once more: their merged state is known when all ranks have seen all rows. The gradient of input is the sum
-    of the ranks', one all-reduce; those of weight and bias stay where the classes are.
+    By picks, or in chunks of rows, whose logits backward computes once more: their merged state is known when all ranks
+    have seen all rows. The gradient of input is the sum of the ranks', one all-reduce; those of weight and bias stay
+    where the classes are.
     """
 
     @staticmethod
@@ -357,13 +363,13 @@ class LinearLossFromShard(torch.autograd.Function):
         dtype, normalize, chunk_bytes, sparse_grad, grad_enabled, shard,
     ):  # fmt: skip
         multi_hot = target.dim() == 2
-        picks = k > 0 and not multi_hot
+        offers = shard.offers(k)
+        picks = sparse_grad or gathers_picks(len(shard), offers, multi_hot)
         x, w, b = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
         chunk_elements = max(1, (chunk_bytes or default_chunk_bytes(w, picks)) // dtype.itemsize)
         norms = class_norms(w, chunk_elements) if normalize else None
         layer = x, w, b, norms, shard.local_target(target, ignore_index)
         arguments = chunk_elements, family, formula, params
-        offers = shard.offers(k)
         if len(shard) == 0:
             outputs = nothing(x.shape[0], x, family, offers)
         elif picks:
@@ -389,6 +395,8 @@ class LinearLossFromShard(torch.autograd.Function):
         parameters = input, weight, bias
         if len(ctx.shard) == 0:
             gradients = [part.zero_() for part in gradient_shapes(saved[3], saved[4], ctx.wanted)]
+            if ctx.sparse_grad:
+                gradients[1:] = (part.to_sparse(1) for part in gradients[1:])
         else:
             arguments = grad_of_terms(grad, slopes), *saved, *ctx.arguments, ctx.wanted
             if ctx.sparse_grad:
@@ -422,13 +430,17 @@ def own_rows_of(shard: ClassShard, mine: Tensor, fill: Callable[[Tensor], Tensor
 def move_rows(old: ClassShard, old_rows: Tensor, new: ClassShard, new_rows: Tensor) -> None:
     """Copies each class's row from the rank that has it among the old shards to the one that has it among the new."""
     rank = dist.get_rank(old.group)
-    for owner, (start, stop) in enumerate(itertools.pairwise(old.edges)):
-        rows = old_rows.contiguous() if owner == rank else old_rows.new_empty((stop - start, *old_rows.shape[1:]))
-        if stop > start:
+    for owner, (edge, end) in enumerate(itertools.pairwise(old.edges)):
+        for start in range(edge, end, CLASSES_AT_A_TIME):
+            stop = min(start + CLASSES_AT_A_TIME, end)
+            if owner == rank:
+                rows = old_rows[start - edge : stop - edge].contiguous()
+            else:
+                rows = old_rows.new_empty((stop - start, *old_rows.shape[1:]))
             dist.broadcast(rows, group=old.group, group_src=owner)
-        first, last = max(start, new.start), min(stop, new.stop)
-        if first < last:
-            new_rows[first - new.start : last - new.start] = rows[first - start : last - start]
+            first, last = max(start, new.start), min(stop, new.stop)
+            if first < last:
+                new_rows[first - new.start : last - new.start] = rows[first - start : last - start]
 
 
 def gather_batch(shard: ClassShard, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -438,8 +450,20 @@ def gather_batch(shard: ClassShard, input: Tensor, target: Tensor) -> tuple[Tens
     The gradient that comes back to a rank is that of its own rows, times the number of ranks: DDP divides by it when it
     averages the gradients of the network in front, and a mean over the rows of all ranks is to stay that.
     """
-    (counts,) = gather(shard, torch.tensor([input.shape[0]], device=input.device))
-    return _GatherRows.apply(input, target, counts.flatten().tolist(), shard)
+    wanted = torch.is_grad_enabled() and input.requires_grad
+    (told,) = gather(shard, torch.tensor([[input.shape[0], wanted]], device=input.device))
+    counts, wanted_by = told.flatten(0, 1).t().tolist()
+    if any(wanted_by) and not input.requires_grad:
+        input = input.detach().requires_grad_()  # all ranks take part in the all-reduce of backward, or none
+    return _GatherRows.apply(input, target, counts, shard)
+
+
+def _one_behind_the_other(of_ranks: Tensor, counts: list[int]) -> Tensor:
+    """The first so many rows of each rank."""
+    rows = of_ranks.new_empty((sum(counts), *of_ranks.shape[2:]))
+    for part, of_rank in zip(rows.split(counts), of_ranks, strict=True):
+        part.copy_(of_rank[: part.shape[0]])
+    return rows
 
 
 class _GatherRows(torch.autograd.Function):
@@ -449,9 +473,9 @@ class _GatherRows(torch.autograd.Function):
         ctx.world_size = shard.world_size
         most = max(counts)
         inputs, targets = gather(shard, _with_rows(input, most), _with_rows(target, most))
-        target = torch.cat([rows[:count] for rows, count in zip(targets, counts, strict=True)])
+        target = _one_behind_the_other(targets, counts)
         ctx.mark_non_differentiable(target)
-        return torch.cat([rows[:count] for rows, count in zip(inputs, counts, strict=True)]), target
+        return _one_behind_the_other(inputs, counts), target
 
     @staticmethod
     def backward(ctx, grad, _):

@@ -37,8 +37,9 @@ class LinearLossOptions:
             at most C / 24: one row of a block of classes). Default: 4 MiB, on an accelerator 256 MiB; over more
             negatives at least the weight's bytes, and as much again for the gradient of these logits.
         sparse_grad: the gradients of weight and bias are coalesced sparse COO tensors over the classes picked, as
-            ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and SGD. Needs class-index targets and
-            ``k`` (or ``ratio``) below C - 1. On CUDA backward waits for their number: the one synchronisation here.
+            ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and for SGD (without momentum: for
+            sparse gradients PyTorch's buffer is a list that grows). Needs class-index targets and ``k`` (or ``ratio``)
+            below C - 1. On CUDA backward waits for their number: the one synchronisation here.
             Not under ``torch.compile``, which knows no sparse gradients.
     """
 
@@ -84,7 +85,8 @@ def linear_cross_entropy(
         normalize: cosine logits, scale * <input, w_j> / (|input| |w_j|).
         scale: finite, > 0; the scale of cosine logits. Default 1.
         shard: the classes are sharded over ranks, as in :func:`fused_losses.cross_entropy`: linear_weight (and
-            linear_bias) are those of this rank's classes, input is the same on every rank, and so is its gradient.
+            linear_bias) are those of this rank's classes; input is the same on every rank, whether it requires a
+            gradient too, and so is that gradient.
         gather_input: with ``shard``: input and class-index target are this rank's rows, any number of them, and the
             loss is that of the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied
             by the number of ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the
@@ -265,7 +267,7 @@ class LinearLoss(nn.Module):
 
     ``weight`` (C, D) and ``bias`` (C,) bear the names and the initialisation of ``nn.Linear``: state dicts of the two
     are interchangeable (a class-weight buffer of the loss aside). With ``shard`` they hold this rank's classes, and
-    start from the numbers that the same seed gives to one process.
+    start from the same numbers for the same seed however the classes are sharded; on the CPU from those of one process.
     """
 
     def __init__(

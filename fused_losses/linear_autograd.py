@@ -322,7 +322,8 @@ def _pick_gradients(
     dz_by_norm = dz if norms is None else dz / norms[inside]
 
     want_input, want_weight, want_bias = wanted
-    dinput, dweight, dbias = gradient_shapes(input, weight, wanted)
+    dinput = input.new_empty((0, input.shape[1]) if want_input else (0,))  # of no rows
+    dweight = dbias = state.new_empty((0,))
     by_class = None
     if want_input and input.shape[0] > 0:
         dinput = F.embedding_bag(inside, weight, mode="sum", per_sample_weights=dz_by_norm.to(weight.dtype))

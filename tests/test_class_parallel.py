@@ -189,6 +189,29 @@ def test_dtypes(world, dtype):
     compare(world, 3, cases)
 
 
+def autocast_losses(group) -> list[list[float]]:
+    """Of this rank's classes and of all, with logits of one 16-bit dtype under autocast to the other."""
+    shard = ClassShard.split(10, group)
+    target, answers = make_index(ROWS, 10), []
+    for dtype, other in itertools.permutations((torch.float16, torch.bfloat16)):
+        logits, weight = make_logits(ROWS, 10, dtype), make_logits(10, 4, torch.float32)
+        x = make_logits(ROWS, 4, dtype)
+        with torch.autocast("cpu", other):
+            for k in (None, 3):
+                mine = fl.cross_entropy(logits[:, columns(shard)], target, k=k, shard=shard)
+                answers.append([mine.item(), fl.cross_entropy(logits, target, k=k).item()])
+            for rows, options in ((slice(None), {}), (slice(dist.get_rank(group), None, 2), {"gather_input": True})):
+                mine = fl.linear_cross_entropy(x[rows], weight[columns(shard)], target[rows], shard=shard, **options)
+                answers.append([mine.item(), fl.linear_cross_entropy(x, weight, target).item()])
+    return answers
+
+
+def test_autocast(world):
+    for pairs in world.run(2, autocast_losses):
+        for mine, of_whole in pairs:
+            assert mine == pytest.approx(of_whole, rel=1e-3)
+
+
 # --- edges ------------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +291,18 @@ def test_shards_that_do_not_tile_raise_on_every_rank_alike(world, ranges):
     first, second = world.run(2, shards_of, ranges)
     assert first == second
     assert "ValueError: the ranks' class shards must tile" in first and f"of {ranges[0][2]}, [" in first
+
+
+def outside(group) -> str:
+    return refusal(ClassShard.split, 10, dist.new_group([0, 1]))  # which all ranks have to call
+
+
+def test_ranks_outside_of_the_group(world):
+    first, second, *others = world.run(4, outside)
+    assert first == second == "no error"
+    assert others == [
+        f"ValueError: rank {rank} is not one of the group whose ranks share the classes" for rank in (2, 3)
+    ]
 
 
 def errors(group) -> list[str]:

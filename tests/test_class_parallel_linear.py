@@ -143,6 +143,45 @@ def test_options(world):
     compare(world, 3, cases)
 
 
+def sparse_step(group) -> list:
+    shard = ClassShard.split(5, group)
+    options = fl.LinearLossOptions(sparse_grad=True)
+    head = fl.LinearLoss(FEATURES, 5, loss=fl.HSLRLoss(k=2), bias=True, shard=shard, options=options)
+    before = [p.detach().clone() for p in head.parameters()]
+    head(make_layer(5)[0], make_index(ROWS, 5)).backward()
+    assert all(p.grad.layout == torch.sparse_coo for p in head.parameters())
+    torch.optim.SparseAdam(list(head.parameters())).step()
+    return [not torch.equal(p, old) for p, old in zip(head.parameters(), before, strict=True)]
+
+
+def test_sparse_gradients_on_a_rank_without_classes_too(world):
+    assert world.run(4, sparse_step) == [[True, True]] * 3 + [[False, False]]
+
+
+def gathered_by_who_needs_it(group, needed_by) -> list | None:
+    """The gradient by its own rows on each rank that asks for one; the last rank has no rows."""
+    rank = dist.get_rank(group)
+    shard = ClassShard.split(20, group)
+    x, weight, _ = make_layer(20)
+    x, target = (part.tensor_split((5, ROWS))[rank] for part in (x, make_index(ROWS, 20)))
+    x = x.clone().requires_grad_(rank in needed_by)
+    weight = weight[shard.start : shard.stop].clone().requires_grad_()
+    fl.linear_cross_entropy(x, weight, target, shard=shard, gather_input=True).backward()
+    return x.grad.div(3).tolist() if rank in needed_by else x.grad
+
+
+@pytest.mark.parametrize("needed_by", [(0, 1), (1,), ()], ids=str)
+def test_ranks_may_gather_rows_that_require_no_gradient(world, needed_by):
+    """A placeholder of a rank without rows does not: still all ranks meet in backward's all-reduce."""
+    x, weight, _ = make_layer(20)
+    fl.linear_cross_entropy(x.requires_grad_(), weight, make_index(ROWS, 20)).backward()
+    for rank, grad in enumerate(world.run(3, gathered_by_who_needs_it, needed_by)):
+        if rank in needed_by:
+            torch.testing.assert_close(torch.tensor(grad), x.grad.tensor_split((5, ROWS))[rank])
+        else:
+            assert grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_dtypes(world, dtype):
     """A 16-bit gradient by input is rounded by each rank and by the sum; everything else as in one process."""
@@ -351,8 +390,9 @@ def test_dtensors_are_refused_with_a_way_out(world):
 
 
 def lost(rank: int, store: str, how: str, answer) -> None:
-    patient, timeout = datetime.timedelta(minutes=2), datetime.timedelta(seconds=5)
+    patient, timeout = datetime.timedelta(minutes=2), datetime.timedelta(seconds=10)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patient)
+    ClassShard.split(10)  # the ranks have met: from here on they may be impatient
     shard = ClassShard.split(10, dist.new_group(timeout=timeout))
     if rank == 0:
         answer.send(refusal(fl.cross_entropy, torch.zeros(2, 5), torch.tensor([0, 9]), shard=shard))

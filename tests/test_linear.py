@@ -546,6 +546,18 @@ def check_sizes(loss, form, normalize, k, sparse_grad, reduction, dtype):
         assert w.grad._nnz() <= picks
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_sparse_gradient_makes_none_of_the_size_of_the_weight(glass_house, normalize):
+    rows, classes, features, k = 4, 5000, 16, 3
+    x, w, _ = make_layer(rows, features, classes)
+    w.requires_grad_()
+    options = fl.LinearLossOptions(sparse_grad=True)
+    value = fl.linear_crl_loss(x, w, make_index(rows, classes), k=k, normalize=normalize, options=options)
+    with Watch() as watch:
+        value.backward()
+    assert watch.largest <= rows * (k + 1) * features
+
+
 @pytest.mark.parametrize("elements, most_rows", [(1, 1), (2 * CLASSES - 1, 1), (2 * CLASSES, 2), (10**9, 7)])
 def test_chunks_of_rows_keep_to_their_budget(elements, most_rows):
     x, w, _ = make_layer()
