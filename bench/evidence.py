@@ -115,6 +115,43 @@ def many_table(results: Path, name: str, figures_folder: Path) -> str | None:
     return f"{said}\n\n{table(['loss', *(f'{number:,} classes' for number in sizes)], rows)}"
 
 
+def over_training(of: dict) -> list[float]:
+    """Of each seed, the mean over training of the easy share, in percent."""
+    return [100 * sum(run) / len(run) for run in of["curves"]["easy share"]]
+
+
+def shares_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """The share of the gradient on negatives that easy classes bear, against the number of classes."""
+    sizes = among_many(results, name)
+    if not sizes:
+        return None
+    names = dict.fromkeys(
+        loss for record in sizes.values() for loss, of in record["losses"].items() if "easy share" in of["curves"]
+    )
+    rows = [
+        [loss, *(spread(over_training(record["losses"][loss])) if loss in record["losses"] else "" for record in
+                 sizes.values())]
+        for loss in names
+    ]  # fmt: skip
+    return table(["easy classes' share, %", *(f"{number:,} classes" for number in sizes)], rows)
+
+
+def mechanisms_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """The margin after training, and the easy share over training."""
+    record = runs_of(results, name)
+    if record is None:
+        return None
+    rows = [
+        [
+            loss,
+            spread([run[-1] for run in of["curves"]["margin"]], ".3f") if "margin" in of["curves"] else "",
+            spread(over_training(of)) if "easy share" in of["curves"] else "",
+        ]
+        for loss, of in record["losses"].items()
+    ]
+    return table(["loss", "margin after training", "easy classes' share over training, %"], rows)
+
+
 def ways_table(results: Path, name: str, figures_folder: Path) -> str | None:
     """Through logits, through the linear loss, and that with its classes sharded: one training computed in three
     ways."""
@@ -169,6 +206,7 @@ def classes_figure(results: Path, name: str, folder: Path) -> str | None:
 
 BLOCKS = {
     "results": result_table, "tuning": tuning_table, "many": many_table, "ways": ways_table,
+    "shares": shares_table, "mechanisms": mechanisms_table,
     "curves": curves_figure, "margins": margin_figure, "classes": classes_figure,
 }  # fmt: skip
 

@@ -105,6 +105,17 @@ def test_three_ways_to_compute_one_training(tmp_path):
     assert row() == ["CE", "50.15", "51.15", "51.65", "5.0e-03"]  # the losses differ by as much as the means
 
 
+def test_margins_and_shares(tmp_path):
+    def rows(kind):
+        lines = [line for line in render(block(kind, "digits"), tmp_path, tmp_path).splitlines() if line[0] == "|"]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[2] != "-"]
+
+    keep(tmp_path, "digits", {"CE": 0.5, "LR": 0.4})  # the last of a curve: 0, 0.1, 0.2, 0.3, the mean 1.65 / 4 and up
+    keep(tmp_path, "digits-1000", {"CE": 0.5, "LR": 0.4})
+    assert rows("mechanisms")[1:] == [["CE", "0.150 ± 0.129", ""], ["LR", "", "45.00 ± 3.23"]]
+    assert rows("shares") == [["easy classes' share, %", "1,000 classes"], ["LR", "45.00 ± 3.23"]]
+
+
 def test_many_and_figures(tmp_path):
     keep(tmp_path, "digits", {"CE": 0.5, "CRL": 0.5, "LR": 0.4})
     for number in (10000, 1000):
