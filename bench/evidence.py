@@ -153,18 +153,22 @@ def mechanisms_table(results: Path, name: str, figures_folder: Path) -> str | No
 
 
 def ways_table(results: Path, name: str, figures_folder: Path) -> str | None:
-    """Through logits, through the linear loss, and that with its classes sharded: one training computed in three
-    ways."""
+    """Through logits, through the linear loss, and that with its classes sharded: one training computed in three ways,
+    over the seeds that all of them had."""
     logits, linear, sharded = (runs_of(results, name + suffix) for suffix in ("", "-linear", "-class-parallel"))
     if logits is None or linear is None:
         return None
     ways = {"from logits": logits, "LinearLoss": linear} | ({"class-parallel": sharded} if sharded else {})
+    seeds = min(len(way["budget"]["seeds"]) for way in ways.values())
     rows = []
     for loss in linear["losses"]:
         of_ways = [way["losses"].get(loss) for way in ways.values()]
         if of_ways[0] is None:
             continue
-        row = [loss, *("" if of is None else spread(percent(next(iter(of["test"].values())))) for of in of_ways)]
+        row = [
+            loss,
+            *("" if of is None else spread(percent(next(iter(of["test"].values()))[:seeds])) for of in of_ways),
+        ]
         if sharded:
             row.append("" if of_ways[2] is None else f"{largest_gap(*of_ways[1:]):.1e}")
         rows.append(row)
@@ -172,8 +176,8 @@ def ways_table(results: Path, name: str, figures_folder: Path) -> str | None:
     header = ["loss", *(f"{metric}, %, {way}" for way in ways)]
     if sharded:
         header.append(f"first {FIRST} losses, one process to sharded")
-    said = "\n".join(f"- {conditions(way)}" for way in list(ways.values())[1:])
-    return f"{said}\n\n{table(header, rows)}"
+    said = [f"- {conditions(way)}" for way in list(ways.values())[1:]]
+    return "\n".join([*said, "", f"All over {counted(seeds, 'seed')}.", "", table(header, rows)])
 
 
 def largest_gap(one: dict, other: dict) -> float:

@@ -101,8 +101,11 @@ def test_three_ways_to_compute_one_training(tmp_path):
     keep(tmp_path, "digits", {"CE": 0.5, "LR": 0.4})
     keep(tmp_path, "digits-linear", {"CE": 0.51})
     assert row() == ["CE", "50.15", "51.15"]
-    keep(tmp_path, "digits-class-parallel", {"CE": 0.515})
+    sharded = keep(tmp_path, "digits-class-parallel", {"CE": 0.515})
     assert row() == ["CE", "50.15", "51.15", "51.65", "5.0e-03"]  # the losses differ by as much as the means
+    sharded["budget"]["seeds"] = [0, 1]
+    (tmp_path / "digits-class-parallel-runs.json").write_text(json.dumps(sharded))
+    assert row() == ["CE", "50.05", "51.05", "51.55", "5.0e-03"]
 
 
 def test_margins_and_shares(tmp_path):
