@@ -37,9 +37,9 @@ class Ranks:
     """Four processes; the first n of them are the group of size n."""
 
     def __init__(self, directory):
-        # forked from one process that has imported torch, which takes seconds
+        # forked from one process that has imported torch, and what its optimisers import: that takes seconds
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
         pipes = [context.Pipe() for _ in range(MOST)]
         self.jobs = [ours for ours, _ in pipes]
         self.processes = [
