@@ -40,9 +40,14 @@ class Dataset:
     def multi_hot(self) -> bool:
         return self.train.target.dim() == 2
 
-    def to(self, device: str) -> "Dataset":
+    def to(self, device: str, dtype: torch.dtype) -> "Dataset":
+        """dtype is that of the inputs, and of a model that is trained on them."""
         splits = {name: getattr(self, name) for name in ("train", "validation", "test")}
-        moved = {name: Split(*(t.to(device) for t in split)) for name, split in splits.items() if split is not None}
+        moved = {
+            name: Split(split.inputs.to(device, dtype), split.target.to(device))
+            for name, split in splits.items()
+            if split is not None
+        }
         return replace(self, **moved)
 
 

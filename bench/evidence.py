@@ -160,24 +160,25 @@ def ways_table(results: Path, name: str, figures_folder: Path) -> str | None:
         return None
     ways = {"from logits": logits, "LinearLoss": linear} | ({"class-parallel": sharded} if sharded else {})
     seeds = min(len(way["budget"]["seeds"]) for way in ways.values())
+    pairs = {"float32": (linear, sharded)}
+    pairs["float64"] = tuple(runs_of(results, f"{name}-{way}-float64") for way in ("linear", "class-parallel"))
+    pairs = {dtype: pair for dtype, pair in pairs.items() if all(pair)}
     rows = []
     for loss in linear["losses"]:
-        of_ways = [way["losses"].get(loss) for way in ways.values()]
-        if of_ways[0] is None:
-            continue
-        row = [
-            loss,
-            *("" if of is None else spread(percent(next(iter(of["test"].values()))[:seeds])) for of in of_ways),
-        ]
-        if sharded:
-            row.append("" if of_ways[2] is None else f"{largest_gap(*of_ways[1:]):.1e}")
-        rows.append(row)
+        if loss in logits["losses"]:
+            of_ways = [way["losses"].get(loss) for way in ways.values()]
+            scores = ["" if of is None else next(iter(of["test"].values()))[:seeds] for of in of_ways]
+            gaps = [[of["losses"].get(loss) for of in pair] for pair in pairs.values()]
+            rows.append([
+                loss, *(spread(percent(score)) if score else "" for score in scores),
+                *(f"{largest_gap(*gap):.1e}" if all(gap) else "" for gap in gaps),
+            ])  # fmt: skip
     metric = next(iter(next(iter(linear["losses"].values()))["test"]))
     header = ["loss", *(f"{metric}, %, {way}" for way in ways)]
-    if sharded:
-        header.append(f"first {FIRST} losses, one process to sharded")
-    said = [f"- {conditions(way)}" for way in list(ways.values())[1:]]
-    return "\n".join([*said, "", f"All over {counted(seeds, 'seed')}.", "", table(header, rows)])
+    header += [f"first {FIRST} losses, one process to sharded, {dtype}" for dtype in pairs]
+    others = [*list(ways.values())[1:], *pairs.get("float64", ())]
+    said = [f"- {conditions(way)}" for way in others]
+    return "\n".join([*said, "", f"Scores over {counted(seeds, 'seed')}.", "", table(header, rows)])
 
 
 def largest_gap(one: dict, other: dict) -> float:

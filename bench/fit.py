@@ -54,7 +54,7 @@ def fit(
     torch.manual_seed(seed)
     classifier = nn.Linear(data.features, data.num_classes)
     nn.init.constant_(classifier.bias, -math.log(data.num_classes - 1) if settings["prior_bias"] else 0.0)
-    model = nn.Sequential(data.network(), classifier).to(device)
+    model = nn.Sequential(data.network(), classifier).to(device, data.train.inputs.dtype)
     criterion = case.loss(**{name: settings[name] for name in case.space})
     body, head = model, criterion
     if linear:

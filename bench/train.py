@@ -94,6 +94,7 @@ def report(data: Dataset, chosen: list[Case], options: argparse.Namespace, comma
     seeds, epochs = options.seeds or data.seeds, options.epochs or data.epochs
     shard = fl.ClassShard.split(data.num_classes) if options.class_parallel else None
     name = data.name + ("-class-parallel" if shard else "-linear" if options.linear else "")
+    name += "" if options.dtype == "float32" else f"-{options.dtype}"
     path = options.results / f"{name}-runs.json"
     head = {
         "data": name,
@@ -151,6 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="like the four numbers above, by default what the data set asks for")
     parser.add_argument("--losses", nargs="+", metavar="NAME", help="rows of the table to run (default: all)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), default="float32",
+        help="in float64 two ways to compute one training stay together: float32's rounding grows with the steps",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; small networks gain nothing from more")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="folder of what is recorded")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the curves (default out)")
@@ -168,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         launcher = join_ranks(parser, options.device)
     command = f"{launcher} -m bench.train --data {options.data}" + (" --root DIR" if options.root else "")
     try:
-        data = load(options.data, options.root, hold_out=options.tune).to(options.device)
+        data = load(options.data, options.root, hold_out=options.tune).to(options.device, getattr(torch, options.dtype))
         variants = [data]
         if options.many_classes is not None:
             variants = [padded(data, number) for number in options.many_classes or MANY_CLASSES]
@@ -183,6 +188,8 @@ def main(argv: list[str] | None = None) -> None:
         many = "" if options.many_classes is None else f" --many-classes {data.num_classes}"
         work = choose if options.tune else report
         linear = " --class-parallel" if options.class_parallel else " --linear" if options.linear else ""
+        if options.dtype != "float32":
+            linear += f" --dtype {options.dtype}"
         try:
             work(data, [known[name] for name in names], options, command + many + linear)
         except RecordError as error:

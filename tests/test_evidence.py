@@ -64,7 +64,12 @@ def test_the_page_is_what_the_recorded_results_give(tmp_path):
 def test_the_recorded_runs_had_the_recorded_settings():
     for path in records.RESULTS.glob("*-runs.json"):
         runs = records.read(path)["losses"]
-        name = path.name.removesuffix("-runs.json").removesuffix("-linear").removesuffix("-class-parallel")
+        name = (
+            path.name.removesuffix("-runs.json")
+            .removesuffix("-float64")
+            .removesuffix("-linear")
+            .removesuffix("-class-parallel")
+        )
         chosen = records.settings_of(path.with_name(f"{name}.json"), list(runs))
         assert {loss: of["settings"] for loss, of in runs.items()} == chosen, path.name
 
@@ -106,6 +111,9 @@ def test_three_ways_to_compute_one_training(tmp_path):
     sharded["budget"]["seeds"] = [0, 1]
     (tmp_path / "digits-class-parallel-runs.json").write_text(json.dumps(sharded))
     assert row() == ["CE", "50.05", "51.05", "51.55", "5.0e-03"]
+    keep(tmp_path, "digits-linear-float64", {"CE": 0.51})
+    keep(tmp_path, "digits-class-parallel-float64", {"CE": 0.5100001})
+    assert row() == ["CE", "50.05", "51.05", "51.55", "5.0e-03", "1.0e-07"]
 
 
 def test_margins_and_shares(tmp_path):

@@ -368,18 +368,22 @@ def test_sharded_over_processes_the_training_is_the_same(tmp_path):
     asked = ["-m", "bench.train", "--record", "--seeds", "1", "--epochs", "5", *losses]
     folders = ["--results", str(tmp_path), "--output", str(tmp_path)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]  # 10 classes: 4, 4 and 2
+    asked += ["--dtype", "float64"]
     for command in ([*asked, "--linear"], [*torchrun, *asked, "--class-parallel"]):
         done = subprocess.run([sys.executable, *command, *folders], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy") == 1  # one rank tells
     one, sharded = (
-        json.loads((tmp_path / f"digits-{way}-runs.json").read_text()) for way in ("linear", "class-parallel")
+        json.loads((tmp_path / f"digits-{way}-float64-runs.json").read_text()) for way in ("linear", "class-parallel")
     )
-    assert sharded["command"] == "torchrun --nproc-per-node 3 -m bench.train --data digits --class-parallel --record"
+    assert (
+        sharded["command"]
+        == "torchrun --nproc-per-node 3 -m bench.train --data digits --class-parallel --dtype float64 --record"
+    )
     for loss, of in one["losses"].items():
         assert len(of["first_losses"][0]) == 50
-        assert sharded["losses"][loss]["first_losses"][0] == pytest.approx(of["first_losses"][0], abs=1e-4)
-        assert sharded["losses"][loss]["test"]["accuracy"] == pytest.approx(of["test"]["accuracy"], abs=0.01)
+        assert sharded["losses"][loss]["first_losses"][0] == pytest.approx(of["first_losses"][0], abs=1e-7)
+        assert sharded["losses"][loss]["test"]["accuracy"] == of["test"]["accuracy"]
 
 
 def test_class_parallel_without_torchrun_says_what_to_do(capsys):
