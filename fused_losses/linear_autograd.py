@@ -323,7 +323,7 @@ def _pick_gradients(
 
     want_input, want_weight, want_bias = wanted
     dinput = input.new_empty((0, input.shape[1]) if want_input else (0,))  # of no rows
-    dweight = dbias = state.new_empty((0,))
+    dweight, dbias = state.new_empty((0,)), state.new_empty((0,))  # results of an op must not share memory
     by_class = None
     if want_input and input.shape[0] > 0:
         dinput = F.embedding_bag(inside, weight, mode="sum", per_sample_weights=dz_by_norm.to(weight.dtype))
