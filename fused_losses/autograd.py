@@ -39,26 +39,23 @@ def once(gradient: Tensor, *through: Tensor) -> Tensor:
 
 
 class LossFromLogits(torch.autograd.Function):
-    """Any loss of the family: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss, state."""
+    """Any loss: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss, statistics."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, family, formula, params, alpha, k, ignore_index, reduction):
-        num_classes = logits.shape[1]
-        multi_hot = target.dim() == 2
-        compact = ops.keeps_picks(logits.device, num_classes, k, multi_hot)
-        loss, slopes, state, pick_index, pick_logit = ops.loss_forward(
-            logits, target, weight, family, formula, params, alpha, k, ignore_index, reduction, compact
-        )
-        kept = None if compact and not multi_hot else logits
-        ctx.save_for_backward(slopes, kept, target, state, pick_index, pick_logit)
-        ctx.door_arguments = family, formula, params, k, ignore_index, num_classes, compact
-        ctx.set_materialize_grads(False)  # the states have none
-        return loss, state
+    def forward(ctx, logits, target, weight, reduction, spec):
+        loss, coefficients, statistics, pick_index, pick_logit = ops.forward(logits, target, weight, reduction, *spec)
+        kept = None if spec.compact and target.dim() == 1 else logits
+        ctx.save_for_backward(coefficients, kept, target, statistics, pick_index, pick_logit)
+        ctx.num_classes, ctx.spec = logits.shape[1], spec
+        ctx.set_materialize_grads(False)  # the statistics have none
+        return loss, statistics
 
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 10
-        saved = ctx.saved_tensors
-        dlogits = ops.loss_backward(grad, *saved, *ctx.door_arguments)
-        return once(dlogits, saved[3], grad), *(None,) * 9
+            return (None,) * 5
+        coefficients, kept, target, statistics, pick_index, pick_logit = ctx.saved_tensors
+        dlogits = ops.backward(
+            grad, coefficients, kept, target, statistics, pick_index, pick_logit, ctx.num_classes, *ctx.spec
+        )  # fmt: skip
+        return once(dlogits, statistics, grad), None, None, None, None

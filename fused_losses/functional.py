@@ -19,10 +19,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .autograd import LossFromLogits
 from .class_parallel import ClassShard, LossFromShard, width_of_shard
-from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
+from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, LossSpec
 
 IGNORE_INDEX = -100
 REDUCTIONS = ("none", "mean", "sum")
@@ -220,13 +220,14 @@ def apply(
     alpha = loss.alpha if loss.family == "logistic" else None
     if weight is not None:
         weight = weight.to(reference.compute_dtype(logits.dtype))
-    arguments = rows, target, weight, loss.family, loss.formula, loss.params, alpha, k, ignore_index, reduction
     if check_here(check_targets, logits.device, shard):
         reference.check_target(target, num_classes, ignore_index)
+    compact = ops.keeps_picks(logits.device, num_classes, k, target.dim() == 2)
+    spec = LossSpec(loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact)
     if shard is None:
-        result, _ = LossFromLogits.apply(*arguments)
+        result, _ = LossFromLogits.apply(rows, target, weight, reduction, spec)
     else:
-        result, _ = LossFromShard.apply(*arguments, shard)
+        result, _ = LossFromShard.apply(rows, target, weight, reduction, spec, shard)
     return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
 
 

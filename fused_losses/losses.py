@@ -1,18 +1,22 @@
 """What each loss is: family, hyper-parameters and their defaults, paper, formula.
 
 Notation: z logits of one row, y the target, S the chosen negatives (all of them, or the k most confusing), sigma the
-sigmoid, softplus(x) = log(1 + e^x). The softmax family sees a row through its margin
+sigmoid, softplus(x) = log(1 + e^x). The softmax family sees a row through
 
     d = z_y - log sum over S of exp(z_j),        the log-odds of the target among {y} + S,
 
 the logistic family through two sums, pos over the positives P and neg over S. How a formula is evaluated stands once
-per backend: ``reference.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
+per backend: ``formulas.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
 """
 
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from .formulas import FORMULAS
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,7 @@ class Loss:
     """Base of the six losses; their fields are the hyper-parameters, each a finite number >= 0."""
 
     name: ClassVar[str]
-    family: ClassVar[str]  # "softmax" or "logistic": which doors serve it
-    formula: ClassVar[str]  # the name that the doors know; HS-LR is LR's formula over the k hardest
-    alpha = None  # logistic family: the weight of the negatives' mean, None for plain sums
+    formula: ClassVar[str]  # the name in formulas.py; HS-LR is LR's formula over the k hardest
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -35,9 +37,18 @@ class Loss:
             object.__setattr__(self, name, float(value))
 
     @property
+    def family(self) -> str:
+        return FORMULAS[self.formula].family
+
+    @property
     def params(self) -> list[float]:
         """The hyper-parameters that the formula reads, in its order."""
         return []
+
+    @property
+    def weight_of_mean(self) -> float | None:
+        """Logistic losses that take means over the negatives: what that mean counts. None: plain sums."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,6 @@ class CrossEntropy(Loss):
     """Softmax cross-entropy: softplus(-d) = -log p_y."""
 
     name = "cross_entropy"
-    family = "softmax"
     formula = "cross_entropy"
 
 
@@ -54,7 +64,6 @@ class NLLR(Loss):
     """Negative log likelihood ratio: -d = -log(p_y / (1 - p_y)). Zhu, Yao, Jiang, Yu, arXiv 1804.10690."""
 
     name = "nllr_loss"
-    family = "softmax"
     formula = "nllr"
 
 
@@ -66,7 +75,6 @@ class CRL(Loss):
     """
 
     name = "crl_loss"
-    family = "softmax"
     formula = "crl"
     alpha: float = 1.5
     beta: float = 1.0
@@ -81,7 +89,6 @@ class LR(Loss):
     """Logistic regression, one-vs-rest: sum over P of softplus(-z_p) + sum over S of softplus(z_j)."""
 
     name = "lr_loss"
-    family = "logistic"
     formula = "lr"
 
 
@@ -93,9 +100,12 @@ class HSLR(Loss):
     """
 
     name = "hs_lr_loss"
-    family = "logistic"
     formula = "lr"
     alpha: float = 1.0
+
+    @property
+    def weight_of_mean(self) -> float:
+        return self.alpha
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,6 @@ class SSLR(Loss):
     """
 
     name = "ss_lr_loss"
-    family = "logistic"
     formula = "ss_lr"
     alpha: float = 1.0
     gamma: float = 2.0
@@ -114,3 +123,46 @@ class SSLR(Loss):
     @property
     def params(self) -> list[float]:
         return [self.gamma]
+
+    @property
+    def weight_of_mean(self) -> float:
+        return self.alpha
+
+
+class LossSpec(NamedTuple):
+    """What is done with a row: one value through all floors, and the last arguments of every op, in this order.
+
+    The logits at hand are the classes [first_class, first_class + their number) of all_classes. Targets count the
+    classes of all shards. ``ignore_index`` is looked at first.
+    """
+
+    loss: str  # a name of formulas.FORMULAS
+    params: list[float]  # its hyper-parameters
+    alpha: float | None  # logistic family: weight of the mean over the negatives; None: plain sums
+    k: int  # 0: all negatives
+    ignore_index: int | None
+    first_class: int
+    all_classes: int
+    compact: bool  # all k picks are kept, not only the last
+
+    @property
+    def family(self) -> str:
+        return FORMULAS[self.loss].family
+
+    @property
+    def slots(self) -> int:
+        """Picks that are kept of a row."""
+        return self.k if self.compact else min(self.k, 1)
+
+    @property
+    def weight_of_negatives(self) -> float:
+        """What neg counts in a row with one target. A mean over nothing is 0."""
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / max(1, min(self.k or self.all_classes, self.all_classes - 1))
+
+    def ignored(self, target: Tensor) -> Tensor | None:
+        """Which rows are ignored, (rows,); None where none can be."""
+        if target.dim() == 2 or self.ignore_index is None:
+            return None
+        return target == self.ignore_index

@@ -1,9 +1,9 @@
 """The raw ops: schema, shapes, and who serves which device.
 
-Four ops, ``torch.ops.fused_losses.{softmax,logistic}_{forward,backward}``, are the doors of every wing;
-``reference.py`` states their contract. ``loss_{forward,backward}`` are a door and ``reductions.py`` in one call.
-PyTorch's dispatcher picks the wing by device: the C++ extension serves the CPU where it was built, the reference every
-other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
+Three ops, ``torch.ops.fused_losses.{forward,finish,backward}``, are served by every backend. ``reference.py`` states
+the contract of forward and backward, ``finish.py`` that of finish, which both forward doors have as their last step.
+PyTorch's dispatcher picks the backend by device: the C++ extension serves the CPU where it was built, the reference
+every other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
 """
 
 import functools
@@ -17,8 +17,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reductions, reference
+from . import reference
 from .gpu.layout import gradient_row_stride
+from .losses import LossSpec
 
 _library = torch.library.Library("fused_losses", "DEF")
 
@@ -35,67 +36,64 @@ def define(schema: str, implementation: Callable, fake: Callable):
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
+# What every op takes last, in the order of LossSpec.
+SPEC = (
+    "str loss, float[] params, float? alpha, int k, int? ignore_index, int first_class, int all_classes, bool compact"
+)
 
-def empty_picks(like: Tensor, k: int, compact: bool) -> tuple[Tensor, Tensor]:
+
+def empty_statistics(like: Tensor, multi_hot: bool) -> Tensor:
+    """(rows, 3 | 4) for rows of this number and dtype."""
+    return like.new_empty((like.shape[0], 4 if multi_hot else 3), dtype=reference.compute_dtype(like.dtype))
+
+
+def empty_picks(like: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """pick_index and pick_logit for the rows and the dtype of like."""
-    pick_logit = like.new_empty((like.shape[0], k if compact else min(k, 1)))
+    pick_logit = like.new_empty((like.shape[0], spec.slots))
     return torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
 
 
-def _softmax_forward_shapes(logits, target, loss, params, k, ignore_index, compact):
-    value = logits.new_empty((logits.shape[0],), dtype=reference.compute_dtype(logits.dtype))
-    return value, value.new_empty((logits.shape[0], 3)), *empty_picks(logits, k, compact)
+def _finish_shapes(statistics, target, weight, reduction, *spec):
+    rows = statistics.shape[0]
+    return statistics.new_empty((rows,) if reduction == "none" else ()), statistics.new_empty((rows, 2))
 
 
-def _logistic_forward_shapes(logits, target, loss, params, k, ignore_index, compact):
-    sums = logits.new_empty((logits.shape[0], 2), dtype=reference.compute_dtype(logits.dtype))
-    return sums, torch.empty_like(sums), *empty_picks(logits, k, compact)
+def _forward_shapes(logits, target, weight, reduction, *spec):
+    statistics = empty_statistics(logits, multi_hot=target.dim() == 2)
+    finished = _finish_shapes(statistics, target, weight, reduction)
+    return *finished, statistics, *empty_picks(logits, LossSpec(*spec))
 
 
 def _backward_shapes(
-    grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
-):
+    grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec
+):  # fmt: skip
     shape = (pick_logit.shape[0], num_classes)
-    if logits is None or _triton_wing(logits.device, logits.dtype, num_classes) is None:
+    if logits is None or _triton_backend(logits.device, logits.dtype, num_classes) is None:
         return pick_logit.new_empty(shape)
     row_stride = gradient_row_stride(num_classes, logits.stride(), logits.element_size())
     return torch.empty_strided(shape, (row_stride, 1), dtype=logits.dtype, device=logits.device)
 
 
-def _loss_forward_shapes(logits, target, weight, family, loss, params, alpha, k, ignore_index, reduction, compact):
-    shapes = _softmax_forward_shapes if family == "softmax" else _logistic_forward_shapes
-    terms, *kept = shapes(logits, target, loss, params, k, ignore_index, compact)
-    value = terms.new_empty(terms.shape[:1] if reduction == "none" else ())
-    return value, terms.new_empty(reductions.slopes_shape(terms, weight, reduction)), *kept
-
-
-def _loss_backward_shapes(
-    grad, slopes, logits, target, state, pick_index, pick_logit, family, loss, params, k, ignore_index, num_classes,
-    compact,
-):  # fmt: skip
-    return _backward_shapes(
-        grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
-    )
-
-
 # --- doors ------------------------------------------------------------------------------------------------------------
 
-_FORWARD = (
-    "(Tensor logits, Tensor target, str loss, float[] params, int k, int ignore_index, bool compact) "
-    "-> (Tensor {}, Tensor state, Tensor pick_index, Tensor pick_logit)"
+forward = define(
+    f"forward(Tensor logits, Tensor target, Tensor? weight, str reduction, {SPEC}) "
+    "-> (Tensor loss, Tensor coefficients, Tensor statistics, Tensor pick_index, Tensor pick_logit)",
+    reference.forward,
+    _forward_shapes,
 )
-_BACKWARD = (
-    "(Tensor grad, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, Tensor pick_logit, "
-    "str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) -> Tensor"
+finish = define(
+    f"finish(Tensor statistics, Tensor target, Tensor? weight, str reduction, {SPEC}) "
+    "-> (Tensor loss, Tensor coefficients)",
+    reference.finish,
+    _finish_shapes,
 )
-softmax_forward = define(
-    "softmax_forward" + _FORWARD.format("value"), reference.softmax_forward, _softmax_forward_shapes
+backward = define(
+    "backward(Tensor grad, Tensor coefficients, Tensor? logits, Tensor target, Tensor statistics, Tensor pick_index, "
+    f"Tensor pick_logit, int num_classes, {SPEC}) -> Tensor",
+    reference.backward,
+    _backward_shapes,
 )
-softmax_backward = define("softmax_backward" + _BACKWARD, reference.softmax_backward, _backward_shapes)
-logistic_forward = define(
-    "logistic_forward" + _FORWARD.format("sums"), reference.logistic_forward, _logistic_forward_shapes
-)
-logistic_backward = define("logistic_backward" + _BACKWARD, reference.logistic_backward, _backward_shapes)
 
 
 def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool) -> bool:
@@ -113,7 +111,7 @@ def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool)
 
 
 @functools.cache
-def _import_triton_wing() -> tuple[ModuleType | None, str]:
+def _import_triton_backend() -> tuple[ModuleType | None, str]:
     """The Triton kernels, and why there are none: imported when the first CUDA tensor arrives."""
     try:
         from .gpu import doors
@@ -123,17 +121,17 @@ def _import_triton_wing() -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
-def _triton_wing(device: torch.device, dtype: torch.dtype, num_classes: int) -> ModuleType | None:
+def _triton_backend(device: torch.device, dtype: torch.dtype, num_classes: int) -> ModuleType | None:
     """The one decision between Triton and the reference; a reason for the reference is given once."""
     if device.type != "cuda":
         return None
-    wing, why = _import_triton_wing()
-    if wing is not None:
-        why = wing.unserved(device, dtype, num_classes)
+    backend, why = _import_triton_backend()
+    if backend is not None:
+        why = backend.unserved(device, dtype, num_classes)
     if why:
         _say_once(f"fused_losses: plain PyTorch serves {device.type} instead of the Triton kernels: {why}")
         return None
-    return wing
+    return backend
 
 
 @functools.cache
@@ -141,73 +139,25 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _forward_on_cuda(name: str):
-    def door(logits, target, loss, params, k, ignore_index, compact):
-        wing = _triton_wing(logits.device, logits.dtype, logits.shape[1]) or reference
-        return getattr(wing, name)(logits, target, loss, params, k, ignore_index, compact)
-
-    return door
+def _forward_on_cuda(logits, *arguments):
+    backend = _triton_backend(logits.device, logits.dtype, logits.shape[1]) or reference
+    return backend.forward(logits, *arguments)
 
 
-def _backward_on_cuda(name: str):
-    def door(grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact):
-        wing = _triton_wing(pick_logit.device, pick_logit.dtype, num_classes) or reference
-        return getattr(wing, name)(
-            grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
-        )
-
-    return door
+def _finish_on_cuda(statistics, *arguments):
+    backend = _triton_backend(statistics.device, statistics.dtype, 1) or reference
+    return backend.finish(statistics, *arguments)
 
 
-for _family in ("softmax", "logistic"):
-    for _pass, _on_cuda in (("forward", _forward_on_cuda), ("backward", _backward_on_cuda)):
-        _library.impl(f"{_family}_{_pass}", torch.no_grad()(_on_cuda(f"{_family}_{_pass}")), "CUDA")
+def _backward_on_cuda(grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec):
+    backend = _triton_backend(pick_logit.device, pick_logit.dtype, num_classes) or reference
+    return backend.backward(
+        grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec
+    )  # fmt: skip
 
 
-# --- whole losses -----------------------------------------------------------------------------------------------------
-
-
-def _loss_forward(logits, target, weight, family, loss, params, alpha, k, ignore_index, reduction, compact):
-    door = softmax_forward if family == "softmax" else logistic_forward
-    terms, state, pick_index, pick_logit = door(logits, target, loss, params, k, ignore_index, compact)
-    value, slopes = reduce_terms(
-        terms, state, target, weight, logits.dtype, alpha, logits.shape[1], k, ignore_index, reduction
-    )
-    return value, slopes, state, pick_index, pick_logit
-
-
-def reduce_terms(terms, state, target, weight, dtype, alpha, num_classes, k, ignore_index, reduction):
-    """The loss and its slopes from what a forward door gave for logits of this dtype: ``reductions.reduce_terms``, by
-    the wing that serves them. No slopes where the loss is the terms."""
-    if reductions.slopes_shape(terms, weight, reduction) != terms.shape:
-        return terms, terms.new_empty((0,))
-    wing = _triton_wing(terms.device, dtype, num_classes) or reductions
-    positives = state[:, 1] if target.dim() == 2 else None
-    return wing.reduce_terms(terms, target, weight, positives, alpha, num_classes, k, ignore_index, reduction)
-
-
-def _loss_backward(grad, slopes, logits, target, state, pick_index, pick_logit, family, *door_arguments):
-    door = softmax_backward if family == "softmax" else logistic_backward
-    of_terms = reductions.grad_of_terms(grad, slopes)
-    return door(of_terms, logits, target, state, pick_index, pick_logit, *door_arguments)
-
-
-# A door and the reduction in one call, so that autograd pays for one. slopes: d(loss) / d(terms of the rows); of no
-# elements where the loss is the terms.
-loss_forward = define(
-    "loss_forward(Tensor logits, Tensor target, Tensor? weight, str family, str loss, float[] params, float? alpha, "
-    "int k, int ignore_index, str reduction, bool compact) "
-    "-> (Tensor value, Tensor slopes, Tensor state, Tensor pick_index, Tensor pick_logit)",
-    _loss_forward,
-    _loss_forward_shapes,
-)
-loss_backward = define(
-    "loss_backward(Tensor grad, Tensor slopes, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, "
-    "Tensor pick_logit, str family, str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) "
-    "-> Tensor",
-    _loss_backward,
-    _loss_backward_shapes,
-)
+for _name, _on_cuda in (("forward", _forward_on_cuda), ("finish", _finish_on_cuda), ("backward", _backward_on_cuda)):
+    _library.impl(_name, torch.no_grad()(_on_cuda), "CUDA")
 
 
 # --- who serves the CPU -----------------------------------------------------------------------------------------------
@@ -241,9 +191,9 @@ def _version(package: str) -> str:
 def _cuda_server() -> str:
     if not torch.cuda.is_available():
         return "no device here"
-    wing, why = _import_triton_wing()
-    if wing is not None:
-        why = wing.unserved(torch.device("cuda", torch.cuda.current_device()), torch.float32, 1000)
+    backend, why = _import_triton_backend()
+    if backend is not None:
+        why = backend.unserved(torch.device("cuda", torch.cuda.current_device()), torch.float32, 1000)
     return f"reference (plain PyTorch): {why}" if why else "Triton kernels"
 
 

@@ -1,22 +1,21 @@
-"""The doors in plain PyTorch: the truth that the fast wings are tested against, and the fallback for every device.
+"""The doors in plain PyTorch: the truth that the fast backends are tested against, and the fallback for every device.
 
-Contract of the four doors, shared by all wings, z = logits, (rows, classes):
+Contract of the two doors, shared by all backends. z = logits, (rows, classes); what a row's numbers are, and what is
+made of them, stands in ``finish.py``; the options that both doors take last, in ``losses.LossSpec``.
 
 - Arithmetic and row outputs are float64 for float64 logits, else float32 (the compute dtype).
-- target: int64 (rows,), or multi-hot (rows, classes) for the logistic doors, where every entry != 0 is a positive.
-  An index is ``ignore_index`` (checked first: an ignored row), ``NO_TARGET`` (a row whose positive is elsewhere:
-  another shard has it), or a class. Anything else raises on the CPU; on other devices its row becomes NaN.
+- target: int64 (rows,), or multi-hot (rows, classes) for the logistic family, where every entry != 0 is a positive.
+  An index is ``ignore_index`` (looked at first: an ignored row), one of all classes, or bad. A class of another shard
+  leaves the row without a positive here. A bad target raises on the CPU; on other devices its row becomes NaN.
 - k = 0: S is all negatives. k >= 1: the k largest z_j with j not positive, the lowest class index first among equals.
 - Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, on the CPU in the order of
-  the classes, elsewhere in any; the threshold form keeps one, the last taken, the *edge*; k = 0 keeps none.
-- softmax state (rows, 3) = m, l, z_y: m the largest logit of S (0 if that is -inf), l = log sum over S of exp(z_j - m).
-  m + l is never one number: at offset 1000 that would cost two digits in fp32. A row with a NaN, a +inf or a bad target
-  has NaN among them.
-- logistic sums (rows, 2) = pos, neg; state (rows, 2) = z_y (0 for multi-hot, NaN for a row with a NaN or a bad target),
-  number of positives.
-- backward takes d(objective)/d(value) or d(objective)/d(sums), any strides, and writes every element of (rows,
-  classes). A row whose coefficient is NaN becomes NaN as a whole; an ignored row becomes literal zeros. ``logits`` is
-  None in the compact form with index targets: the picks and the state hold all that it needs.
+  the classes, elsewhere in any; the threshold form keeps one, the last taken, the *edge*; k = 0 keeps none. They count
+  the classes at hand, whatever shard these are.
+- forward gives loss and coefficients as ``finish`` does, statistics (rows, 3 | 4) and picks.
+- backward takes the upstream gradient of the loss, a scalar or (rows,), any strides, in the compute dtype, and writes
+  every element of (rows, classes). A row whose coefficients times it are NaN becomes NaN as a whole; an ignored row
+  becomes literal zeros, whatever comes from upstream. ``logits`` is None in the compact form with index targets: the
+  picks and the statistics hold all that it needs.
 """
 
 import math
@@ -25,74 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_TARGET = -(2**63)
-INF = math.inf
-
-
-# --- formulas ---------------------------------------------------------------------------------------------------------
-
-
-def softplus(x: Tensor) -> Tensor:
-    return -F.logsigmoid(-x)  # F.softplus turns linear at 20: too early for float64
-
-
-def value(loss: str, margin: Tensor, params: list[float]) -> Tensor:
-    """Value of a softmax loss at the margin d."""
-    if loss == "nllr":
-        return -margin
-    cross_entropy = softplus(-margin)
-    if loss == "cross_entropy":
-        return cross_entropy
-    alpha, beta = params
-    if beta == 0:
-        return cross_entropy
-    log_alpha = torch.full_like(margin, math.log(alpha) if alpha > 0 else -INF)
-    return cross_entropy + beta * torch.logaddexp(log_alpha, -softplus(margin))
-
-
-def slope(loss: str, margin: Tensor, params: list[float]) -> Tensor:
-    """Derivative of a softmax loss by the margin d."""
-    if loss == "nllr":
-        return torch.where(margin.isnan(), margin, -1.0)
-    cross_entropy = -torch.sigmoid(-margin)
-    if loss == "cross_entropy":
-        return cross_entropy
-    alpha, beta = params
-    competing = torch.sigmoid(margin)
-    if alpha > 0:
-        competing = competing * torch.sigmoid(-(math.log(alpha) + softplus(margin)))
-    return cross_entropy - beta * competing
-
-
-def phi(loss: str, z: Tensor, params: list[float]) -> Tensor:
-    """What one negative adds to a logistic loss."""
-    if loss == "lr" or params[0] == 0:
-        return softplus(z)
-    return torch.sigmoid(z).pow(params[0]) * softplus(z)
-
-
-def phi_slope(loss: str, z: Tensor, params: list[float]) -> Tensor:
-    """Derivative of phi by z."""
-    sigma = torch.sigmoid(z)
-    if loss == "lr" or params[0] == 0:
-        return sigma
-    gamma = params[0]
-    finite = z.clamp(max=torch.finfo(z.dtype).max)  # sigma(-z) * softplus(z) -> 0 at +inf, not 0 * inf
-    return sigma.pow(gamma) * (sigma + gamma * torch.sigmoid(-z) * softplus(finite))
-
-
-def softmax_gradient(grad: Tensor, state: Tensor, z: Tensor, loss: str, params: list[float]) -> tuple[Tensor, Tensor]:
-    """dz_y (rows,) and dz of the negatives z (rows, any number), from grad (rows,) and state (rows, 3)."""
-    m, l, z_y = state.unbind(1)
-    coefficient = grad * slope(loss, (z_y - m) - l, params)
-    share = ((z - m[:, None]) - l[:, None]).exp().masked_fill(z == -INF, 0)
-    return coefficient, -coefficient[:, None] * share
-
-
-def logistic_gradient(grad: Tensor, z_p: Tensor, z: Tensor, loss: str, params: list[float]) -> tuple[Tensor, Tensor]:
-    """dz of positives z_p and of negatives z, both (rows, any number), from grad (rows, 2)."""
-    grad_pos, grad_neg = grad.unsqueeze(2).unbind(1)  # (rows, 1) each
-    return -grad_pos * torch.sigmoid(-z_p), grad_neg * phi_slope(loss, z, params)
+from .finish import finish
+from .formulas import FORMULAS, INF, softplus
+from .losses import LossSpec
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -102,7 +36,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_target(target: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_target(target: Tensor, all_classes: int, ignore_index: int | None) -> None:
     """Raises IndexError for a class out of range, ValueError for a multi-hot entry other than 0 and 1. Reads values."""
     if target.dim() == 2:
         wrong = (target != 0) & (target != 1)
@@ -113,23 +47,23 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int) -> None:
                 "soft targets are not supported"
             )
         return
-    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index) & (target != NO_TARGET)
+    wrong = (target < 0) | (target >= all_classes)
+    if ignore_index is not None:
+        wrong &= target != ignore_index
     if wrong.any():
         row = int(wrong.nonzero()[0])
-        raise IndexError(f"Target {int(target[row])} is out of bounds. (row {row}, {num_classes} classes)")
+        raise IndexError(f"Target {int(target[row])} is out of bounds. (row {row}, {all_classes} classes)")
 
 
-def read_target(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def read_target(target: Tensor, num_classes: int, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The positives (rows, classes), the ignored rows (rows,) and the rows with a bad target (rows,), all bool."""
+    none = torch.zeros(target.shape[0], dtype=torch.bool, device=target.device)
     if target.dim() == 2:
-        none = torch.zeros(target.shape[0], dtype=torch.bool, device=target.device)
         return target != 0, none, none
-    ignored = target == ignore_index
-    inside = (target >= 0) & (target < num_classes)
-    bad = ~(inside | ignored | (target == NO_TARGET))
-    column = torch.where(inside & ~ignored, target, -1)
-    classes = torch.arange(num_classes, device=target.device)
-    return classes == column[:, None], ignored, bad
+    ignored = none if spec.ignore_index is None else target == spec.ignore_index
+    bad = ~ignored & ((target < 0) | (target >= spec.all_classes))
+    classes = torch.arange(spec.first_class, spec.first_class + num_classes, device=target.device)
+    return (classes == target[:, None]) & ~(ignored | bad)[:, None], ignored, bad
 
 
 def hardest(logits: Tensor, positive: Tensor, k: int) -> Tensor:
@@ -173,103 +107,74 @@ def chosen_negatives(z: Tensor, positive: Tensor, pick_index: Tensor, pick_logit
     return above & ~positive & (pick_index >= 0)
 
 
-def finish(dlogits: Tensor, coefficient: Tensor, ignored: Tensor, dtype: torch.dtype) -> Tensor:
-    dlogits = torch.where(coefficient.isnan()[:, None], math.nan, dlogits)
-    return dlogits.masked_fill(ignored[:, None], 0).to(dtype).contiguous()
-
-
 # --- doors ------------------------------------------------------------------------------------------------------------
 
 
-def softmax_forward(
-    logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """value (rows,), state (rows, 3), pick_index and pick_logit (rows, k | 1 | 0)."""
+def forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, coefficients (rows, 2), statistics (rows, 3 | 4), pick_index and pick_logit (rows, k | 1 | 0)."""
+    spec = LossSpec(*spec)
     if logits.device.type == "cpu":
-        check_target(target, logits.shape[1], ignore_index)
-    positive, ignored, bad = read_target(target, logits.shape[1], ignore_index)
-    chosen, pick_index, pick_logit = picks(logits, positive, ignored | bad, k, compact)
-    z = logits.to(compute_dtype(logits.dtype))
+        check_target(target, spec.all_classes, spec.ignore_index)
+    positive, ignored, bad = read_target(target, logits.shape[1], spec)
+    chosen, pick_index, pick_logit = picks(logits, positive, ignored | bad, spec.k, spec.compact)
+    statistics = _statistics(logits, positive, chosen, bad, target.dim() == 2, spec)
+    statistics = statistics.masked_fill(ignored[:, None], 0)
+    return *finish(statistics, target, weight, reduction, *spec), statistics, pick_index, pick_logit
 
+
+def _statistics(logits, positive, chosen, bad, multi_hot: bool, spec: LossSpec) -> Tensor:
+    z = logits.to(compute_dtype(logits.dtype))
     negatives = z.masked_fill(~chosen, -INF)
     m = negatives.amax(1)
-    m = m.masked_fill(m == -INF, 0)
-    l = (negatives - m[:, None]).exp().sum(1).log()
     z_y = z.masked_fill(~positive, -INF).amax(1)
-    z_y = z_y.masked_fill(z.isnan().any(1) | (z_y == INF) | bad, math.nan)
-
-    state = torch.stack((m, l, z_y), dim=1).masked_fill(ignored[:, None], 0)
-    return value(loss, (z_y - m) - l, params).masked_fill(ignored, 0), state, pick_index, pick_logit
-
-
-def softmax_backward(
-    grad: Tensor,
-    logits: Tensor | None,
-    target: Tensor,
-    state: Tensor,
-    pick_index: Tensor,
-    pick_logit: Tensor,
-    loss: str,
-    params: list[float],
-    k: int,
-    ignore_index: int,
-    num_classes: int,
-    compact: bool,
-) -> Tensor:
-    """dlogits (rows, classes) from grad (rows,)."""
-    positive, ignored, _ = read_target(target, num_classes, ignore_index)
-    z = (pick_logit if compact else logits).to(state.dtype)
-    coefficient, dz = softmax_gradient(grad, state, z, loss, params)
-    if compact:
-        dlogits = scatter_picks(pick_index, dz, num_classes)
-    else:
-        dlogits = torch.where(chosen_negatives(z, positive, pick_index, pick_logit, k), dz, 0)
-    dlogits = torch.where(positive, coefficient[:, None], dlogits)
-    return finish(dlogits, coefficient, ignored, pick_logit.dtype)
-
-
-def logistic_forward(
-    logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sums (rows, 2), state (rows, 2), pick_index and pick_logit (rows, k | 1 | 0)."""
-    if logits.device.type == "cpu":
-        check_target(target, logits.shape[1], ignore_index)
-    positive, ignored, bad = read_target(target, logits.shape[1], ignore_index)
-    chosen, pick_index, pick_logit = picks(logits, positive, ignored | bad, k, compact)
-    z = logits.to(compute_dtype(logits.dtype))
-
     poisoned = z.isnan().any(1) | bad
-    pos = torch.where(positive, softplus(-z), 0).sum(1)
-    neg = torch.where(chosen, phi(loss, z, params), 0).sum(1)
-    sums = torch.stack((pos, neg), dim=1).masked_fill(poisoned[:, None], math.nan)
-    z_y = torch.where(positive, z, 0).sum(1) if target.dim() == 1 else torch.zeros_like(pos)
-    state = torch.stack((z_y.masked_fill(poisoned, math.nan), positive.sum(1).to(z.dtype)), dim=1)
-    return sums.masked_fill(ignored[:, None], 0), state.masked_fill(ignored[:, None], 0), pick_index, pick_logit
+    if spec.family == "softmax":
+        m = m.masked_fill(m == -INF, 0)
+        l = (negatives - m[:, None]).exp().sum(1).log()
+        return torch.stack((m, l, z_y.masked_fill(poisoned | (z_y == INF), math.nan)), dim=1)
+    _, phi, _ = FORMULAS[spec.loss]
+    neg = torch.where(chosen, phi(z, *spec.params), 0).sum(1).masked_fill(poisoned, math.nan)
+    if not multi_hot:
+        return torch.stack((m, neg, z_y.masked_fill(poisoned, math.nan)), dim=1)
+    pos = torch.where(positive, softplus(-z), 0).sum(1).masked_fill(poisoned, math.nan)
+    return torch.stack((m, neg, pos, positive.sum(1).to(z.dtype)), dim=1)
 
 
-def logistic_backward(
+def backward(
     grad: Tensor,
+    coefficients: Tensor,
     logits: Tensor | None,
     target: Tensor,
-    state: Tensor,
+    statistics: Tensor,
     pick_index: Tensor,
     pick_logit: Tensor,
-    loss: str,
-    params: list[float],
-    k: int,
-    ignore_index: int,
     num_classes: int,
-    compact: bool,
+    *spec,
 ) -> Tensor:
-    """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
-    positive, ignored, _ = read_target(target, num_classes, ignore_index)
-    z_y = state[:, 0]
-    z = (pick_logit if compact else logits).to(state.dtype)
-    z_p = z_y[:, None] if logits is None else logits.to(state.dtype)
-    dz_p, dz = logistic_gradient(grad, z_p, z, loss, params)
+    """dlogits (rows, classes)."""
+    spec = LossSpec(*spec)
+    positive, ignored, _ = read_target(target, num_classes, spec)
+    scaled = coefficients * grad.reshape(-1, 1)  # (rows, 2)
+    to_negatives, to_target = scaled.split(1, dim=1)  # (rows, 1) each
+    compact = spec.compact and spec.k > 0
+    z = (pick_logit if compact else logits).to(statistics.dtype)
+    dz = gradient_of_negatives(to_negatives, statistics, z, spec)
     if compact:
         dlogits = scatter_picks(pick_index, dz, num_classes)
     else:
-        dlogits = torch.where(chosen_negatives(z, positive, pick_index, pick_logit, k), dz, 0)
-    dlogits = torch.where(positive, dz_p, dlogits)
-    return finish(dlogits, z_y, ignored, pick_logit.dtype)
+        dlogits = torch.where(chosen_negatives(z, positive, pick_index, pick_logit, spec.k), dz, 0)
+    if target.dim() == 2:
+        to_target = to_target * torch.sigmoid(-logits.to(statistics.dtype))
+    dlogits = torch.where(positive, to_target, dlogits)
+    dlogits = torch.where(scaled.isnan().any(1, keepdim=True), math.nan, dlogits)
+    return dlogits.masked_fill(ignored[:, None], 0).to(pick_logit.dtype).contiguous()
+
+
+def gradient_of_negatives(to_negatives: Tensor, statistics: Tensor, z: Tensor, spec: LossSpec) -> Tensor:
+    """dz of negatives z (rows, any number), from their coefficient c times the upstream gradient, (rows, 1)."""
+    if spec.family == "softmax":
+        m, l = statistics[:, :1], statistics[:, 1:2]
+        return to_negatives * ((z - m) - l).exp().masked_fill(z == -INF, 0)
+    return to_negatives * FORMULAS[spec.loss].slope(z, *spec.params)
