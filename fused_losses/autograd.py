@@ -1,12 +1,13 @@
-"""The ``torch.autograd.Function`` of all losses: a door forward, the reduction of N values, a door backward.
+"""The ``torch.autograd.Function`` of all losses from logits: a door forward, a door backward.
 
-Only state per row crosses from forward to backward, and the logits where the form needs them.
+Only a few numbers per row cross from forward to backward, and the logits where the form needs them.
 """
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .merge import merge, nothing, offered
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -59,3 +60,35 @@ class LossFromLogits(torch.autograd.Function):
             grad, coefficients, kept, target, statistics, pick_index, pick_logit, ctx.num_classes, *ctx.spec
         )  # fmt: skip
         return once(dlogits, statistics, grad), None, None, None, None
+
+
+class LossFromShard(torch.autograd.Function):
+    """The same of a shard: logits (rows, classes of the shard), global target (rows,) or local multi-hot."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, reduction, spec, shard):
+        mine = offered(shard, spec)
+        if len(shard) == 0:
+            seen = nothing(logits.shape[0], logits, target, mine)
+        else:
+            _, _, *seen = ops.forward(logits, target, None, "none", *mine)
+        statistics, pick_index, pick_logit = merge(shard, tuple(seen), target, spec)
+        loss, coefficients = ops.finish(statistics, target, weight, reduction, *spec)
+        kept = None if mine.compact and target.dim() == 1 else logits
+        ctx.save_for_backward(coefficients, kept, target, statistics, pick_index, pick_logit)
+        ctx.num_classes, ctx.spec = len(shard), mine
+        ctx.set_materialize_grads(False)  # the statistics have none
+        return loss, statistics
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 6
+        coefficients, kept, target, statistics, pick_index, pick_logit = ctx.saved_tensors
+        if ctx.num_classes == 0:
+            dlogits = pick_logit.new_empty((statistics.shape[0], 0))
+        else:
+            dlogits = ops.backward(
+                grad, coefficients, kept, target, statistics, pick_index, pick_logit, ctx.num_classes, *ctx.spec
+            )  # fmt: skip
+        return once(dlogits, statistics, grad), None, None, None, None, None

@@ -6,22 +6,34 @@ import torch
 from torch import Tensor
 
 import paper
+from fused_losses.formulas import FORMULAS
+from fused_losses.losses import LossSpec
 
 
 class Formula(NamedTuple):
-    """A loss as the doors know it: family, name and parameters."""
+    """A loss as the doors know it: name, parameters, and the weight of the negatives' mean (None: plain sums)."""
 
-    family: str
     loss: str
     params: list[float]
+    alpha: float | None = None
 
     def __str__(self) -> str:
-        return "-".join([self.loss, *(f"{p:g}" for p in self.params)])
+        mean = [] if self.alpha is None else [f"mean {self.alpha:g}"]
+        return "-".join([self.loss, *(f"{p:g}" for p in self.params), *mean])
+
+    @property
+    def family(self) -> str:
+        return FORMULAS[self.loss].family
+
+    def spec(self, num_classes: int, k=0, compact=False, ignore_index=-100) -> LossSpec:
+        """All classes are at hand."""
+        return LossSpec(self.loss, self.params, self.alpha, k, ignore_index, 0, num_classes, compact)
 
 
-CE, NLLR, LR = Formula("softmax", "cross_entropy", []), Formula("softmax", "nllr", []), Formula("logistic", "lr", [])
-CRL, SS_LR = Formula("softmax", "crl", [1.5, 1.0]), Formula("logistic", "ss_lr", [2.0])
+LOG_ODDS, CE, NLLR = Formula("log_odds", []), Formula("cross_entropy", []), Formula("nllr", [])
+CRL, LR, SS_LR = Formula("crl", [1.5, 1.0]), Formula("lr", []), Formula("ss_lr", [2.0])
 SOFTMAX = (
+    LOG_ODDS,
     CE,
     NLLR,
     CRL,
@@ -29,61 +41,66 @@ SOFTMAX = (
     CRL._replace(params=[0.3, 2.5]),
     CRL._replace(params=[4.0, 0.0]),
 )
-LOGISTIC = (LR, SS_LR, SS_LR._replace(params=[0.5]), SS_LR._replace(params=[0.0]))
+LOGISTIC = (
+    LR,
+    LR._replace(alpha=1.0),
+    SS_LR,
+    SS_LR._replace(alpha=3.0),
+    SS_LR._replace(params=[0.5]),
+    SS_LR._replace(params=[0.0], alpha=0.5),
+)
 
 # (k, compact): k = 0 is all negatives; both forms of the k hardest
 FORMS = ((0, False), (1, False), (1, True), (4, False), (4, True), (40, False), (40, True))
 
 
 class Kept(NamedTuple):
-    """What forward gives: value (rows,) or sums (rows, 2), and what backward will be handed."""
+    """What forward gives: the loss, and what backward will be handed."""
 
-    rows: Tensor
-    state: Tensor
+    loss: Tensor
+    coefficients: Tensor
+    statistics: Tensor
     pick_index: Tensor
     pick_logit: Tensor
 
 
-def forward(wing, formula: Formula, logits, target, k=0, compact=False, ignore_index=-100) -> Kept:
-    door = getattr(wing, f"{formula.family}_forward")
-    return Kept(*door(logits, target, formula.loss, formula.params, k, ignore_index, compact))
+def forward(
+    backend, formula: Formula, logits, target, k=0, compact=False, ignore_index=-100, weight=None, reduction="none"
+) -> Kept:
+    spec = formula.spec(logits.shape[1], k, compact, ignore_index)
+    return Kept(*backend.forward(logits, target, weight, reduction, *spec))
 
 
-def backward(wing, formula: Formula, grad, logits, target, kept: Kept, k=0, compact=False, ignore_index=-100) -> Tensor:
+def backward(backend, formula: Formula, grad, logits, target, kept: Kept, k=0, compact=False, ignore_index=-100):
     """dlogits, with the logits withheld where the form must do without them."""
-    door = getattr(wing, f"{formula.family}_backward")
-    classes = logits.shape[1]
-    withheld = compact and target.ndim == 1
-    return door(
-        grad,
-        None if withheld else logits,
-        target,
-        *kept[1:],
-        formula.loss,
-        formula.params,
-        k,
-        ignore_index,
-        classes,
-        compact,
-    )
+    withheld = compact and k > 0 and target.ndim == 1
+    spec = formula.spec(logits.shape[1], k, compact, ignore_index)
+    _, coefficients, *rest = kept
+    given = None if withheld else logits
+    return backend.backward(grad, coefficients, given, target, *rest, logits.shape[1], *spec)
 
 
-def grad_like(formula: Formula, logits: Tensor, seed: int = 0) -> Tensor:
-    """A random upstream gradient for the row outputs: (rows,) or (rows, 2)."""
-    shape = (logits.shape[0],) if formula.family == "softmax" else (logits.shape[0], 2)
+def grad_like(logits: Tensor, seed: int = 0) -> Tensor:
+    """A random upstream gradient for the values of the rows, (rows,)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(logits.shape[0], dtype=torch.float64, generator=generator).to(dtype)
 
 
 def paper_rows(formula: Formula, logits: Tensor, target: Tensor, k: int) -> Tensor:
-    """value (rows,) or sums (rows, 2), in float64, differentiable."""
+    """Values (rows,) in float64, differentiable."""
     chosen = k or None
+    if formula.loss == "log_odds":
+        return -paper.nllr(logits, target, chosen)
     if formula.family == "softmax":
         hyper = dict(zip(("alpha", "beta"), formula.params, strict=False))
         return getattr(paper, formula.loss)(logits, target, chosen, **hyper)
     positive, negative = paper.positives(logits, target), paper.negatives(logits, target, chosen)
     gamma = formula.params[0] if formula.params else 0.0
-    return torch.stack([paper.positive_sum(logits, positive), paper.negative_sum(logits, negative, gamma)], dim=1)
+    sums = paper.positive_sum(logits, positive), paper.negative_sum(logits, negative, gamma)
+    if formula.alpha is None:
+        return sums[0] + sums[1]
+    return paper.two_means(sums[0], positive, sums[1], negative, formula.alpha)
 
 
 def paper_rows_and_grad(formula: Formula, logits, target, k: int, grad: Tensor) -> tuple[Tensor, Tensor]:

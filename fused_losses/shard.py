@@ -1,0 +1,254 @@
+"""The classes sharded over the ranks of a process group: which rank has which, and what the ranks tell each other.
+
+Everything that talks stands here; what is said of the losses, in ``merge.py``.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """This rank's classes, [start, stop) of num_classes.
+
+    Made on every rank of the group at the same time: the ranks tell each other their ranges, which must follow each
+    other in the order of the ranks, from 0 to num_classes without gap or overlap. Uneven and empty ranges are fine.
+
+    Args:
+        start, stop: 0 <= start <= stop <= num_classes.
+        num_classes: the classes of all ranks together, fewer than 2^31.
+        group: a ``torch.distributed`` process group. Default: the default group.
+
+    Raises:
+        ValueError: ranges that do not tile [0, num_classes); on every rank alike.
+        ValueError: this rank is not one of the group.
+        RuntimeError: ``torch.distributed`` is not initialised.
+    """
+
+    start: int
+    stop: int
+    num_classes: int
+    group: "dist.ProcessGroup | None" = None
+    edges: tuple[int, ...] = field(init=False, repr=False)  # 0, and where the classes of each rank stop
+
+    def __post_init__(self):
+        _check_member(self.group)
+        ranges = [None] * self.world_size
+        dist.all_gather_object(ranges, (self.start, self.stop, self.num_classes), group=self.group)
+        if not _tile(ranges):
+            told = ", ".join(f"[{start}, {stop}) of {num_classes}" for start, stop, num_classes in ranges)
+            raise ValueError(
+                f"the ranks' class shards must tile [0, num_classes) in the order of the ranks, got {told}"
+            )
+        if self.num_classes >= 2**31:
+            raise ValueError(f"expected fewer than 2^31 classes, got {self.num_classes}")
+        object.__setattr__(self, "edges", (0, *(stop for _, stop, _ in ranges)))
+
+    @classmethod
+    def split(cls, num_classes: int, group: "dist.ProcessGroup | None" = None) -> "ClassShard":
+        """Shards as ``torch.chunk`` makes them: ceil(num_classes / ranks) classes each, what is left on the last."""
+        _check_member(group)
+        edges = _edges_of_chunks(num_classes, dist.get_world_size(group))
+        rank = dist.get_rank(group)
+        return cls(edges[rank], edges[rank + 1], num_classes, group)
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __bool__(self) -> bool:
+        return True  # also without classes
+
+    def __deepcopy__(self, _) -> "ClassShard":
+        return self  # a process group cannot be copied
+
+    def offers(self, k: int) -> int:
+        """How many picks a rank offers of the k hardest."""
+        return min(k, max(stop - start for start, stop in itertools.pairwise(self.edges)))
+
+    def dtensor(self, mine: Tensor) -> "DTensor":
+        """mine, this rank's rows of a tensor (classes, ...), as the ``DTensor`` of all ranks' rows, in the same memory.
+
+        That is what ``torch.distributed.checkpoint`` saves, and loads in place on any number of ranks; it would take
+        the plain tensors of the ranks for copies of one.
+
+        Raises:
+            ValueError: shards that :meth:`split` would not make, on every rank alike; ``DTensor`` knows no others.
+        """
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import DTensor, Shard
+
+        width_of_shard(self, "rows", mine.shape, mine.shape[0])
+        if self.edges != _edges_of_chunks(self.num_classes, self.world_size):
+            raise ValueError(f"DTensor knows the shards of ClassShard.split only, got borders {self.edges}")
+        mesh = DeviceMesh.from_group(self.group or dist.group.WORLD, mine.device.type)
+        shape = torch.Size((self.num_classes, *mine.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(mine.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def width_of_shard(shard: ClassShard, name: str, shape: torch.Size, width: int) -> int:
+    """The number of classes of all ranks, if a tensor of this shape holds those of this one."""
+    if not isinstance(shard, ClassShard):
+        raise TypeError(f"shard must be a ClassShard, got {type(shard).__name__}")
+    if width != len(shard):
+        raise ValueError(
+            f"expected {name} of this rank's {len(shard)} classes [{shard.start}, {shard.stop}) of "
+            f"{shard.num_classes}, got {tuple(shape)}"
+        )
+    return shard.num_classes
+
+
+def _check_member(group: "dist.ProcessGroup | None") -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("class shards need torch.distributed: call torch.distributed.init_process_group first")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"rank {dist.get_rank()} is not one of the group whose ranks share the classes")
+
+
+def _edges_of_chunks(num_classes: int, world_size: int) -> tuple[int, ...]:
+    size = -(-num_classes // world_size)
+    return tuple(min(rank * size, num_classes) for rank in range(world_size + 1))
+
+
+def _tile(ranges: list[tuple[int, int, int]]) -> bool:
+    edge = 0
+    for start, stop, num_classes in ranges:
+        if not (start == edge <= stop and num_classes == ranges[0][2]):
+            return False
+        edge = stop
+    return edge == ranges[0][2] > 0
+
+
+# --- collectives ------------------------------------------------------------------------------------------------------
+
+
+def gather(shard: ClassShard, *mine: Tensor) -> Iterator[Tensor]:
+    """Each tensor (rows, ...) of every rank, (ranks, rows, ...), in one collective: their bytes travel side by side."""
+    packed = _side_by_side(mine)
+    theirs = packed.new_empty((shard.world_size, *packed.shape))
+    dist.all_gather(list(theirs), packed, group=shard.group)
+    return _apart(theirs, mine)
+
+
+def exchange(shard: ClassShard, *mine: Tensor) -> Iterator[Tensor]:
+    """Of each tensor (rows, ...) of every rank what it holds for this rank's share of the rows: (ranks, share, ...)."""
+    packed = _side_by_side(mine)
+    shares = rows_of_ranks(shard, packed.shape[0])
+    share = shares[dist.get_rank(shard.group)]
+    theirs = packed.new_empty((shard.world_size, share, packed.shape[1]))
+    dist.all_to_all_single(theirs.flatten(0, 1), packed, [share] * shard.world_size, shares, group=shard.group)
+    return _apart(theirs, mine)
+
+
+def rows_of_ranks(shard: ClassShard, rows: int) -> list[int]:
+    """How many rows each rank merges: all but the last ones as many as the first."""
+    most = -(-rows // shard.world_size)
+    return [max(0, min(most, rows - rank * most)) for rank in range(shard.world_size)]
+
+
+def _side_by_side(tensors: tuple[Tensor, ...]) -> Tensor:
+    """(rows, bytes of all)"""
+    return torch.cat([tensor.reshape(len(tensor), tensor.shape[1:].numel()).view(torch.uint8) for tensor in tensors], 1)
+
+
+def with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Zeros behind it, up to so many rows: what all ranks gather has one size. (Autocast chooses torch.cat's dtype.)"""
+    padded = tensor.new_zeros((rows, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    return padded
+
+
+def _apart(packed: Tensor, like: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """(ranks, rows, bytes of all) -> tensors of the dtypes and widths of like."""
+    widths = [tensor.dtype.itemsize * tensor.shape[1:].numel() for tensor in like]
+    for part, tensor in zip(packed.split(widths, dim=2), like, strict=True):
+        aligned = part.clone(memory_format=torch.contiguous_format)
+        yield aligned.view(tensor.dtype).view(*packed.shape[:2], *tensor.shape[1:])
+
+
+# --- rows of the weight -----------------------------------------------------------------------------------------------
+
+CLASSES_AT_A_TIME = 4096
+
+
+def own_rows_of(shard: ClassShard, mine: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
+    """Fills mine, this rank's rows of a tensor (classes, ...), with what fill draws for them among all classes: the
+    same seed gives every class the same numbers, however the classes are sharded. Every rank draws all."""
+    piece = mine.new_empty((CLASSES_AT_A_TIME, *mine.shape[1:]))
+    for first in range(0, shard.num_classes, CLASSES_AT_A_TIME):
+        rows = fill(piece[: shard.num_classes - first])
+        start, stop = max(first, shard.start), min(first + rows.shape[0], shard.stop)
+        if start < stop:
+            mine[start - shard.start : stop - shard.start] = rows[start - first : stop - first]
+
+
+def move_rows(old: ClassShard, old_rows: Tensor, new: ClassShard, new_rows: Tensor) -> None:
+    """Copies each class's row from the rank that has it among the old shards to the one that has it among the new."""
+    rank = dist.get_rank(old.group)
+    for owner, (edge, end) in enumerate(itertools.pairwise(old.edges)):
+        for start in range(edge, end, CLASSES_AT_A_TIME):
+            stop = min(start + CLASSES_AT_A_TIME, end)
+            if owner == rank:
+                rows = old_rows[start - edge : stop - edge].contiguous()
+            else:
+                rows = old_rows.new_empty((stop - start, *old_rows.shape[1:]))
+            dist.broadcast(rows, group=old.group, group_src=owner)
+            first, last = max(start, new.start), min(stop, new.stop)
+            if first < last:
+                new_rows[first - new.start : last - new.start] = rows[first - start : last - start]
+
+
+# --- rows of the batch ------------------------------------------------------------------------------------------------
+
+
+def gather_batch(shard: ClassShard, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """input (rows, features) and class indices (rows,) of all ranks, in the order of the ranks; ranks may have
+    different numbers of rows, also none.
+
+    The gradient that comes back to a rank is that of its own rows, times the number of ranks: DDP divides by it when it
+    averages the gradients of the network in front, and a mean over the rows of all ranks is to stay that.
+    """
+    wanted = torch.is_grad_enabled() and input.requires_grad
+    (told,) = gather(shard, torch.tensor([[input.shape[0], wanted]], device=input.device))
+    counts, wanted_by = told.flatten(0, 1).t().tolist()
+    if any(wanted_by) and not input.requires_grad:
+        input = input.detach().requires_grad_()  # all ranks take part in the all-reduce of backward, or none
+    return _GatherRows.apply(input, target, counts, shard)
+
+
+def _one_behind_the_other(of_ranks: Tensor, counts: list[int]) -> Tensor:
+    """The first so many rows of each rank."""
+    rows = of_ranks.new_empty((sum(counts), *of_ranks.shape[2:]))
+    for part, of_rank in zip(rows.split(counts), of_ranks, strict=True):
+        part.copy_(of_rank[: part.shape[0]])
+    return rows
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, target, counts, shard):
+        ctx.own = input.shape[0], sum(counts[: dist.get_rank(shard.group)])
+        ctx.world_size = shard.world_size
+        most = max(counts)
+        inputs, targets = gather(shard, with_rows(input, most), with_rows(target, most))
+        target = _one_behind_the_other(targets, counts)
+        ctx.mark_non_differentiable(target)
+        return _one_behind_the_other(inputs, counts), target
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        rows, start = ctx.own
+        return grad[start : start + rows] * ctx.world_size, None, None, None
