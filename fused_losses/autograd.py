@@ -62,33 +62,60 @@ class LossFromLogits(torch.autograd.Function):
         return once(dlogits, statistics, grad), None, None, None, None
 
 
-class LossFromShard(torch.autograd.Function):
-    """The same of a shard: logits (rows, classes of the shard), global target (rows,) or local multi-hot."""
+class StatisticsFromLogits(torch.autograd.Function):
+    """What a forward door sees of whole rows, (rows, 3 | 4), differentiable by all but m: by l or neg, which lead to
+    the negatives of S, and by z_y or pos, which lead to the positives.
+
+    logits: (rows, classes), those of the shard if there is one; target: as at the doors, of all shards.
+    """
 
     @staticmethod
-    def forward(ctx, logits, target, weight, reduction, spec, shard):
-        mine = offered(shard, spec)
-        if len(shard) == 0:
+    def forward(ctx, logits, target, spec, shard):
+        mine = spec if shard is None else offered(shard, spec)
+        if logits.shape[1] == 0:
             seen = nothing(logits.shape[0], logits, target, mine)
         else:
             _, _, *seen = ops.forward(logits, target, None, "none", *mine)
-        statistics, pick_index, pick_logit = merge(shard, tuple(seen), target, spec)
-        loss, coefficients = ops.finish(statistics, target, weight, reduction, *spec)
+        if shard is not None:
+            seen = merge(shard, tuple(seen), target, spec)
         kept = None if mine.compact and target.dim() == 1 else logits
-        ctx.save_for_backward(coefficients, kept, target, statistics, pick_index, pick_logit)
-        ctx.num_classes, ctx.spec = len(shard), mine
-        ctx.set_materialize_grads(False)  # the statistics have none
-        return loss, statistics
+        ctx.save_for_backward(kept, target, *seen)
+        ctx.num_classes, ctx.spec = logits.shape[1], mine
+        return seen[0]
 
     @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 6
-        coefficients, kept, target, statistics, pick_index, pick_logit = ctx.saved_tensors
+    def backward(ctx, grad):
+        kept, target, statistics, pick_index, pick_logit = ctx.saved_tensors
         if ctx.num_classes == 0:
             dlogits = pick_logit.new_empty((statistics.shape[0], 0))
         else:
             dlogits = ops.backward(
-                grad, coefficients, kept, target, statistics, pick_index, pick_logit, ctx.num_classes, *ctx.spec
+                grad.new_ones(()), coefficients_of(grad, target), kept, target, statistics, pick_index, pick_logit,
+                ctx.num_classes, *ctx.spec,
             )  # fmt: skip
-        return once(dlogits, statistics, grad), None, None, None, None, None
+        return once(dlogits, statistics, grad), None, None, None
+
+
+def coefficients_of(grad: Tensor, target: Tensor) -> Tensor:
+    """The coefficients c and t (rows, 2) from the gradient of the statistics (rows, 3 | 4). d pos / d z is
+    -sigma(-z)."""
+    return grad[:, 1:3] if target.dim() == 1 else grad[:, 1:3] * grad.new_tensor([1, -1])
+
+
+class Finish(torch.autograd.Function):
+    """statistics (rows, 3 | 4), target -> loss: N numbers, where they come from several doors."""
+
+    @staticmethod
+    def forward(ctx, statistics, target, weight, reduction, spec):
+        loss, coefficients = ops.finish(statistics, target, weight, reduction, *spec)
+        ctx.save_for_backward(statistics, target, coefficients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        statistics, target, coefficients = ctx.saved_tensors
+        to_second, to_third = (coefficients * grad.reshape(-1, 1)).unbind(1)
+        dstatistics = torch.zeros_like(statistics)
+        dstatistics[:, 1] = to_second
+        dstatistics[:, 2] = to_third if target.dim() == 1 else -to_third
+        return once(dstatistics, statistics, grad), None, None, None, None

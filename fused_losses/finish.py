@@ -16,6 +16,8 @@ Coefficients (rows, 2), c and t: the gradient is
 A row whose coefficients are NaN has a gradient of NaN. An ignored row has value, statistics and coefficients 0.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,25 +33,49 @@ def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction:
     """
     spec = LossSpec(*spec)
     values, coefficients = finish_rows(statistics, spec, multi_hot=target.dim() == 2)
-    ignored = spec.ignored(target)
-    share = torch.ones_like(values) if weight is None else weight_of_rows(weight, target)
-    if ignored is not None:
-        values, share = values.masked_fill(ignored, 0), share.masked_fill(ignored, 0)
-    loss = values if weight is None else values * share
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        divisor = share.sum()
-        loss, share = loss / divisor, share / divisor
-    coefficients = coefficients * share[:, None]
-    if ignored is not None:  # also where all are ignored, and share is 0 / 0
-        coefficients = coefficients.masked_fill(ignored[:, None], 0)
-    return loss, coefficients
+    reduced = Reduction.of(target, weight, reduction, spec.ignore_index, values)
+    coefficients = coefficients * reduced.share[:, None]
+    return reduced.loss(values), reduced.without_ignored(coefficients)
 
 
-def weight_of_rows(weight: Tensor, target: Tensor) -> Tensor:
-    """weight[target], (rows,); a target that is no class has a NaN row already, and only never reads outside."""
-    return weight[target.clamp(0, weight.shape[0] - 1)]
+class Reduction(NamedTuple):
+    """How the values of the rows become the loss; known from the targets alone."""
+
+    counts: Tensor  # (rows,): the weight of the row's class, 1 without weights, 0 where ignored
+    ignored: Tensor | None  # (rows,); None where none can be
+    divisor: Tensor | None  # scalar, for a mean
+    summed: bool
+
+    @classmethod
+    def of(
+        cls, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int | None, like: Tensor
+    ) -> "Reduction":
+        """like: (rows,) of the values' dtype."""
+        ignored = None if target.dim() == 2 or ignore_index is None else target == ignore_index
+        if weight is None:
+            counts = torch.ones_like(like)
+        else:  # a target that is no class has a NaN row already: only never read outside
+            counts = weight[target.clamp(0, weight.shape[0] - 1)]
+        if ignored is not None:
+            counts = counts.masked_fill(ignored, 0)
+        return cls(counts, ignored, counts.sum() if reduction == "mean" else None, reduction != "none")
+
+    @property
+    def share(self) -> Tensor:
+        """d(loss) / d(value) of each row, (rows,)."""
+        return self.counts if self.divisor is None else self.counts / self.divisor
+
+    def without_ignored(self, rows: Tensor) -> Tensor:
+        """Literal zeros in ignored rows, also where all are ignored and their share is 0 / 0."""
+        if self.ignored is None:
+            return rows
+        return rows.masked_fill(self.ignored.view(-1, *(1,) * (rows.dim() - 1)), 0)
+
+    def loss(self, values: Tensor) -> Tensor:
+        values = self.without_ignored(values) * self.counts
+        if not self.summed:
+            return values
+        return values.sum() if self.divisor is None else values.sum() / self.divisor
 
 
 # --- one row, or many at once -----------------------------------------------------------------------------------------

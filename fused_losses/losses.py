@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar, NamedTuple
 
-from torch import Tensor
-
 from .formulas import FORMULAS
 
 
@@ -160,9 +158,3 @@ class LossSpec(NamedTuple):
         if self.alpha is None:
             return 1.0
         return self.alpha / max(1, min(self.k or self.all_classes, self.all_classes - 1))
-
-    def ignored(self, target: Tensor) -> Tensor | None:
-        """Which rows are ignored, (rows,); None where none can be."""
-        if target.dim() == 2 or self.ignore_index is None:
-            return None
-        return target == self.ignore_index

@@ -59,9 +59,8 @@ def merge(shard: ClassShard, seen: Seen, target: Tensor, spec: LossSpec) -> Seen
         taken = (pick_logit > edge_logit) | ((pick_logit == edge_logit) & (index <= edge))
         pick_index = pick_index.masked_fill(~taken, -1)
         pick_logit = pick_logit.masked_fill(~taken, -torch.inf)
-    ignored = spec.ignored(target)
-    if ignored is not None:
-        statistics = statistics.masked_fill(ignored[:, None], 0)
+    if not multi_hot and spec.ignore_index is not None:
+        statistics = statistics.masked_fill((target == spec.ignore_index)[:, None], 0)
     return statistics, pick_index, pick_logit
 
 
