@@ -42,19 +42,20 @@ def empty_picks(like: Tensor, k: int, compact: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
 
 
-def _softmax_forward_shapes(logits, target, loss, params, k, ignore_index, compact):
+def _softmax_forward_shapes(logits, target, loss, params, k, ignore_index, compact, first_class=0, all_classes=None):
     value = logits.new_empty((logits.shape[0],), dtype=reference.compute_dtype(logits.dtype))
     return value, value.new_empty((logits.shape[0], 3)), *empty_picks(logits, k, compact)
 
 
-def _logistic_forward_shapes(logits, target, loss, params, k, ignore_index, compact):
+def _logistic_forward_shapes(logits, target, loss, params, k, ignore_index, compact, first_class=0, all_classes=None):
     sums = logits.new_empty((logits.shape[0], 2), dtype=reference.compute_dtype(logits.dtype))
     return sums, torch.empty_like(sums), *empty_picks(logits, k, compact)
 
 
 def _backward_shapes(
-    grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
-):
+    grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact,
+    first_class=0, all_classes=None,
+):  # fmt: skip
     shape = (pick_logit.shape[0], num_classes)
     if logits is None or _triton_wing(logits.device, logits.dtype, num_classes) is None:
         return pick_logit.new_empty(shape)
@@ -71,7 +72,7 @@ def _loss_forward_shapes(logits, target, weight, family, loss, params, alpha, k,
 
 def _loss_backward_shapes(
     grad, slopes, logits, target, state, pick_index, pick_logit, family, loss, params, k, ignore_index, num_classes,
-    compact,
+    compact, first_class=0, all_classes=None,
 ):  # fmt: skip
     return _backward_shapes(
         grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
@@ -80,13 +81,14 @@ def _loss_backward_shapes(
 
 # --- doors ------------------------------------------------------------------------------------------------------------
 
+PART = "int first_class=0, int? all_classes=None"  # the logits' classes among those that a class index can name
 _FORWARD = (
-    "(Tensor logits, Tensor target, str loss, float[] params, int k, int ignore_index, bool compact) "
+    f"(Tensor logits, Tensor target, str loss, float[] params, int k, int ignore_index, bool compact, {PART}) "
     "-> (Tensor {}, Tensor state, Tensor pick_index, Tensor pick_logit)"
 )
 _BACKWARD = (
     "(Tensor grad, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, Tensor pick_logit, "
-    "str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) -> Tensor"
+    f"str loss, float[] params, int k, int ignore_index, int num_classes, bool compact, {PART}) -> Tensor"
 )
 softmax_forward = define(
     "softmax_forward" + _FORWARD.format("value"), reference.softmax_forward, _softmax_forward_shapes
@@ -142,18 +144,20 @@ def _say_once(message: str) -> None:
 
 
 def _forward_on_cuda(name: str):
-    def door(logits, target, loss, params, k, ignore_index, compact):
+    def door(logits, target, *arguments):
         wing = _triton_wing(logits.device, logits.dtype, logits.shape[1]) or reference
-        return getattr(wing, name)(logits, target, loss, params, k, ignore_index, compact)
+        return getattr(wing, name)(logits, target, *arguments)
 
     return door
 
 
 def _backward_on_cuda(name: str):
-    def door(grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact):
+    def door(
+        grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, *arguments
+    ):
         wing = _triton_wing(pick_logit.device, pick_logit.dtype, num_classes) or reference
         return getattr(wing, name)(
-            grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact
+            grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, *arguments
         )
 
     return door
@@ -203,8 +207,8 @@ loss_forward = define(
 )
 loss_backward = define(
     "loss_backward(Tensor grad, Tensor slopes, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, "
-    "Tensor pick_logit, str family, str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) "
-    "-> Tensor",
+    "Tensor pick_logit, str family, str loss, float[] params, int k, int ignore_index, int num_classes, bool compact, "
+    f"{PART}) -> Tensor",
     _loss_backward,
     _loss_backward_shapes,
 )

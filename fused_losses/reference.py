@@ -4,8 +4,9 @@ Contract of the four doors, shared by all wings, z = logits, (rows, classes):
 
 - Arithmetic and row outputs are float64 for float64 logits, else float32 (the compute dtype).
 - target: int64 (rows,), or multi-hot (rows, classes) for the logistic doors, where every entry != 0 is a positive.
-  An index is ``ignore_index`` (checked first: an ignored row), ``NO_TARGET`` (a row whose positive is elsewhere:
-  another shard has it), or a class. Anything else raises on the CPU; on other devices its row becomes NaN.
+  An index is a class among ``all_classes``, of which the logits hold [first_class, first_class + classes); without
+  ``all_classes`` none lie behind. ``ignore_index``, checked first, is an ignored row; a class that the logits do not
+  hold, a row whose positive is elsewhere. Anything else raises on the CPU; on other devices its row becomes NaN.
 - k = 0: S is all negatives. k >= 1: the k largest z_j with j not positive, the lowest class index first among equals.
 - Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, on the CPU in the order of
   the classes, elsewhere in any; the threshold form keeps one, the last taken, the *edge*; k = 0 keeps none.
@@ -25,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_TARGET = -(2**63)
 INF = math.inf
 
 
@@ -113,21 +113,31 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int) -> None:
                 "soft targets are not supported"
             )
         return
-    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index) & (target != NO_TARGET)
+    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise IndexError(f"Target {int(target[row])} is out of bounds. (row {row}, {num_classes} classes)")
 
 
-def read_target(target: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def count_classes(num_classes: int, first_class: int, all_classes: int | None) -> int:
+    """All classes that a class index can name, of which the logits hold [first_class, first_class + num_classes)."""
+    if all_classes is None:
+        all_classes = first_class + num_classes
+    if not 0 <= first_class <= all_classes - num_classes < 2**63 - num_classes:
+        raise ValueError(f"{num_classes} classes from {first_class} on are not among {all_classes}")
+    return all_classes
+
+
+def read_target(
+    target: Tensor, num_classes: int, ignore_index: int, first_class: int, all_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The positives (rows, classes), the ignored rows (rows,) and the rows with a bad target (rows,), all bool."""
     if target.dim() == 2:
         none = torch.zeros(target.shape[0], dtype=torch.bool, device=target.device)
         return target != 0, none, none
     ignored = target == ignore_index
-    inside = (target >= 0) & (target < num_classes)
-    bad = ~(inside | ignored | (target == NO_TARGET))
-    column = torch.where(inside & ~ignored, target, -1)
+    bad = ((target < 0) | (target >= all_classes)) & ~ignored
+    column = (target - first_class).masked_fill(ignored | bad, -1)
     classes = torch.arange(num_classes, device=target.device)
     return classes == column[:, None], ignored, bad
 
@@ -182,12 +192,21 @@ def finish(dlogits: Tensor, coefficient: Tensor, ignored: Tensor, dtype: torch.d
 
 
 def softmax_forward(
-    logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
+    logits: Tensor,
+    target: Tensor,
+    loss: str,
+    params: list[float],
+    k: int,
+    ignore_index: int,
+    compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """value (rows,), state (rows, 3), pick_index and pick_logit (rows, k | 1 | 0)."""
+    all_classes = count_classes(logits.shape[1], first_class, all_classes)
     if logits.device.type == "cpu":
-        check_target(target, logits.shape[1], ignore_index)
-    positive, ignored, bad = read_target(target, logits.shape[1], ignore_index)
+        check_target(target, all_classes, ignore_index)
+    positive, ignored, bad = read_target(target, logits.shape[1], ignore_index, first_class, all_classes)
     chosen, pick_index, pick_logit = picks(logits, positive, ignored | bad, k, compact)
     z = logits.to(compute_dtype(logits.dtype))
 
@@ -215,9 +234,12 @@ def softmax_backward(
     ignore_index: int,
     num_classes: int,
     compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows,)."""
-    positive, ignored, _ = read_target(target, num_classes, ignore_index)
+    all_classes = count_classes(num_classes, first_class, all_classes)
+    positive, ignored, _ = read_target(target, num_classes, ignore_index, first_class, all_classes)
     z = (pick_logit if compact else logits).to(state.dtype)
     coefficient, dz = softmax_gradient(grad, state, z, loss, params)
     if compact:
@@ -229,12 +251,21 @@ def softmax_backward(
 
 
 def logistic_forward(
-    logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
+    logits: Tensor,
+    target: Tensor,
+    loss: str,
+    params: list[float],
+    k: int,
+    ignore_index: int,
+    compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sums (rows, 2), state (rows, 2), pick_index and pick_logit (rows, k | 1 | 0)."""
+    all_classes = count_classes(logits.shape[1], first_class, all_classes)
     if logits.device.type == "cpu":
-        check_target(target, logits.shape[1], ignore_index)
-    positive, ignored, bad = read_target(target, logits.shape[1], ignore_index)
+        check_target(target, all_classes, ignore_index)
+    positive, ignored, bad = read_target(target, logits.shape[1], ignore_index, first_class, all_classes)
     chosen, pick_index, pick_logit = picks(logits, positive, ignored | bad, k, compact)
     z = logits.to(compute_dtype(logits.dtype))
 
@@ -260,9 +291,12 @@ def logistic_backward(
     ignore_index: int,
     num_classes: int,
     compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
-    positive, ignored, _ = read_target(target, num_classes, ignore_index)
+    all_classes = count_classes(num_classes, first_class, all_classes)
+    positive, ignored, _ = read_target(target, num_classes, ignore_index, first_class, all_classes)
     z_y = state[:, 0]
     z = (pick_logit if compact else logits).to(state.dtype)
     z_p = z_y[:, None] if logits is None else logits.to(state.dtype)

@@ -44,12 +44,15 @@ class Kept(NamedTuple):
     pick_logit: Tensor
 
 
-def forward(wing, formula: Formula, logits, target, k=0, compact=False, ignore_index=-100) -> Kept:
+def forward(wing, formula: Formula, logits, target, k=0, compact=False, ignore_index=-100, part=(0, None)) -> Kept:
+    """part: first_class and all_classes, of logits that are some columns of a row."""
     door = getattr(wing, f"{formula.family}_forward")
-    return Kept(*door(logits, target, formula.loss, formula.params, k, ignore_index, compact))
+    return Kept(*door(logits, target, formula.loss, formula.params, k, ignore_index, compact, *part))
 
 
-def backward(wing, formula: Formula, grad, logits, target, kept: Kept, k=0, compact=False, ignore_index=-100) -> Tensor:
+def backward(
+    wing, formula: Formula, grad, logits, target, kept: Kept, k=0, compact=False, ignore_index=-100, part=(0, None)
+) -> Tensor:
     """dlogits, with the logits withheld where the form must do without them."""
     door = getattr(wing, f"{formula.family}_backward")
     classes = logits.shape[1]
@@ -65,6 +68,7 @@ def backward(wing, formula: Formula, grad, logits, target, kept: Kept, k=0, comp
         ignore_index,
         classes,
         compact,
+        *part,
     )
 
 
