@@ -28,9 +28,6 @@ enum class DType : int { float32, bfloat16, float16, float64, int64, int32, int1
 enum class SoftmaxLoss : int { cross_entropy, nllr, crl };
 enum class LogisticLoss : int { lr, ss_lr };
 
-// A class index that says "no positive in this row": the row is worked out, but nothing is its target.
-constexpr int64_t kNoTarget = INT64_MIN;
-
 struct Problem {
   // logits (rows, classes); row i starts at logits + i * logits_stride elements. Null only in a backward that needs
   // none.
@@ -38,12 +35,14 @@ struct Problem {
   int64_t logits_stride;
   int64_t rows, classes;
 
-  // target (rows,) int64 class indices, or (rows, classes) multi-hot of any dtype
+  // target (rows,) int64 class indices, or (rows, classes) multi-hot of any dtype. An index names one of all_classes,
+  // of which the logits hold [first_class, first_class + classes): the positive of a row may be elsewhere.
   const void* target;
   int64_t target_stride;
   DType target_dtype;
   bool multi_hot;
   int64_t ignore_index;
+  int64_t first_class, all_classes;
 
   const double* params;  // the hyper-parameters of the loss, in the order of its signature
   int64_t k;             // 0: all negatives; else the k hardest

@@ -204,16 +204,23 @@ void check_class_indices(const Problem& problem) {
   const int64_t* target = static_cast<const int64_t*>(problem.target);
   for (int64_t row = 0; row < problem.rows; ++row) {
     const int64_t y = target[row * problem.target_stride];
-    if ((y >= 0 && y < problem.classes) || y == problem.ignore_index || y == kNoTarget) continue;
+    if ((y >= 0 && y < problem.all_classes) || y == problem.ignore_index) continue;
     throw std::out_of_range("Target " + std::to_string(y) + " is out of bounds. (row " + std::to_string(row) + ", " +
-                            std::to_string(problem.classes) + " classes)");
+                            std::to_string(problem.all_classes) + " classes)");
   }
 }
+
+// What a class index can say.
+struct Labels {
+  int64_t ignore_index;
+  int64_t first_class;
+  std::optional<int64_t> all_classes;
+};
 
 // What forward and backward have in common: the target, k, and the logits if there are any. The tensors must outlive
 // it.
 Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, int64_t classes, const double* params,
-                     int64_t k, int64_t ignore_index, bool compact, bool may_be_multi_hot) {
+                     int64_t k, const Labels& labels, bool compact, bool may_be_multi_hot) {
   check(classes >= 1 && classes < INT32_MAX, "logits need at least one class, and fewer than 2^31 - 1");
   check(k >= 0, "k must not be negative");
   Problem problem{};
@@ -226,7 +233,11 @@ Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, i
   problem.target = target.const_data_ptr();
   problem.target_dtype = dtype_of(target);
   problem.multi_hot = target.dim() == 2;
-  problem.ignore_index = ignore_index;
+  problem.ignore_index = labels.ignore_index;
+  problem.first_class = labels.first_class;
+  check(labels.first_class >= 0 && labels.first_class <= INT64_MAX - classes, "first_class must not be negative");
+  problem.all_classes = labels.all_classes.value_or(labels.first_class + classes);
+  check(problem.all_classes >= labels.first_class + classes, "the classes from first_class on exceed all_classes");
   problem.params = params;
   problem.k = k;
   problem.compact = compact && k > 0;
@@ -248,7 +259,7 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class Loss>
 ForwardResult forward(void (*kernel)(Loss, DType, Forward&), const Tensor& any_logits, const Tensor& any_target,
-                      const Handles& handles, int64_t k, int64_t ignore_index, bool compact) {
+                      const Handles& handles, int64_t k, const Labels& labels, bool compact) {
   constexpr bool is_logistic = std::is_same_v<Loss, LogisticLoss>;
   double params[kMostParams] = {};
   Loss loss;
@@ -261,7 +272,7 @@ ForwardResult forward(void (*kernel)(Loss, DType, Forward&), const Tensor& any_l
   check(is_floating(dtype), "logits must be float16, bfloat16, float32 or float64");
   const int64_t rows = logits.size(0), classes = logits.size(1);
 
-  Forward door{make_problem(&logits, target, rows, classes, params, k, ignore_index, compact, is_logistic)};
+  Forward door{make_problem(&logits, target, rows, classes, params, k, labels, compact, is_logistic)};
   const int32_t compute = torch_dtype(compute_dtype(dtype));
   const int64_t slots = k == 0 ? 0 : compact ? k : 1;
   Tensor result = is_logistic ? empty({rows, 2}, compute) : empty({rows}, compute);
@@ -285,7 +296,7 @@ template <class Loss>
 Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad,
                 const std::optional<Tensor>& any_logits, const Tensor& any_target, const Tensor& any_state,
                 const Tensor& any_pick_index, const Tensor& any_pick_logit, const Handles& handles, int64_t k,
-                int64_t ignore_index, int64_t classes, bool compact) {
+                const Labels& labels, int64_t classes, bool compact) {
   constexpr bool is_logistic = std::is_same_v<Loss, LogisticLoss>;
   double params[kMostParams] = {};
   Loss loss;
@@ -315,7 +326,7 @@ Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad
         "logits must be those of forward");
 
   Backward door{};
-  door.problem = make_problem(logits.has_value() ? &*logits : nullptr, target, rows, classes, params, k, ignore_index,
+  door.problem = make_problem(logits.has_value() ? &*logits : nullptr, target, rows, classes, params, k, labels,
                               compact, is_logistic);
   door.grad = grad.const_data_ptr();
   door.grad_row_stride = grad.stride(0);
@@ -330,27 +341,33 @@ Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad
 }
 
 ForwardResult softmax_forward(const Tensor& logits, const Tensor& target, StringHandle loss, StableListHandle params,
-                              int64_t k, int64_t ignore_index, bool compact) {
-  return forward(chosen().kernels->softmax_forward, logits, target, Handles(loss, params), k, ignore_index, compact);
+                              int64_t k, int64_t ignore_index, bool compact, int64_t first_class,
+                              std::optional<int64_t> all_classes) {
+  return forward(chosen().kernels->softmax_forward, logits, target, Handles(loss, params), k,
+                 Labels{ignore_index, first_class, all_classes}, compact);
 }
 
 ForwardResult logistic_forward(const Tensor& logits, const Tensor& target, StringHandle loss, StableListHandle params,
-                               int64_t k, int64_t ignore_index, bool compact) {
-  return forward(chosen().kernels->logistic_forward, logits, target, Handles(loss, params), k, ignore_index, compact);
+                               int64_t k, int64_t ignore_index, bool compact, int64_t first_class,
+                               std::optional<int64_t> all_classes) {
+  return forward(chosen().kernels->logistic_forward, logits, target, Handles(loss, params), k,
+                 Labels{ignore_index, first_class, all_classes}, compact);
 }
 
 Tensor softmax_backward(const Tensor& grad, const std::optional<Tensor>& logits, const Tensor& target,
                         const Tensor& state, const Tensor& pick_index, const Tensor& pick_logit, StringHandle loss,
-                        StableListHandle params, int64_t k, int64_t ignore_index, int64_t num_classes, bool compact) {
+                        StableListHandle params, int64_t k, int64_t ignore_index, int64_t num_classes, bool compact,
+                        int64_t first_class, std::optional<int64_t> all_classes) {
   return backward(chosen().kernels->softmax_backward, grad, logits, target, state, pick_index, pick_logit,
-                  Handles(loss, params), k, ignore_index, num_classes, compact);
+                  Handles(loss, params), k, Labels{ignore_index, first_class, all_classes}, num_classes, compact);
 }
 
 Tensor logistic_backward(const Tensor& grad, const std::optional<Tensor>& logits, const Tensor& target,
                          const Tensor& state, const Tensor& pick_index, const Tensor& pick_logit, StringHandle loss,
-                         StableListHandle params, int64_t k, int64_t ignore_index, int64_t num_classes, bool compact) {
+                         StableListHandle params, int64_t k, int64_t ignore_index, int64_t num_classes, bool compact,
+                         int64_t first_class, std::optional<int64_t> all_classes) {
   return backward(chosen().kernels->logistic_backward, grad, logits, target, state, pick_index, pick_logit,
-                  Handles(loss, params), k, ignore_index, num_classes, compact);
+                  Handles(loss, params), k, Labels{ignore_index, first_class, all_classes}, num_classes, compact);
 }
 
 // ------------------------------------------------------------------------------------------------------ whole losses
@@ -381,9 +398,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
   const Text family_text(family), reduction_text(reduction);
   const Handles handles(loss, params);
   const bool softmax = is_softmax(family_text.view());
+  const Labels labels{ignore_index, 0, std::nullopt};
   auto [terms, state, pick_index, pick_logit] =
-      softmax ? forward(chosen().kernels->softmax_forward, logits, target, handles, k, ignore_index, compact)
-              : forward(chosen().kernels->logistic_forward, logits, target, handles, k, ignore_index, compact);
+      softmax ? forward(chosen().kernels->softmax_forward, logits, target, handles, k, labels, compact)
+              : forward(chosen().kernels->logistic_forward, logits, target, handles, k, labels, compact);
 
   const DType dtype = dtype_of(terms);
   const bool multi_hot = target.dim() == 2;
@@ -421,15 +439,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
 Tensor loss_backward(const Tensor& grad, const Tensor& slopes, const std::optional<Tensor>& logits,
                      const Tensor& target, const Tensor& state, const Tensor& pick_index, const Tensor& pick_logit,
                      StringHandle family, StringHandle loss, StableListHandle params, int64_t k, int64_t ignore_index,
-                     int64_t num_classes, bool compact) {
+                     int64_t num_classes, bool compact, int64_t first_class, std::optional<int64_t> all_classes) {
   const Text family_text(family);
   const Handles handles(loss, params);
+  const Labels labels{ignore_index, first_class, all_classes};
   const auto door = [&](const Tensor& of_terms) {
     return is_softmax(family_text.view())
                ? backward(chosen().kernels->softmax_backward, of_terms, logits, target, state, pick_index, pick_logit,
-                          handles, k, ignore_index, num_classes, compact)
+                          handles, k, labels, num_classes, compact)
                : backward(chosen().kernels->logistic_backward, of_terms, logits, target, state, pick_index, pick_logit,
-                          handles, k, ignore_index, num_classes, compact);
+                          handles, k, labels, num_classes, compact);
   };
   const DType dtype = dtype_of(slopes);
   const int64_t rows = state.size(0), columns = slopes.dim();

@@ -34,8 +34,10 @@ class TargetReader {
     *positives = {index_.get(), 0};
     if (!problem_.multi_hot) {
       const int64_t y = class_of(row);
-      index_[0] = static_cast<int32_t>(y);
-      positives->count = y != kNoTarget && y != problem_.ignore_index;
+      // Unsigned: no difference overflows, and what is not among these classes is larger than any of them.
+      const uint64_t here = static_cast<uint64_t>(y) - static_cast<uint64_t>(problem_.first_class);
+      index_[0] = static_cast<int32_t>(here);
+      positives->count = y != problem_.ignore_index && here < static_cast<uint64_t>(problem_.classes);
       return true;
     }
     switch (problem_.target_dtype) {

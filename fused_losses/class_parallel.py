@@ -1,7 +1,7 @@
 """The classifier sharded over the ranks of a process group, exactly: states of rows are merged, not logits.
 
-Every rank of the group sees all rows of the batch and its own range of classes. The doors run on that range; a row
-whose positive is on another rank has ``NO_TARGET`` there. Then a few numbers per row are exchanged and merged in the
+Every rank of the group sees all rows of the batch and its own range of classes. The doors run on that range, and know
+a class of another rank from one that there is not. Then a few numbers per row are exchanged and merged in the
 order of the ranks, so that all hold the same bits:
 
 - softmax over all negatives: (m, l, z_y) of each rank, in one all-gather, merged by log-sum-exp;
@@ -28,7 +28,6 @@ from torch import Tensor
 from . import ops, reference
 from .autograd import once
 from .linear_autograd import (
-    IGNORED,
     class_norms,
     default_chunk_bytes,
     gathers_picks,
@@ -103,15 +102,6 @@ class ClassShard:
 
     def __deepcopy__(self, _) -> "ClassShard":
         return self  # a process group cannot be copied
-
-    def local_target(self, target: Tensor, ignore_index: int) -> Tensor:
-        """What the doors take on this rank, with ``ignore_index=IGNORED``, for class indices (rows,) or multi-hot."""
-        if target.dim() == 2:
-            return target
-        outside = (target < self.start) | (target >= self.stop)
-        local = (target - self.start).masked_fill(outside, reference.NO_TARGET)
-        local.masked_fill_((target < 0) | (target >= self.num_classes), -1)  # out of range for everybody
-        return local.masked_fill_(target == ignore_index, IGNORED)
 
     def offers(self, k: int) -> int:
         """How many picks a rank offers of the k hardest."""
@@ -316,12 +306,12 @@ class LossFromShard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, weight, family, formula, params, alpha, k, ignore_index, reduction, shard):
         multi_hot = target.dim() == 2
-        local, offers = shard.local_target(target, ignore_index), shard.offers(k)
+        offers = shard.offers(k)
         if len(shard) == 0:
             outputs = nothing(logits.shape[0], logits, family, offers)
         else:
             door = ops.softmax_forward if family == "softmax" else ops.logistic_forward
-            outputs = door(logits, local, formula, params, offers, IGNORED, k > 0)
+            outputs = door(logits, target, formula, params, offers, ignore_index, k > 0, shard.start, shard.num_classes)
         terms, state, pick_index, pick_logit = merge(
             shard, outputs, None if multi_hot else target == ignore_index, family, formula, params, k
         )
@@ -329,8 +319,9 @@ class LossFromShard(torch.autograd.Function):
             terms, state, target, weight, logits.dtype, alpha, shard.num_classes, k, ignore_index, reduction
         )
         kept = None if k > 0 and not multi_hot else logits
-        ctx.save_for_backward(slopes, kept, local, state, pick_index, pick_logit)
-        ctx.door_arguments = family, formula, params, pick_index.shape[1], IGNORED, len(shard), k > 0
+        ctx.save_for_backward(slopes, kept, target, state, pick_index, pick_logit)
+        ctx.shard = shard
+        ctx.door_arguments = family, formula, params, pick_index.shape[1], ignore_index, len(shard), k > 0
         ctx.set_materialize_grads(False)  # the states have none
         return loss, state
 
@@ -339,10 +330,13 @@ class LossFromShard(torch.autograd.Function):
         if grad is None:
             return (None,) * 11
         slopes, kept, target, state, pick_index, pick_logit = ctx.saved_tensors
-        if ctx.door_arguments[-2] == 0:
+        if len(ctx.shard) == 0:
             dlogits = pick_logit.new_empty((state.shape[0], 0))
         else:
-            dlogits = ops.loss_backward(grad, slopes, kept, target, state, pick_index, pick_logit, *ctx.door_arguments)
+            dlogits = ops.loss_backward(
+                grad, slopes, kept, target, state, pick_index, pick_logit, *ctx.door_arguments, ctx.shard.start,
+                ctx.shard.num_classes,
+            )  # fmt: skip
         return once(dlogits, state, grad), *(None,) * 10
 
 
@@ -368,14 +362,14 @@ class LinearLossFromShard(torch.autograd.Function):
         x, w, b = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
         chunk_elements = max(1, (chunk_bytes or default_chunk_bytes(w, picks)) // dtype.itemsize)
         norms = class_norms(w, chunk_elements) if normalize else None
-        layer = x, w, b, norms, shard.local_target(target, ignore_index)
-        arguments = chunk_elements, family, formula, params
+        layer = x, w, b, norms, target
+        arguments, part = (chunk_elements, family, formula, params), (shard.start, shard.num_classes)
         if len(shard) == 0:
             outputs = nothing(x.shape[0], x, family, offers)
         elif picks:
-            outputs = linear_forward_picks(*layer, *arguments, offers, IGNORED)
+            outputs = linear_forward_picks(*layer, *arguments, offers, ignore_index, *part)
         else:
-            outputs = linear_forward(*layer, *arguments, offers, IGNORED, k > 0)
+            outputs = linear_forward(*layer, *arguments, offers, ignore_index, k > 0, *part)
         ignored = None if multi_hot else target == ignore_index
         terms, *saved = merge(shard, outputs, ignored, family, formula, params, k)
         if class_weight is not None:
@@ -384,7 +378,7 @@ class LinearLossFromShard(torch.autograd.Function):
             terms, saved[0], target, class_weight, dtype, alpha, shard.num_classes, k, ignore_index, reduction
         )
         ctx.shard, ctx.picks, ctx.sparse_grad, ctx.compact = shard, picks, sparse_grad, k > 0
-        ctx.arguments = *arguments, saved[1].shape[1], IGNORED
+        ctx.arguments = *arguments, saved[1].shape[1], ignore_index
         ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
         ctx.save_for_backward(input, weight, bias, slopes, *saved, *layer)
         return loss
@@ -399,12 +393,13 @@ class LinearLossFromShard(torch.autograd.Function):
                 gradients[1:] = (part.to_sparse(1) for part in gradients[1:])
         else:
             arguments = grad_of_terms(grad, slopes), *saved, *ctx.arguments, ctx.wanted
+            part = ctx.shard.start, ctx.shard.num_classes
             if ctx.sparse_grad:
-                gradients = sparse_gradients(*arguments)
+                gradients = sparse_gradients(*arguments, *part)
             elif ctx.picks:
-                gradients = linear_backward_picks(*arguments)
+                gradients = linear_backward_picks(*arguments, *part)
             else:
-                gradients = linear_backward(*arguments, ctx.compact)
+                gradients = linear_backward(*arguments, ctx.compact, *part)
         if ctx.wanted[0]:
             dist.all_reduce(gradients[0], group=ctx.shard.group)
         gradients = in_dtypes_of(parameters, gradients, ctx.wanted)

@@ -216,7 +216,7 @@ def apply(
     check_options(loss, k, ratio, reduction)
     num_classes = _check_logits(logits, shard)
     check_batch(loss, logits.shape, num_classes, logits.device, target, weight, ignore_index)
-    rows, target, k = as_rows(logits, target, num_classes, k, ratio)
+    rows, target, k = as_rows(logits, target, num_classes, k, ratio, ignore_index)
     alpha = loss.alpha if loss.family == "logistic" else None
     if weight is not None:
         weight = weight.to(reference.compute_dtype(logits.dtype))
@@ -232,16 +232,20 @@ def apply(
 
 
 def check_here(check_targets: bool, device: torch.device, shard: ClassShard | None) -> bool:
-    """Whether to look at the values of targets: the CPU doors always do, but those of a shard know its classes only."""
+    """Whether to look at the values of targets: the CPU doors always do, but a shard without classes enters none."""
     return shard is not None if device.type == "cpu" else check_targets
 
 
 def as_rows(
-    x: Tensor, target: Tensor, num_classes: int, k: int | None, ratio: float | None
+    x: Tensor, target: Tensor, num_classes: int, k: int | None, ratio: float | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, int]:
     """What the doors take: x and target with a row dimension, int64 class indices, k = 0 for all negatives."""
     multi_hot = target.dim() == x.dim()
-    if not multi_hot:
+    if not multi_hot and target.dtype == torch.uint64:  # what int64 cannot hold would come out negative
+        largest = torch.iinfo(torch.int64).max
+        target = target.long()
+        target = target.masked_fill(target < 0, largest if ignore_index != largest else largest - 1)
+    elif not multi_hot:
         target = target.long()
     if x.dim() == 1:
         x, target = x.unsqueeze(0), target.unsqueeze(0)

@@ -390,7 +390,7 @@ def apply(
         if shard is None or input.dim() != 2 or target.dim() != 1:
             raise ValueError("gather_input needs shard=, input of shape (N, D) and class-index targets (N,)")
         input, target = gather_batch(shard, input, target.long())
-    rows, target, k = as_rows(input, target, num_classes, k, ratio)
+    rows, target, k = as_rows(input, target, num_classes, k, ratio, ignore_index)
     if normalize:
         rows = _direction(rows, scale)
     if check_here(check_targets, input.device, shard):

@@ -27,7 +27,6 @@ LEAST_NORM = 1e-12  # F.normalize divides by nothing smaller either
 # A block of classes is no smaller than this: each pays for k candidates in every row, and for its calls.
 LEAST_BLOCK = 4096
 LEAST_BLOCK_PER_PICK = 32
-IGNORED = reference.NO_TARGET + 1  # in a block, whose class indices could meet a user's ignore_index
 
 
 def gathers_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
@@ -154,16 +153,18 @@ _DOORS = {
 
 
 def _linear_forward(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact=False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index,
+    compact=False, first_class=0, all_classes=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The forward door of the family over all rows: *again*."""
     forward, _ = _DOORS[family]
-    _check_target(input, weight, target, ignore_index)
+    all_classes = _check_target(input, weight, target, ignore_index, first_class, all_classes)
     outputs = _forward_shapes(
         input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact
     )
     for rows, z in _Layer(weight, bias, norms).chunks(input, chunk_elements):
-        for whole, part in zip(outputs, forward(z, target[rows], loss, params, k, ignore_index, compact), strict=True):
+        parts = forward(z, target[rows], loss, params, k, ignore_index, compact, first_class, all_classes)
+        for whole, part in zip(outputs, parts, strict=True):
             whole[rows] = part
     return outputs
 
@@ -171,7 +172,7 @@ def _linear_forward(
 def _linear_backward(
     grad, state, pick_index, pick_logit,
     input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
-    compact=False,
+    compact=False, first_class=0, all_classes=None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias from grad of the rows: *again*."""
     _, backward = _DOORS[family]
@@ -179,7 +180,8 @@ def _linear_backward(
     gradients = _Gradients(input, layer, wanted)
     for rows, z in layer.chunks(input, chunk_elements):
         saved = z, target[rows], state[rows], pick_index[rows], pick_logit[rows]
-        gradients.add(rows, backward(grad[rows], *saved, loss, params, k, ignore_index, z.shape[1], compact))
+        options = loss, params, k, ignore_index, z.shape[1], compact, first_class, all_classes
+        gradients.add(rows, backward(grad[rows], *saved, *options))
     return gradients.result(chunk_elements)
 
 
@@ -200,55 +202,63 @@ def _linear_at_once(
     return values, *gradients.result(chunk_elements)
 
 
-def _check_target(input: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> None:
-    """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here."""
+def _check_target(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    first_class: int = 0,
+    all_classes: int | None = None,
+) -> int:
+    """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here.
+    -> the number of all classes"""
+    all_classes = reference.count_classes(weight.shape[0], first_class, all_classes)
     if input.device.type == "cpu" and target.dim() == 1:
-        reference.check_target(target, weight.shape[0], ignore_index)
+        reference.check_target(target, all_classes, ignore_index)
+    return all_classes
 
 
 # --- picks alone ------------------------------------------------------------------------------------------------------
 
 
 def _linear_forward_picks(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index,
+    first_class=0, all_classes=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The forward door of the family over all rows, compact: *picks*.
 
     The k hardest of the layer are among the k hardest of each block of classes: these are the candidates. A matmul is
     cheaper for many rows and few classes at a time than the other way round, and its logits stay in the cache.
     """
-    _check_target(input, weight, target, ignore_index)
+    all_classes = _check_target(input, weight, target, ignore_index, first_class, all_classes)
     outputs = _picks_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index)
     least = max(LEAST_BLOCK, LEAST_BLOCK_PER_PICK * k)
     blocks = _pieces(weight.shape[0], max(least, chunk_elements // max(1, input.shape[0])))
     most_rows = max(1, chunk_elements // blocks[0].stop)
     buffer = _buffer(input, min(most_rows, input.shape[0]), blocks[0].stop)
     layer = _Layer(weight, bias, norms)
-    target = target.masked_fill(target == ignore_index, IGNORED)
+    options = family, loss, params, k, ignore_index, first_class, all_classes
     for rows in _pieces(input.shape[0], most_rows):
-        parts = _hardest_of_blocks(layer, blocks, buffer, input[rows], target[rows], family, loss, params, k)
+        parts = _hardest_of_blocks(layer, blocks, buffer, input[rows], target[rows], *options)
         for whole, part in zip(outputs, parts, strict=True):
             whole[rows] = part
     return outputs
 
 
 def _hardest_of_blocks(
-    layer: _Layer, blocks: list[slice], buffer: Tensor, x: Tensor, target: Tensor, family, loss, params, k
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layer: _Layer, blocks: list[slice], buffer: Tensor, x: Tensor, target: Tensor,
+    family, loss, params, k, ignore_index, first_class, all_classes,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The compact door over the classes of all blocks, lowest class first among equals."""
     forward, _ = _DOORS[family]
-    num_rows, size = x.shape[0], blocks[0].stop
-    block_of_target = target.div(size, rounding_mode="floor")
-    inside = torch.arange(len(blocks), device=x.device)[:, None] == block_of_target  # (blocks, rows)
-    targets = torch.where(inside, target - block_of_target * size, reference.NO_TARGET)
-    targets.masked_fill_(target == IGNORED, IGNORED)
-
-    index = x.new_empty((num_rows, 1 + len(blocks) * k), dtype=torch.int32)  # column 0 is the target's
+    num_rows, width = x.shape[0], 1 + len(blocks) * k
+    index = x.new_empty((num_rows, width), dtype=torch.int32)  # column 0 is the target's
     logit = x.new_empty(index.shape)
     states = []
     for number, classes in enumerate(blocks):
         z = layer.of(classes).logits(x, out=buffer[:num_rows, : classes.stop - classes.start])
-        _, state, picked, picked_logit = forward(z, targets[number], loss, params, k, IGNORED, True)
+        part = first_class + classes.start, all_classes
+        _, state, picked, picked_logit = forward(z, target, loss, params, k, ignore_index, True, *part)
         if z.device.type != "cpu":  # where the doors keep the picks in the order of the classes
             picked, order = picked.sort(dim=1)
             picked_logit = picked_logit.gather(1, order)
@@ -259,12 +269,16 @@ def _hardest_of_blocks(
 
     states = torch.stack(states)  # (blocks, rows, values); without the target, z_y is -inf or 0
     z_y = states[..., 2].amax(0) if family == "softmax" else states[..., 0].sum(0)
-    elsewhere = target == reference.NO_TARGET  # column 0 is then no class: an empty slot
+    # Among the candidates the target is class 0, or one behind them where the layer does not hold it: column 0 is then
+    # no class, but an empty slot.
+    ignored = target == ignore_index
+    bad = (target < 0) | (target >= all_classes)
+    elsewhere = (target < first_class) | (target >= first_class + layer.weight.shape[0])
     index[:, 0] = -1
-    out_of_range = ((target < 0) & ~elsewhere) | (target >= layer.weight.shape[0])
     z_y = z_y.masked_fill(elsewhere, -math.inf)
-    logit[:, 0] = z_y.masked_fill(out_of_range | states.isnan().any(dim=(0, 2)), math.nan)
-    *rows, chosen, chosen_logit = forward(logit, target.clamp(max=0), loss, params, k, IGNORED, True)
+    logit[:, 0] = z_y.masked_fill(states.isnan().any(dim=(0, 2)), math.nan)
+    label = (width * elsewhere.long()).masked_fill_(bad, width + 1).masked_fill_(ignored, -1)
+    *rows, chosen, chosen_logit = forward(logit, label, loss, params, k, -1, True, 0, width + 1)
     return *rows, index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1), chosen_logit
 
 
@@ -300,7 +314,8 @@ class _ByClass:
 
 def _pick_gradients(
     grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, only_picked,
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, first_class,
+    only_picked,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of input, weight and bias through the target and the k picks of each row alone: O(rows * k * features).
 
@@ -314,7 +329,7 @@ def _pick_gradients(
         dz_y = dz_y[:, None]
     else:
         dz_y, dz = reference.logistic_gradient(grad, state[:, :1], z, loss, params)
-    classes = torch.cat((target[:, None], pick_index), dim=1)  # (rows, 1 + k)
+    classes = torch.cat((target[:, None] - first_class, pick_index), dim=1)  # (rows, 1 + k)
     ignored = (target == ignore_index)[:, None]
     nowhere = (classes < 0) | (classes >= num_classes) | ignored
     dz = torch.cat((dz_y, dz), dim=1).masked_fill(nowhere, 0)
@@ -343,20 +358,29 @@ def _pick_gradients(
 def _linear_backward_picks(
     grad, state, pick_index, pick_logit,
     input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
+    first_class=0, all_classes=None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias from grad of the rows: *picks*, dense."""
     *gradients, _ = _pick_gradients(
         grad, state, pick_index, pick_logit,
-        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, False,
+        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, first_class,
+        False,
     )  # fmt: skip
     return tuple(gradients)
 
 
 @torch.no_grad()  # under create_graph=True the graph is recorded here, where no op hides it
-def sparse_gradients(*saved) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_gradients(
+    grad, state, pick_index, pick_logit,
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
+    first_class=0, all_classes=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias from grad of the rows: *picks*, coalesced COO for weight and bias."""
-    weight, wanted = saved[5], saved[-1]
-    dinput, *of_picked, picked = _pick_gradients(*saved, True)
+    dinput, *of_picked, picked = _pick_gradients(
+        grad, state, pick_index, pick_logit,
+        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, first_class,
+        True,
+    )  # fmt: skip
 
     def scattered(values: Tensor) -> Tensor:
         size = (weight.shape[0], *values.shape[1:])
@@ -381,12 +405,16 @@ def _row_shapes(input, family):
 
 
 def _forward_shapes(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact=False
-):
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index,
+    compact=False, first_class=0, all_classes=None,
+):  # fmt: skip
     return *_row_shapes(input, family), *ops.empty_picks(input, k, compact)
 
 
-def _picks_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index):
+def _picks_shapes(
+    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index,
+    first_class=0, all_classes=None,
+):  # fmt: skip
     return *_row_shapes(input, family), *ops.empty_picks(input, k, compact=True)
 
 
@@ -403,7 +431,7 @@ def gradient_shapes(input, weight, wanted):
 def _backward_shapes(
     grad, state, pick_index, pick_logit,
     input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
-    compact=False,
+    *_,
 ):  # fmt: skip
     return gradient_shapes(input, weight, wanted)
 
@@ -415,12 +443,14 @@ def _at_once_shapes(
 
 
 linear_forward = ops.define(
-    f"linear_forward({_LAYER}{_LOSS}, bool compact=False) -> (Tensor values, {_SAVED})",
+    f"linear_forward({_LAYER}{_LOSS}, bool compact=False, {ops.PART}) -> (Tensor values, {_SAVED})",
     _linear_forward,
     _forward_shapes,
 )
 linear_forward_picks = ops.define(
-    f"linear_forward_picks({_LAYER}{_LOSS}) -> (Tensor values, {_SAVED})", _linear_forward_picks, _picks_shapes
+    f"linear_forward_picks({_LAYER}{_LOSS}, {ops.PART}) -> (Tensor values, {_SAVED})",
+    _linear_forward_picks,
+    _picks_shapes,
 )
 linear_at_once = ops.define(
     f"linear_at_once(Tensor grad, {_LAYER}{_LOSS}, bool[] wanted) -> (Tensor values, {_GRADIENTS}",
@@ -428,12 +458,13 @@ linear_at_once = ops.define(
     _at_once_shapes,
 )
 linear_backward = ops.define(
-    f"linear_backward(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted, bool compact=False) -> ({_GRADIENTS}",
+    f"linear_backward(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted, bool compact=False, {ops.PART}) "
+    f"-> ({_GRADIENTS}",
     _linear_backward,
     _backward_shapes,
 )
 linear_backward_picks = ops.define(
-    f"linear_backward_picks(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted) -> ({_GRADIENTS}",
+    f"linear_backward_picks(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted, {ops.PART}) -> ({_GRADIENTS}",
     _linear_backward_picks,
     _backward_shapes,
 )

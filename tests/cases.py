@@ -10,8 +10,6 @@ import eager
 import fused_losses as fl
 import paper
 
-NO_TARGET = -(2**63)
-
 
 @dataclass(frozen=True)
 class Loss:

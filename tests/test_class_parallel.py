@@ -170,6 +170,10 @@ def test_options_mean_what_they_mean_for_whole_rows(world):
         {"ratio": 0.01}, {"ratio": 0.5, "ignore_index": 5}, {"ratio": 1.0}, {"check_targets": True},
     )  # fmt: skip
     cases = []
+    for label, loss in itertools.product((-(2**63), -(2**63) + 1, 2**63 - 1, 300), LOSSES):
+        for k in loss.ks(None, 7):
+            ignoring = {"ignore_index": label, "k": k, "reduction": "none"}
+            cases.append((loss, logits, target.where(target != 5, label), None, ignoring))
     for loss, options in itertools.product(LOSSES, everything):
         if loss.needs_k and "ratio" not in options:
             options = options | {"k": 7}
@@ -315,6 +319,36 @@ def errors(group) -> list[str]:
         refusal(fl.lr_loss, logits, torch.zeros(3, 10), shard=shard),
         refusal(fl.cross_entropy, logits, target, shard=(0, 5)),
     ]
+
+
+BAD_LABELS = (10, -1, -(2**63), -(2**63) + 1, 2**63 - 1)
+
+
+def refused_labels(group) -> list[str]:
+    """From logits, and linear by picks and in chunks."""
+    shard = ClassShard.split(10, group)
+    logits, x, weight = torch.zeros(3, len(shard)), torch.zeros(3, 4), torch.zeros(len(shard), 4)
+    targets = [torch.tensor([0, 9, bad]) for bad in BAD_LABELS] + [
+        torch.tensor([0, 9, 2**64 - 100], dtype=torch.uint64)
+    ]
+    sparse = fl.LinearLossOptions(sparse_grad=True)
+    return [
+        said
+        for target in targets
+        for said in (
+            refusal(fl.cross_entropy, logits, target, shard=shard),
+            refusal(fl.hs_lr_loss, logits, target, k=2, shard=shard),
+            refusal(fl.linear_lr_loss, x, weight, target, shard=shard),
+            refusal(fl.linear_crl_loss, x, weight, target, k=2, shard=shard, options=sparse),
+        )
+    ]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_labels_that_no_rank_has(world, ranks):
+    for of_rank in world.run(ranks, refused_labels):
+        for bad, said in zip((*BAD_LABELS, 2**63 - 1), zip(*[iter(of_rank)] * 4, strict=True), strict=True):
+            assert set(said) == {f"IndexError: Target {bad} is out of bounds. (row 2, 10 classes)"}
 
 
 def test_errors(world):

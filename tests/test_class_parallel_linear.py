@@ -137,6 +137,9 @@ def test_options(world):
         (loss, layer, target, {"k": 4} | options if loss.needs_k and "ratio" not in options else options)
         for loss, options in itertools.product(LOSSES, everything)
     ]
+    for label, loss in itertools.product((-(2**63), 2**63 - 1, 150), LOSSES):
+        ignoring = {"ignore_index": label, "reduction": "none"}
+        cases += [(loss, layer, target.where(target != 5, label), ignoring | {"k": k}) for k in loss.ks(None, 4, 100)]
     cosine = {"normalize": True, "scale": 16.0}
     cases += [(loss, layer[:2], target, cosine | {"k": k}) for loss in LOSSES for k in loss.ks(None, 3)]
     cases += [(loss, layer[:2], target, cosine | {"k": 3, "options": sparse}) for loss in LOSSES]

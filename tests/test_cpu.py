@@ -246,7 +246,7 @@ for rows, classes in ((1, 1), (1, 70001), (3, 15), (9, 1003)):
     logits, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
     target[0] = -100
     if rows > 2:
-        target[1] = reference.NO_TARGET
+        target[1] = classes + 1
         logits[2, -1] = math.nan
     for formula in (doors.CRL, doors.LR):
         for k, compact in ((0, False), (4, False), (4, True), (classes + 3, True)):
@@ -254,9 +254,10 @@ for rows, classes in ((1, 1), (1, 70001), (3, 15), (9, 1003)):
                 torch.set_num_threads(threads)
                 results = []
                 for wing in (cpp, reference):
-                    kept = doors.forward(wing, formula, logits, target, k, compact)
+                    form = {"k": k, "compact": compact, "part": (0, classes + 2)}
+                    kept = doors.forward(wing, formula, logits, target, **form)
                     grad = torch.ones_like(kept.rows)
-                    dlogits = doors.backward(wing, formula, grad, logits, target, kept, k, compact)
+                    dlogits = doors.backward(wing, formula, grad, logits, target, kept, **form)
                     finite = ~logits.isnan().any(1)
                     results.append((kept.rows, kept.state[finite], kept.pick_index[finite].sort(1).values, dlogits))
                     assert (kept.pick_index >= -1).all() and (kept.pick_index < classes).all()

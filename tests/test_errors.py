@@ -168,6 +168,71 @@ def test_row_in_the_message_of_a_class_out_of_range(loss):
     )
 
 
+# Labels that are no classes, by name: what a NaN becomes, the ends of the integers, and what uint64 holds beyond int64.
+LARGEST = 2**63 - 1
+BAD_LABELS = {
+    "int64 min": torch.tensor(-(2**63)),
+    "int64 min + 1": torch.tensor(-(2**63) + 1),
+    "int64 max": torch.tensor(LARGEST),
+    "uint64 max": torch.tensor(2**64 - 1, dtype=torch.uint64),
+    "uint64 that wraps to -100": torch.tensor(2**64 - 100, dtype=torch.uint64),
+    "uint64 2**63": torch.tensor(2**63, dtype=torch.uint64),
+    "uint32 max": torch.tensor(2**32 - 1, dtype=torch.uint32),
+    "int32 min": torch.tensor(-(2**31), dtype=torch.int32),
+    "uint16 max": torch.tensor(2**16 - 1, dtype=torch.uint16),
+    "int8 min": torch.tensor(-128, dtype=torch.int8),
+    "int8 max": torch.tensor(127, dtype=torch.int8),
+    "uint8 max": torch.tensor(255, dtype=torch.uint8),
+}
+each_bad_label = pytest.mark.parametrize("bad", BAD_LABELS.values(), ids=BAD_LABELS.keys())
+
+
+def among_classes(label: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.zeros_like(label), label, torch.full_like(label, 3)])
+
+
+@each_bad_label
+@each(LOSSES)
+def test_labels_that_no_class_has(loss, bad):
+    """Everywhere: logits, module, linear by picks, at once and again."""
+    target, logits = among_classes(bad), make_logits(3, 50, torch.float32)
+    x, weight, linear = torch.rand(3, 4), torch.rand(50, 4).requires_grad_(), getattr(fl, f"linear_{loss.name}")
+    calls = [lambda k=k: loss(logits, target, k=k) for k in loss.ks(None, 1, 30)]
+    calls += [
+        lambda k=k, how=how: linear(x, weight, target, k=k, reduction=how)
+        for k in loss.ks(None, 2, 30)
+        for how in ("mean", "none")
+    ]
+    calls += [
+        lambda: loss.module_class()(k=2)(logits, target),
+        lambda: linear(x, weight, target, k=2, options=fl.LinearLossOptions(sparse_grad=True)),
+        lambda: fl.LinearLoss(4, 50, loss=loss.module_class()(k=2))(x, target),
+    ]
+    said = min(bad.item(), LARGEST)
+    for call in calls:
+        with pytest.raises(IndexError, match=rf"^Target {said} is out of bounds\. \(row 1, 50 classes\)$"):
+            call()
+
+
+@pytest.mark.parametrize("label", [-(2**63), -(2**63) + 1, LARGEST, 3], ids=str)
+@each(LOSSES)
+def test_any_label_can_be_the_ignored_one(loss, label):
+    """A class, too. Only the rows that have this label are ignored, whatever an unsigned one would wrap to."""
+    target, logits = among_classes(torch.tensor(label)), make_logits(3, 50, torch.float32)
+    target[2] = 7
+    weight = torch.rand(50, 4)
+    for k in loss.ks(None, 2, 30):
+        options = {"k": k, "ignore_index": label, "reduction": "none"}
+        for value in (
+            loss(logits, target, **options),
+            getattr(fl, f"linear_{loss.name}")(torch.rand(3, 4), weight, target, **options),
+        ):
+            assert (value == 0).tolist() == [False, True, False]
+        beyond = torch.tensor(max(label % 2**64, 2**63), dtype=torch.uint64)
+        with pytest.raises(IndexError, match="out of bounds"):
+            loss(logits, among_classes(beyond), **options)
+
+
 @each(LOSSES)
 def test_tensors_on_different_devices(loss):
     for name, tensors in {

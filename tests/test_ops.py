@@ -131,13 +131,14 @@ def test_schemas_are_the_published_ones():
         forward_schema = str(getattr(OPS, f"{family}_forward").default._schema)
         backward_schema = str(getattr(OPS, f"{family}_backward").default._schema)
         common = "str loss, float[] params, int k, int ignore_index"
+        part = "int first_class=0, int? all_classes=None"
         assert forward_schema == (
-            f"fused_losses::{family}_forward(Tensor logits, Tensor target, {common}, bool compact) "
+            f"fused_losses::{family}_forward(Tensor logits, Tensor target, {common}, bool compact, {part}) "
             f"-> (Tensor {rows}, Tensor state, Tensor pick_index, Tensor pick_logit)"
         )
         assert backward_schema == (
             f"fused_losses::{family}_backward(Tensor grad, Tensor? logits, Tensor target, Tensor state, "
-            f"Tensor pick_index, Tensor pick_logit, {common}, int num_classes, bool compact) -> Tensor"
+            f"Tensor pick_index, Tensor pick_logit, {common}, int num_classes, bool compact, {part}) -> Tensor"
         )
 
 

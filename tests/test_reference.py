@@ -9,7 +9,6 @@ import torch
 
 import paper
 from cases import (
-    NO_TARGET,
     assert_elementwise,
     compute_dtype,
     make_index,
@@ -32,11 +31,11 @@ both_forms = pytest.mark.parametrize("compact", [False, True], ids=["threshold",
 both_families = pytest.mark.parametrize("formula", FAMILIES, ids=str)
 
 
-def roundtrip(wing, formula, logits, target, k=0, compact=False, ignore_index=-100, grad=None):
+def roundtrip(wing, formula, logits, target, k=0, compact=False, ignore_index=-100, grad=None, part=(0, None)):
     """What forward keeps, and dlogits for an upstream gradient (random if not given)."""
-    kept = forward(wing, formula, logits, target, k, compact, ignore_index)
+    kept = forward(wing, formula, logits, target, k, compact, ignore_index, part)
     grad = grad_like(formula, logits) if grad is None else grad
-    return kept, backward(wing, formula, grad, logits, target, kept, k, compact, ignore_index)
+    return kept, backward(wing, formula, grad, logits, target, kept, k, compact, ignore_index, part)
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
@@ -180,24 +179,21 @@ def test_a_nan_row_still_counts_its_positives(wing, k, compact):
 
 @pytest.mark.parametrize("formula", SOFTMAX, ids=str)
 def test_shards_of_a_row_merge_to_the_whole_row(wing, formula):
-    """What NO_TARGET is for: a shard that does not hold the target gives its negatives' statistics, and its part of the
-    gradient from the merged state."""
+    """A shard that does not hold the target gives its negatives' statistics, and from the merged state its part of the
+    gradient."""
     rows, cut, classes = 6, 5, 12
     logits, target = make_logits(rows, classes), make_index(rows, classes)
     grad = grad_like(formula, logits)
-    shards = [(logits[:, :cut], 0), (logits[:, cut:], cut)]
-    targets = [
-        torch.where((target >= start) & (target < start + z.shape[1]), target - start, NO_TARGET) for z, start in shards
-    ]
-    kept = [forward(wing, formula, z, t) for (z, _), t in zip(shards, targets, strict=True)]
-    m_s, l_s, z_y_s = torch.stack([part.state for part in kept]).unbind(2)  # (shards, rows) each
-    assert torch.equal(z_y_s == -INF, torch.stack(targets) == NO_TARGET)
+    shards = [(logits[:, :cut], (0, classes)), (logits[:, cut:], (cut, classes))]
+    kept = [forward(wing, formula, z, target, part=part) for z, part in shards]
+    m_s, l_s, z_y_s = torch.stack([of_shard.state for of_shard in kept]).unbind(2)  # (shards, rows) each
+    assert torch.equal(z_y_s == -INF, torch.stack([target >= cut, target < cut]))
     m = m_s.amax(0)
     l = torch.logsumexp(l_s + (m_s - m), dim=0)
     merged = torch.stack([m, l, z_y_s.amax(0)], dim=1)
     dlogits = [
-        backward(wing, formula, grad, z, t, part._replace(state=merged))
-        for (z, _), t, part in zip(shards, targets, kept, strict=True)
+        backward(wing, formula, grad, z, target, of_shard._replace(state=merged), part=part)
+        for (z, part), of_shard in zip(shards, kept, strict=True)
     ]
     whole, of_whole = roundtrip(wing, formula, logits, target, grad=grad)
     torch.testing.assert_close(merged, whole.state, rtol=1e-13, atol=1e-15)
@@ -207,9 +203,9 @@ def test_shards_of_a_row_merge_to_the_whole_row(wing, formula):
 @every_form
 def test_softmax_row_without_target_is_hopeless_but_has_statistics(wing, k, compact):
     logits = make_logits(3, 9)
-    target = torch.tensor([2, NO_TARGET, NO_TARGET])
+    target = torch.tensor([5, 2, 12])
     logits[2, 4] = NAN
-    kept = forward(wing, CE, logits, target, k, compact)
+    kept = forward(wing, CE, logits, target, k, compact, part=(3, 13))
     assert kept.rows[1] == INF
     assert kept.state[1, 2] == -INF
     assert kept.state[1, 0] == logits[1].max()  # every class is a negative here
@@ -220,10 +216,10 @@ def test_softmax_row_without_target_is_hopeless_but_has_statistics(wing, k, comp
 @every_form
 def test_logistic_row_without_target_has_only_negatives(wing, k, compact):
     logits = make_logits(3, 9)
-    target = torch.tensor([2, NO_TARGET, NO_TARGET])
+    target = torch.tensor([5, 2, 12])
     logits[2, 4] = NAN
     grad = grad_like(SS_LR, logits)
-    kept, dlogits = roundtrip(wing, SS_LR, logits, target, k, compact, grad=grad)
+    kept, dlogits = roundtrip(wing, SS_LR, logits, target, k, compact, grad=grad, part=(3, 13))
     assert kept.rows[1, 0] == 0
     assert kept.state[1].tolist() == [0, 0]
     no_positive = torch.zeros(3, 9, dtype=torch.bool)
@@ -307,10 +303,31 @@ def test_masked_class_may_be_picked_last_and_gets_nothing(wing, formula, k, comp
 
 
 @both_families
-@pytest.mark.parametrize("bad", [7, -1, -101, 2**62, NO_TARGET + 1])
+@pytest.mark.parametrize("bad", [7, -1, -101, 2**62, 2**63 - 1, -(2**63), -(2**63) + 1])
 def test_class_out_of_range_raises_in_torchs_words(wing, formula, bad):
-    with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\."):
+    with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\. \(row 1, 7 classes\)"):
         forward(wing, formula, make_logits(3, 7), torch.tensor([0, bad, 6]))
+
+
+@both_families
+@pytest.mark.parametrize("bad", [10, -1, 2**63 - 1, -(2**63), -(2**63) + 1])
+def test_class_out_of_range_of_all_shards(wing, formula, bad):
+    """3 to 9 are the logits', 0 to 2 are another's; nobody has the others."""
+    with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\. \(row 2, 10 classes\)"):
+        forward(wing, formula, make_logits(3, 7), torch.tensor([0, 9, bad]), part=(3, 10))
+
+
+@both_families
+@pytest.mark.parametrize("part", [(-1, 9), (4, 10), (1, 7), (-(2**63), None), (2**63 - 1, None), (0, -(2**63))])
+def test_parts_that_are_none(wing, formula, part):
+    logits, target = make_logits(3, 7), torch.tensor([4, 5, 6])
+    kept = forward(wing, formula, logits, target)
+    for call in (
+        lambda: forward(wing, formula, logits, target, part=part),
+        lambda: backward(wing, formula, grad_like(formula, logits), logits, target, kept, part=part),
+    ):
+        with pytest.raises((ValueError, OverflowError), match="class"):
+            call()
 
 
 @pytest.mark.parametrize("wrong", [torch.tensor(0.5), torch.tensor(2), torch.tensor(-1), torch.tensor(NAN)], ids=str)

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..reference import count_classes
 from . import launch as wing
 from . import picks, scatter, select
 from .formulas import formulas
@@ -99,9 +100,10 @@ def upper_tail(k: int, num_classes: int) -> tuple[float, float]:
 
 def _forward(
     family: str, logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int,
-    compact: bool,
+    compact: bool, first_class: int, all_classes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     num_rows, num_classes = logits.shape
+    all_classes = count_classes(num_classes, first_class, all_classes)
     if family == "softmax":
         result = logits.new_empty((num_rows,), dtype=torch.float32)
         state = logits.new_empty((num_rows, 3), dtype=torch.float32)
@@ -123,7 +125,7 @@ def _forward(
         kind, y = "index", wing.Matrix(target, 0, target.stride(0))
     threads = device.threads_per_warp * how.warps
     lanes = 16 // logits.element_size() * threads
-    rows = z.base, z.phase, z.stride, y.base, y.phase, y.stride, num_classes, ignore_index, k
+    rows = z.base, z.phase, z.stride, y.base, y.phase, y.stride, num_classes, ignore_index, first_class, all_classes, k
     functions = {
         "EMIT": select.emit_compact if compact else select.emit_threshold,
         **_FAMILIES[family]["forward"],
@@ -176,17 +178,33 @@ def _scratch(logits: Tensor, how: Plan, lanes: int, k: int) -> tuple[Tensor, Ten
 
 
 def softmax_forward(
-    logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
+    logits: Tensor,
+    target: Tensor,
+    loss: str,
+    params: list[float],
+    k: int,
+    ignore_index: int,
+    compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """value (rows,), state (rows, 3), pick_index and pick_logit (rows, k | 1)."""
-    return _forward("softmax", logits, target, loss, params, k, ignore_index, compact)
+    return _forward("softmax", logits, target, loss, params, k, ignore_index, compact, first_class, all_classes)
 
 
 def logistic_forward(
-    logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
+    logits: Tensor,
+    target: Tensor,
+    loss: str,
+    params: list[float],
+    k: int,
+    ignore_index: int,
+    compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sums (rows, 2), state (rows, 2), pick_index and pick_logit (rows, k | 1)."""
-    return _forward("logistic", logits, target, loss, params, k, ignore_index, compact)
+    return _forward("logistic", logits, target, loss, params, k, ignore_index, compact, first_class, all_classes)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -195,8 +213,10 @@ def logistic_forward(
 def _backward(
     family: str, grad: Tensor, logits: Tensor | None, target: Tensor, state: Tensor, pick_index: Tensor,
     pick_logit: Tensor, loss: str, params: list[float], k: int, ignore_index: int, num_classes: int, compact: bool,
+    first_class: int, all_classes: int | None,
 ) -> Tensor:  # fmt: skip
     num_rows = state.shape[0]
+    all_classes = count_classes(num_classes, first_class, all_classes)
     if logits is None:
         dlogits = pick_logit.new_empty((num_rows, num_classes))
         dz = z = wing.Matrix(dlogits, 0, num_classes)
@@ -221,7 +241,7 @@ def _backward(
     else:
         y = wing.Matrix(target, 0, target.stride(0))
         functions["POSITIVES"] = scatter.index_positives
-    rows = z.base, z.phase, z.stride, y.base, y.phase, y.stride, num_classes, ignore_index
+    rows = z.base, z.phase, z.stride, y.base, y.phase, y.stride, num_classes, ignore_index, first_class, all_classes
     tiles = {"FAST": device.nvidia, "ROWS": tile.rows, "LANES": lanes}
     with torch.cuda.device_of(pick_logit):
         if compact:
@@ -241,21 +261,23 @@ def _backward(
 
 def softmax_backward(
     grad: Tensor, logits: Tensor | None, target: Tensor, state: Tensor, pick_index: Tensor, pick_logit: Tensor,
-    loss: str, params: list[float], k: int, ignore_index: int, num_classes: int, compact: bool,
+    loss: str, params: list[float], k: int, ignore_index: int, num_classes: int, compact: bool, first_class: int = 0,
+    all_classes: int | None = None,
 ) -> Tensor:  # fmt: skip
     """dlogits (rows, classes) from grad (rows,)."""
     return _backward(
         "softmax", grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes,
-        compact,
+        compact, first_class, all_classes,
     )  # fmt: skip
 
 
 def logistic_backward(
     grad: Tensor, logits: Tensor | None, target: Tensor, state: Tensor, pick_index: Tensor, pick_logit: Tensor,
-    loss: str, params: list[float], k: int, ignore_index: int, num_classes: int, compact: bool,
+    loss: str, params: list[float], k: int, ignore_index: int, num_classes: int, compact: bool, first_class: int = 0,
+    all_classes: int | None = None,
 ) -> Tensor:  # fmt: skip
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
     return _backward(
         "logistic", grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes,
-        compact,
+        compact, first_class, all_classes,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..reference import count_classes
 from . import logistic, softmax
 from .formulas import formulas
 from .layout import gradient_row_stride
@@ -168,10 +169,19 @@ def _no_picks(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax_forward(
-    logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
+    logits: Tensor,
+    target: Tensor,
+    loss: str,
+    params: list[float],
+    k: int,
+    ignore_index: int,
+    compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """value (rows,), state (rows, 3), pick_index and pick_logit (rows, 0)."""
     num_rows, num_classes = logits.shape
+    all_classes = count_classes(num_classes, first_class, all_classes)
     value = logits.new_empty((num_rows,), dtype=torch.float32)
     state = logits.new_empty((num_rows, 3), dtype=torch.float32)
     if num_rows == 0:
@@ -179,7 +189,7 @@ def softmax_forward(
 
     formula, _, a, b = formulas(loss, params)
     z, walk = as_matrix(logits), plan(logits)
-    rows = z.base, z.phase, z.stride, target, target.stride(0), num_classes, ignore_index
+    rows = z.base, z.phase, z.stride, target, target.stride(0), num_classes, ignore_index, first_class, all_classes
     with torch.cuda.device_of(logits):
         if walk.parts == 1:
             launch(
@@ -211,8 +221,11 @@ def softmax_backward(
     ignore_index: int,
     num_classes: int,
     compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows,)."""
+    all_classes = count_classes(num_classes, first_class, all_classes)
     _, slope, a, b = formulas(loss, params)
     z = as_matrix(logits)
     dlogits, dz = empty_gradient(logits, z)
@@ -223,16 +236,26 @@ def softmax_backward(
         launch(
             softmax.softmax_backward_kernel, (logits.shape[0], walk.parts), walk.tile.warps,
             dz.base, dz.stride, grad, grad.stride(0), state.contiguous(), z.base, z.phase, z.stride,
-            target, target.stride(0), num_classes, ignore_index, a, b, SLOPE=slope, **walk.shape,
+            target, target.stride(0), num_classes, ignore_index, first_class, all_classes, a, b,
+            SLOPE=slope, **walk.shape,
         )  # fmt: skip
     return dlogits
 
 
 def logistic_forward(
-    logits: Tensor, target: Tensor, loss: str, params: list[float], k: int, ignore_index: int, compact: bool
+    logits: Tensor,
+    target: Tensor,
+    loss: str,
+    params: list[float],
+    k: int,
+    ignore_index: int,
+    compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sums (rows, 2), state (rows, 2), pick_index and pick_logit (rows, 0)."""
     num_rows, num_classes = logits.shape
+    all_classes = count_classes(num_classes, first_class, all_classes)
     sums = logits.new_empty((num_rows, 2), dtype=torch.float32)
     state = torch.empty_like(sums)
     if num_rows == 0:
@@ -244,7 +267,8 @@ def logistic_forward(
         y, row = multi_hot_beside(z, target), logistic.multi_hot_row
     else:
         y, row = Matrix(target, 0, target.stride(0)), logistic.index_row
-    rows = z.base, z.phase, z.stride, y.base, y.phase, y.stride, num_classes, ignore_index, a, b
+    labels = ignore_index, first_class, all_classes
+    rows = z.base, z.phase, z.stride, y.base, y.phase, y.stride, num_classes, *labels, a, b
     with torch.cuda.device_of(logits):
         if walk.parts == 1:
             launch(
@@ -277,8 +301,11 @@ def logistic_backward(
     ignore_index: int,
     num_classes: int,
     compact: bool,
+    first_class: int = 0,
+    all_classes: int | None = None,
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
+    all_classes = count_classes(num_classes, first_class, all_classes)
     _, slope, a, b = formulas(loss, params)
     z = as_matrix(logits)
     dlogits, dz = empty_gradient(logits, z)
@@ -297,6 +324,6 @@ def logistic_backward(
         else:
             launch(
                 logistic.index_backward_kernel, grid, walk.tile.warps, *rows, target, target.stride(0),
-                num_classes, ignore_index, a, b, SLOPE=slope, FAST=walk.fast, **walk.shape,
+                num_classes, ignore_index, first_class, all_classes, a, b, SLOPE=slope, FAST=walk.fast, **walk.shape,
             )  # fmt: skip
     return dlogits

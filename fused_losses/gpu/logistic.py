@@ -24,13 +24,13 @@ from .rows import (
 
 @triton.jit
 def index_row(
-    logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index, a, b,
-    VALUE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index,
+    first_class, all_classes, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """This program's part of a row with a class index -> (pos, neg, z_y, number of positives)"""
     TILE: tl.constexpr = ROWS * LANES
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
-    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
+    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes)
     visited = tl.where(live, num_classes, 0)
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, visited)
     first, behind = part_of(body, TILE)
@@ -73,8 +73,8 @@ def multi_hot(target_ptr, lanes, inside):
 
 @triton.jit
 def multi_hot_row(
-    logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index, a, b,
-    VALUE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index,
+    first_class, all_classes, a, b, VALUE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """This program's part of a multi-hot row -> (pos, neg, 0, number of positives)
 
@@ -123,14 +123,14 @@ def logistic_forward_kernel(
     sums_ptr, state_ptr,  # (rows, 2) each
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_phase, target_stride,  # (rows,) or (rows, classes)
-    num_classes, ignore_index, a, b,
+    num_classes, ignore_index, first_class, all_classes, a, b,
     ROW: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one row."""
     row = tl.program_id(0).to(tl.int64)
     pos, neg, z_y, count = ROW(
-        logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index, a, b,
-        VALUE, FAST, ROWS, LANES,
+        logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index,
+        first_class, all_classes, a, b, VALUE, FAST, ROWS, LANES,
     )  # fmt: skip
     finish_row(sums_ptr, state_ptr, row, pos, neg, z_y, count)
 
@@ -140,14 +140,14 @@ def logistic_partial_kernel(
     partial_ptr,  # (rows, parts, 4): pos, neg, z_y, number of positives
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_phase, target_stride,  # (rows,) or (rows, classes)
-    num_classes, ignore_index, a, b,
+    num_classes, ignore_index, first_class, all_classes, a, b,
     ROW: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row: for rows too few to fill the device."""
     row = tl.program_id(0).to(tl.int64)
     pos, neg, z_y, count = ROW(
-        logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index, a, b,
-        VALUE, FAST, ROWS, LANES,
+        logits_ptr, phase, row, row_stride, num_classes, target_ptr, target_phase, target_stride, ignore_index,
+        first_class, all_classes, a, b, VALUE, FAST, ROWS, LANES,
     )  # fmt: skip
     slot = (row * tl.num_programs(1) + tl.program_id(1)) * 4
     tl.store(partial_ptr + slot, pos)
@@ -183,12 +183,12 @@ def index_backward_kernel(
     state_ptr,  # (rows, 2)
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_stride,  # (rows,)
-    num_classes, ignore_index, a, b,
+    num_classes, ignore_index, first_class, all_classes, a, b,
     SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row."""
     row = tl.program_id(0).to(tl.int64)
-    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
+    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes)
     grad_pos = tl.load(grad_ptr + row * grad_row_stride).to(tl.float32)
     grad_neg = tl.load(grad_ptr + row * grad_row_stride + grad_stride).to(tl.float32)
     z_y = tl.load(state_ptr + row * 2)

@@ -74,10 +74,10 @@ def logistic_finish(
 @triton.jit
 def index_target(
     target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index,
-    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    first_class, all_classes, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """-> (info of its view, live, dead, z_y or -inf, softplus(-z_y), number of positives)"""
-    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
+    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes)
     known = live & (target >= 0)
     z_y = tl.load(row_ptr + target, mask=known, other=-_INF).to(tl.float32)
     return (target,), live, dead, z_y, tl.where(known, softplus(-z_y, False), 0.0), known.to(tl.int32)
@@ -86,7 +86,7 @@ def index_target(
 @triton.jit
 def multi_hot_target(
     target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index,
-    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    first_class, all_classes, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The same from one walk over the row's target: (.., 0, sum of softplus(-z) over the positives, their number)"""
     VECTOR: tl.constexpr = 128 // body_ptr.dtype.element_ty.primitive_bitwidth
@@ -168,7 +168,7 @@ def row_kernel(
     pick_index_ptr, pick_logit_ptr, pick_stride,  # (rows, k) or (rows, 1)
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_phase, target_stride,  # (rows,) or (rows, classes)
-    num_classes, ignore_index, k, quantile, reach, a, b,
+    num_classes, ignore_index, first_class, all_classes, k, quantile, reach, a, b,
     TARGET: tl.constexpr, VIEW: tl.constexpr, OPEN: tl.constexpr, COUNT: tl.constexpr, EMIT: tl.constexpr,
     TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
@@ -179,8 +179,8 @@ def row_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
     info, live, dead, z_y, pos, positives = TARGET(
-        target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST,
-        ROWS, LANES,
+        target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index,
+        first_class, all_classes, FAST, ROWS, LANES,
     )  # fmt: skip
     length = tl.where(live, num_classes, 0)
     body = tl.where(live, body, 0)
@@ -407,7 +407,7 @@ def blocks_kernel(
     pick_index_ptr, pick_logit_ptr, pick_stride,  # (rows, k) or (rows, 1)
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_phase, target_stride,  # (rows,)
-    num_classes, ignore_index, k, quantile, reach, a, b,
+    num_classes, ignore_index, first_class, all_classes, k, quantile, reach, a, b,
     scratch_logit_ptr, scratch_index_ptr, max_blocks, capacity,  # see _scratch_of_row
     READ: tl.constexpr, EMIT: tl.constexpr, TERM: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr,
     FAST: tl.constexpr,
@@ -421,8 +421,8 @@ def blocks_kernel(
     )
     row_ptr, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
     info, live, dead, z_y, pos, positives = index_target(
-        target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index, FAST,
-        ROWS, LANES,
+        target_ptr, target_phase, target_stride, row, row_ptr, body_ptr, head, body, num_classes, ignore_index,
+        first_class, all_classes, FAST, ROWS, LANES,
     )  # fmt: skip
     body = tl.where(live, body, 0)
     READ(maxima_ptr, body_ptr, body, WIDTH, ROWS * LANES // VECTOR, VECTOR)

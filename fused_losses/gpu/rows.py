@@ -11,8 +11,6 @@ One tile of every walk holds the target: it is left out of the loop and comes la
 import triton
 import triton.language as tl
 
-NO_TARGET = tl.constexpr(-(2**63))
-
 # Integers that no kernel is specialised on: one binary serves odd and even class counts, any stride and any batch.
 SIZES = (
     "phase",
@@ -24,18 +22,21 @@ SIZES = (
     "grad_stride",
     "num_classes",
     "ignore_index",
+    "first_class",
+    "all_classes",
     "parts",
 )
 
 
 @triton.jit
-def read_index(target_ptr, row, target_stride, num_classes, ignore_index):
+def read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes):
     """-> (class or -1, whether the row counts, what its outputs become if it does not: 0 ignored, NaN bad target)"""
     index = tl.load(target_ptr + row * target_stride).to(tl.int64)
     ignored = index == ignore_index
-    inside = (index >= 0) & (index < num_classes)
-    live = (inside | (index == NO_TARGET)) & (index != ignore_index)
-    return tl.where(inside, index, -1).to(tl.int32), live, tl.where(ignored, 0.0, float("nan"))
+    live = (index >= 0) & (index < all_classes) & (index != ignore_index)
+    column = index - first_class
+    inside = live & (column >= 0) & (column < num_classes)
+    return tl.where(inside, column, -1).to(tl.int32), live, tl.where(ignored, 0.0, float("nan"))
 
 
 @triton.jit

@@ -58,9 +58,12 @@ def logistic_negative(z, a, b, SLOPE: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def index_positives(target_ptr, target_phase, target_stride, row, num_classes, ignore_index, VECTOR: tl.constexpr):
+def index_positives(
+    target_ptr, target_phase, target_stride, row, num_classes, ignore_index, first_class, all_classes,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
     """-> (class or -1, address of the target's entry at position 0 if multi-hot, live, dead)"""
-    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
+    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes)
     return target, target_ptr, live, dead
 
 
@@ -79,7 +82,10 @@ def index_positive(
 
 
 @triton.jit
-def multi_hot_positives(target_ptr, target_phase, target_stride, row, num_classes, ignore_index, VECTOR: tl.constexpr):
+def multi_hot_positives(
+    target_ptr, target_phase, target_stride, row, num_classes, ignore_index, first_class, all_classes,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
     _, target_body_ptr = open_target(target_ptr, target_phase, row, target_stride, VECTOR)
     return -1, target_body_ptr, num_classes >= 0, 0.0
 
@@ -117,7 +123,7 @@ def scatter_kernel(
     pick_index_ptr, pick_logit_ptr,  # (rows, k)
     logits_ptr, phase, row_stride,  # (rows, classes), read at multi-hot positives only
     target_ptr, target_phase, target_stride,  # (rows,) or (rows, classes)
-    num_classes, ignore_index, k, a, b,
+    num_classes, ignore_index, first_class, all_classes, k, a, b,
     POSITIVES: tl.constexpr, FILL: tl.constexpr, COEFFICIENTS: tl.constexpr, NEGATIVE: tl.constexpr,
     SLOPE: tl.constexpr,
     FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
@@ -131,7 +137,7 @@ def scatter_kernel(
     drow_ptr, dbody_ptr, head, body = open_row(dlogits_ptr, dlogits_phase, row, dlogits_stride, num_classes)
     _, body_ptr, _, _ = open_row(logits_ptr, phase, row, row_stride, num_classes)
     target, target_body_ptr, live, dead = POSITIVES(
-        target_ptr, target_phase, target_stride, row, num_classes, ignore_index, VECTOR
+        target_ptr, target_phase, target_stride, row, num_classes, ignore_index, first_class, all_classes, VECTOR
     )
     at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(
         grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE
@@ -178,7 +184,7 @@ def threshold_kernel(
     pick_index_ptr, pick_logit_ptr,  # (rows, 1)
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_phase, target_stride,  # (rows,) or (rows, classes)
-    num_classes, ignore_index, a, b,
+    num_classes, ignore_index, first_class, all_classes, a, b,
     POSITIVES: tl.constexpr, POSITIVE: tl.constexpr, COEFFICIENTS: tl.constexpr, NEGATIVE: tl.constexpr,
     SLOPE: tl.constexpr,
     FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
@@ -191,7 +197,7 @@ def threshold_kernel(
     _, body_ptr, head, body = open_row(logits_ptr, phase, row, row_stride, num_classes)
     _, dbody_ptr, _, _ = open_row(dlogits_ptr, phase, row, dlogits_stride, num_classes)
     target, target_body_ptr, live, dead = POSITIVES(
-        target_ptr, target_phase, target_stride, row, num_classes, ignore_index, VECTOR
+        target_ptr, target_phase, target_stride, row, num_classes, ignore_index, first_class, all_classes, VECTOR
     )
     at_target, grad_pos, scale, p, q, sound = COEFFICIENTS(
         grad_ptr, grad_row_stride, grad_stride, state_ptr, row, a, b, SLOPE

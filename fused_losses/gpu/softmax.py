@@ -78,12 +78,12 @@ def softmax_forward_kernel(
     state_ptr,  # (rows, 3)
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_stride,  # (rows,)
-    num_classes, ignore_index, a, b,
+    num_classes, ignore_index, first_class, all_classes, a, b,
     VALUE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one row."""
     row = tl.program_id(0).to(tl.int64)
-    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
+    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes)
     visited = tl.where(live, num_classes, 0)
     top, total = _negatives(logits_ptr, phase, row, row_stride, visited, target, ROWS, LANES)
     _finish(
@@ -96,12 +96,12 @@ def softmax_partial_kernel(
     partial_ptr,  # (rows, parts, 2): maximum, sum
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_stride,  # (rows,)
-    num_classes, ignore_index,
+    num_classes, ignore_index, first_class, all_classes,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row: for rows too few to fill the device."""
     row = tl.program_id(0).to(tl.int64)
-    target, live, _ = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
+    target, live, _ = read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes)
     visited = tl.where(live, num_classes, 0)
     top, total = _negatives(logits_ptr, phase, row, row_stride, visited, target, ROWS, LANES)
     slot = (row * tl.num_programs(1) + tl.program_id(1)) * 2
@@ -116,12 +116,12 @@ def softmax_merge_kernel(
     partial_ptr, parts,  # (rows, parts, 2)
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_stride,  # (rows,)
-    num_classes, ignore_index, a, b,
+    num_classes, ignore_index, first_class, all_classes, a, b,
     VALUE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program, one row: its parts in a fixed order, so that the result does not depend on who came first."""
     row = tl.program_id(0).to(tl.int64)
-    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
+    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes)
     part = tl.arange(0, PARTS)
     slot = (row * parts + part) * 2
     tops = tl.load(partial_ptr + slot, mask=part < parts, other=_LOWEST)
@@ -146,12 +146,12 @@ def softmax_backward_kernel(
     state_ptr,  # (rows, 3)
     logits_ptr, phase, row_stride,  # (rows, classes)
     target_ptr, target_stride,  # (rows,)
-    num_classes, ignore_index, a, b,
+    num_classes, ignore_index, first_class, all_classes, a, b,
     SLOPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row."""
     row = tl.program_id(0).to(tl.int64)
-    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index)
+    target, live, dead = read_index(target_ptr, row, target_stride, num_classes, ignore_index, first_class, all_classes)
     top = tl.load(state_ptr + row * 3)
     log_total = tl.load(state_ptr + row * 3 + 1)
     margin = (tl.load(state_ptr + row * 3 + 2) - top) - log_total

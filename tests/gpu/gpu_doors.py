@@ -54,13 +54,13 @@ def make_grad(formula: str, rows: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
-def step(wing, formula: str, logits: Tensor, target: Tensor, grad: Tensor, ignore_index: int = IGNORED):
-    """rows (rows,) or (rows, 2), state, and dlogits."""
+def step(wing, formula: str, logits: Tensor, target: Tensor, grad: Tensor, ignore_index: int = IGNORED, part=(0, None)):
+    """rows (rows,) or (rows, 2), state, and dlogits. part: first_class and all_classes."""
     loss, params = FORMULAS[formula]
     forward, backward = (getattr(wing, f"{family(formula)}_{pass_}") for pass_ in ("forward", "backward"))
-    rows, state, *picks = forward(logits, target, loss, params, 0, ignore_index, False)
-    classes = logits.shape[1]
-    return rows, state, backward(grad, logits, target, state, *picks, loss, params, 0, ignore_index, classes, False)
+    rows, state, *picks = forward(logits, target, loss, params, 0, ignore_index, False, *part)
+    options = loss, params, 0, ignore_index, logits.shape[1], False, *part
+    return rows, state, backward(grad, logits, target, state, *picks, *options)
 
 
 class Unchecked:
@@ -80,12 +80,13 @@ class Unchecked:
 
 
 def compare(
-    formula: str, logits: Tensor, target: Tensor, grad: Tensor | None = None, ignore_index: int = IGNORED
-) -> Tensor:
+    formula: str, logits: Tensor, target: Tensor, grad: Tensor | None = None, ignore_index: int = IGNORED,
+    part: tuple[int, int | None] = (0, None),
+) -> Tensor:  # fmt: skip
     """One step through the GPU doors, held against the reference in the same precision and in float64: dlogits."""
     grad = make_grad(formula, logits.shape[0]).to(logits.device) if grad is None else grad
     before = logits.clone(), target.clone(), grad.clone()
-    rows, state, dlogits = step(launch, formula, logits, target, grad, ignore_index)
+    rows, state, dlogits = step(launch, formula, logits, target, grad, ignore_index, part)
     for mine, kept in zip((logits, target, grad), before, strict=True):
         torch.testing.assert_close(mine, kept, rtol=0, atol=0, equal_nan=True)
 
@@ -94,8 +95,8 @@ def compare(
     assert dlogits.stride() == (gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size()), 1)
 
     wing = Unchecked()
-    same = step(wing, formula, logits, target, grad, ignore_index)
-    truth = step(wing, formula, logits.double(), target, grad.double(), ignore_index)
+    same = step(wing, formula, logits, target, grad, ignore_index, part)
+    truth = step(wing, formula, logits.double(), target, grad.double(), ignore_index, part)
     if family(formula) == "logistic":
         assert torch.equal(state[:, 1], same[1][:, 1]), "number of positives"
     # A poisoned row has a NaN among its state; which one is the wing's own affair.

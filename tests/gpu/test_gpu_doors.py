@@ -140,14 +140,16 @@ def test_soft_selection_is_as_accurate_as_torch(gamma, device, monkeypatch):
 @each_formula
 def test_rows_without_a_target_here(formula, device):
     """Ignored, elsewhere, out of range; ignored rows stay zero whatever their logits and gradients are."""
-    logits, target = make(7, 75, torch.bfloat16)
-    target[:6] = torch.tensor([IGNORED, reference.NO_TARGET, 75, -1, 2**40, IGNORED])
-    grad = make_grad(formula, 7)
+    logits, target = make(12, 75, torch.bfloat16)
+    target += 7
+    target[:11] = torch.tensor([IGNORED, 6, 85, -1, 2**40, IGNORED, -(2**63), -(2**63) + 1, 2**63 - 1, 82, 7])
+    grad = make_grad(formula, 12)
     logits[5], grad[5] = NAN, NAN
     logits, target, grad = logits.to(device), target.to(device), grad.to(device)
-    dlogits = compare(formula, logits, target, grad)
+    dlogits = compare(formula, logits, target, grad, part=(7, 85))
     assert torch.equal(dlogits[[0, 5]], torch.zeros_like(dlogits[:2]))
-    assert dlogits[2:5].isnan().all()
+    assert dlogits[[2, 3, 4, 6, 7, 8]].isnan().all()
+    assert dlogits[[1, 9, 10]].isfinite().all()
 
 
 @one_of_each

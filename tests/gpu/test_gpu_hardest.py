@@ -23,7 +23,6 @@ from gpu_doors import (
 from torch import Tensor
 from triton.runtime import interpreter
 
-from fused_losses import reference
 from fused_losses.gpu import hardest
 from fused_losses.gpu.hardest import Plan
 
@@ -89,17 +88,19 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
-def compare(formula: str, logits: Tensor, target: Tensor, k: int, compact: bool, grad: Tensor | None = None) -> Tensor:
+def compare(
+    formula: str, logits: Tensor, target: Tensor, k: int, compact: bool, grad: Tensor | None = None, part=(0, None)
+) -> Tensor:
     """One step through the GPU doors, held against the reference and float64; gives dlogits."""
     (loss, params), kind = FORMULAS[formula], family(formula)
     grad = make_grad(formula, logits.shape[0]).to(logits.device) if grad is None else grad
     unchecked, before = Unchecked(), (logits.clone(), target.clone())
 
     def step(wing, logits, grad):
-        outputs = getattr(wing, f"{kind}_forward")(logits, target, loss, params, k, IGNORED, compact)
+        outputs = getattr(wing, f"{kind}_forward")(logits, target, loss, params, k, IGNORED, compact, *part)
         given = None if compact and target.dim() == 1 else logits
         return *outputs, getattr(wing, f"{kind}_backward")(
-            grad, given, target, *outputs[1:], loss, params, k, IGNORED, logits.shape[1], compact
+            grad, given, target, *outputs[1:], loss, params, k, IGNORED, logits.shape[1], compact, *part
         )
 
     ours = step(hardest, logits, grad)
@@ -185,16 +186,18 @@ def test_multi_hot(regime, formula, kind, compact, device, force):
 def test_targets(regime, compact, device, force):
     """Ignored, not here, out of range, the hardest class, classes of either rim."""
     force(regime)
-    logits = torch.randn((9, 131), generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    logits = torch.randn((12, 131), generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     logits[1] = NAN
-    target = torch.tensor(
-        [IGNORED, IGNORED, reference.NO_TARGET, 131, -1, 2**40, int(logits[6].float().argmax()), 0, 130]
-    )
-    for formula, shape in (("crl", (9,)), ("ss_lr", (9, 2)))[:: 1 if regime == "walked" else -2]:
+    hardest_class = 5 + int(logits[6].float().argmax())
+    target = torch.tensor([
+        IGNORED, IGNORED, 4, 137, -1, 2**40, hardest_class, 5, 135, 136, -(2**63), 2**63 - 1
+    ])  # fmt: skip
+    for formula, shape in (("crl", (12,)), ("ss_lr", (12, 2)))[:: 1 if regime == "walked" else -2]:
         grad = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
         grad[0] = NAN
-        dlogits = compare(formula, logits.to(device), target.to(device), 4, compact, grad.to(device))
+        dlogits = compare(formula, logits.to(device), target.to(device), 4, compact, grad.to(device), part=(5, 137))
         assert (bits(dlogits[:2].cpu()) == 0).all()
+        assert dlogits[[3, 4, 5, 10, 11]].isnan().all() and dlogits[[2, 6, 7, 8, 9]].isfinite().all()
 
 
 @pytest.mark.parametrize("regime", ["held", "walked"])
