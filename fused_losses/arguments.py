@@ -6,7 +6,7 @@ An error is raised before anything is touched, and names the way out.
 import math
 import operator
 from numbers import Real
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -31,6 +31,18 @@ class Options(NamedTuple):
     reduction: str = "mean"
     check_targets: bool = False
     shard: ClassShard | None = None
+
+
+class LossOptions(TypedDict, total=False):
+    """The same, for annotations of ``**options``."""
+
+    k: int | None
+    ratio: float | None
+    weight: Tensor | None
+    ignore_index: int | None
+    reduction: Literal["none", "mean", "sum"]
+    check_targets: bool
+    shard: ClassShard | None
 
 
 class Rows(NamedTuple):
