@@ -133,7 +133,7 @@ def rows_of(
     num_classes: int,
 ) -> Rows:  # fmt: skip
     """For logits of this shape, (N, C) or (C,), C those at hand, num_classes of all shards; options: checked."""
-    _check_target(loss, logits_shape, device, target)
+    check_target(loss, logits_shape, device, target)
     multi_hot = target.dim() == len(logits_shape)
     weight, ignore_index = options.weight, options.ignore_index
     if multi_hot and ignore_index not in (None, IGNORE_INDEX):
@@ -143,7 +143,7 @@ def rows_of(
         weight = weight.to(reference.compute_dtype(dtype))
     ignore_index = None if multi_hot or ignore_index is None else operator.index(ignore_index)
     if not multi_hot:
-        target = _as_int64(target, ignore_index)
+        target = as_int64(target, ignore_index)
     if len(logits_shape) == 1:
         target = target.unsqueeze(0)
     k = _negatives_of(options, num_classes, multi_hot)
@@ -164,14 +164,14 @@ def _negatives_of(options: Options, num_classes: int, multi_hot: bool) -> int:
     return 0 if k is None or k >= most else operator.index(k)
 
 
-def _as_int64(target: Tensor, ignore_index: int | None) -> Tensor:
+def as_int64(target: Tensor, ignore_index: int | None) -> Tensor:
     if target.dtype != torch.uint64:
         return target.long()
     target = target.long()  # what int64 cannot hold comes out negative, and is to stay no class, and not ignored
     return target.masked_fill(target < 0, INT64.max if ignore_index != INT64.max else INT64.max - 1)
 
 
-def _check_target(loss: Loss, shape: torch.Size, device: torch.device, target: Tensor) -> None:
+def check_target(loss: Loss, shape: torch.Size, device: torch.device, target: Tensor) -> None:
     if type(target) is not Tensor or target.layout is not torch.strided:
         check_kind("target", target)
     check_device("target", target, device)

@@ -38,6 +38,11 @@ def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction:
     return reduced.loss(values), reduced.without_ignored(coefficients)
 
 
+def ignored_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Which rows are ignored, bool (rows,); None where none can be."""
+    return None if target.dim() == 2 or ignore_index is None else target == ignore_index
+
+
 class Reduction(NamedTuple):
     """How the values of the rows become the loss; known from the targets alone."""
 
@@ -51,7 +56,7 @@ class Reduction(NamedTuple):
         cls, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int | None, like: Tensor
     ) -> "Reduction":
         """like: (rows,) of the values' dtype."""
-        ignored = None if target.dim() == 2 or ignore_index is None else target == ignore_index
+        ignored = ignored_rows(target, ignore_index)
         if weight is None:
             counts = torch.ones_like(like)
         else:  # a target that is no class has a NaN row already: only never read outside
