@@ -81,7 +81,7 @@ def check_options(loss: Loss, options: Options) -> None:
 
 def as_integer(name: str, value: int) -> int:
     """value, an int or what converts to one without loss (a NumPy integer); neither a bool nor a float."""
-    if type(value) is int:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
@@ -141,7 +141,7 @@ def rows_of(
     if weight is not None:
         _check_weight(weight, num_classes, device, multi_hot)
         weight = weight.to(reference.compute_dtype(dtype))
-    ignore_index = None if multi_hot or ignore_index is None else operator.index(ignore_index)
+    ignore_index = None if multi_hot or ignore_index is None else as_integer("ignore_index", ignore_index)
     if not multi_hot:
         target = as_int64(target, ignore_index)
     if len(logits_shape) == 1:
@@ -157,11 +157,15 @@ def rows_of(
 
 def _negatives_of(options: Options, num_classes: int, multi_hot: bool) -> int:
     """k as at the doors: 0 for all negatives."""
-    k = options.k
-    if options.ratio is not None:
-        k = max(1, math.floor(options.ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
+    k, ratio = options.k, options.ratio
+    if ratio is not None:
+        if torch.compiler.is_compiling():  # a graph cannot carry a k made of a ratio that changes: one graph for each
+            numerator, denominator = ratio.as_integer_ratio()
+            ratio = numerator / denominator
+        largest = max if isinstance(num_classes, int) else torch.sym_max
+        k = largest(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
     most = num_classes if multi_hot else num_classes - 1
-    return 0 if k is None or k >= most else operator.index(k)
+    return 0 if k is None or ops.always(k >= most) else as_integer("k", k)
 
 
 def as_int64(target: Tensor, ignore_index: int | None) -> Tensor:

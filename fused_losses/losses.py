@@ -174,7 +174,7 @@ class LossSpec(NamedTuple):
     @property
     def slots(self) -> int:
         """Picks that are kept of a row."""
-        return self.k if self.compact else min(self.k, 1)
+        return self.k if self.compact or self.k == 0 else 1
 
     @property
     def weight_of_negatives(self) -> float:
