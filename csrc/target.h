@@ -24,23 +24,22 @@ FUSED_LOSSES_INLINE void for_each_group(Positives positives, const Body& body) {
 // Reads targets row by row. One per thread.
 class TargetReader {
  public:
-  explicit TargetReader(const Problem& problem) : problem_(problem), index_(problem.multi_hot ? problem.classes : 1) {}
+  explicit TargetReader(const Problem& problem) : problem_(problem), index_(problem.target.multi_hot ? problem.classes : 1) {}
 
-  bool ignored(int64_t row) const { return !problem_.multi_hot && class_of(row) == problem_.ignore_index; }
+  bool ignored(int64_t row) const { return problem_.target.ignored(row, problem_.spec); }
 
   // False if a multi-hot entry is neither 0 nor 1; *positives then holds the classes up to that one. They live until
   // the next call.
   bool read(int64_t row, Positives* positives) {
     *positives = {index_.get(), 0};
-    if (!problem_.multi_hot) {
-      const int64_t y = class_of(row);
+    if (!problem_.target.multi_hot) {
       // Unsigned: no difference overflows, and what is not among these classes is larger than any of them.
-      const uint64_t here = static_cast<uint64_t>(y) - static_cast<uint64_t>(problem_.first_class);
+      const uint64_t here = static_cast<uint64_t>(problem_.target.label(row)) - static_cast<uint64_t>(problem_.spec.first_class);
       index_[0] = static_cast<int32_t>(here);
-      positives->count = y != problem_.ignore_index && here < static_cast<uint64_t>(problem_.classes);
+      positives->count = !ignored(row) && here < static_cast<uint64_t>(problem_.classes);
       return true;
     }
-    switch (problem_.target_dtype) {
+    switch (problem_.target.dtype) {
       case DType::float32: return scan<float>(row, positives);
       case DType::float64: return scan<double>(row, positives);
       case DType::bfloat16: return scan<BFloat16>(row, positives);
@@ -53,10 +52,6 @@ class TargetReader {
   }
 
  private:
-  int64_t class_of(int64_t row) const {
-    return static_cast<const int64_t*>(problem_.target)[row * problem_.target_stride];
-  }
-
   template <class D>
   static bool is_one(D entry) {
     return entry == 1;
@@ -72,7 +67,7 @@ class TargetReader {
 
   template <class D>
   bool scan(int64_t row, Positives* positives) {
-    const D* entry = static_cast<const D*>(problem_.target) + row * problem_.target_stride;
+    const D* entry = static_cast<const D*>(problem_.target.data) + row * problem_.target.stride;
     constexpr int64_t kBlock = 64;  // most blocks are all zero, and a compiler vectorises the test of one
     for (int64_t begin = 0; begin < problem_.classes; begin += kBlock) {
       const int64_t n = begin + kBlock < problem_.classes ? kBlock : problem_.classes - begin;
