@@ -60,12 +60,12 @@ class LogisticRows {
   T of_negatives_ = 1;
 };
 
-// The sum of body(begin, end) over blocks of the rows: the order of the additions is that of the rows, whoever does
-// them.
+// The sum of what body(begin, end) gives for blocks of the rows. The order of the additions is that of the rows,
+// whoever does them.
 template <class Body>
-inline CompensatedSum sum_over_rows(int64_t rows, const Body& body) {
+inline double sum_over_blocks(int64_t rows, const Body& body) {
   constexpr int64_t kBlock = 1024, kGrain = 4;  // rows; blocks that are worth waking a thread
-  if (rows <= kBlock) return body(0, rows);
+  if (rows <= kBlock) return body(0, rows).total();
   const int64_t blocks = (rows + kBlock - 1) / kBlock;
   Buffer<CompensatedSum> sums(blocks);
   parallel(blocks, kGrain, [&](int64_t begin, int64_t end) {
@@ -75,7 +75,17 @@ inline CompensatedSum sum_over_rows(int64_t rows, const Body& body) {
   });
   CompensatedSum total;
   for (int64_t block = 0; block < blocks; ++block) total.add(sums[block]);
-  return total;
+  return total.total();
+}
+
+// The sum of number(row).
+template <class Number>
+inline double sum_over_rows(int64_t rows, const Number& number) {
+  return sum_over_blocks(rows, [&](int64_t begin, int64_t end) {
+    CompensatedSum sum;
+    for (int64_t row = begin; row < end; ++row) sum.add(number(row));
+    return sum;
+  });
 }
 
 // Means over the terms of the batch, or plain sums.
@@ -88,20 +98,14 @@ class MultiHotRows {
   explicit MultiHotRows(const Finish& door) {
     if (!door.spec.takes_means) return;
     const Statistics* statistics = static_cast<const Statistics*>(door.statistics);
-    const double k = static_cast<double>(door.spec.k);
-    const auto mean_over = [&](const auto& number_of) {
-      const double terms = sum_over_rows(door.rows, [&](int64_t begin, int64_t end) {
-        CompensatedSum sum;
-        for (int64_t row = begin; row < end; ++row) sum.add(number_of(static_cast<double>(statistics[row].num_positives)));
-        return sum;
-      }).total();
-      return static_cast<double>(door.rows) / (terms > 1 ? terms : 1);
-    };
-    of_positives_ = static_cast<T>(mean_over([](double positives) { return positives; }));
-    of_negatives_ = static_cast<T>(door.spec.alpha * mean_over([&](double positives) {
-      const double negatives = static_cast<double>(door.spec.all_classes) - positives;
+    const double rows = static_cast<double>(door.rows), k = static_cast<double>(door.spec.k);
+    const double positives = sum_over_rows(door.rows, [&](int64_t row) { return statistics[row].num_positives; });
+    const double chosen = sum_over_rows(door.rows, [&](int64_t row) {
+      const double negatives = static_cast<double>(door.spec.all_classes) - statistics[row].num_positives;
       return k > 0 && k < negatives ? k : negatives;
-    }));
+    });
+    of_positives_ = static_cast<T>(rows / (positives > 1 ? positives : 1));
+    of_negatives_ = static_cast<T>(door.spec.alpha * rows / (chosen > 1 ? chosen : 1));
   }
 
   FUSED_LOSSES_INLINE Finished<V> operator()(const Statistics* rows, int64_t n) const {
@@ -133,11 +137,7 @@ template <class T>
 inline double divisor_of(const Finish& door) {
   if (door.reduction != Reduction::mean) return 1;
   if (door.weight == nullptr && (door.target.multi_hot || !door.spec.ignores)) return static_cast<double>(door.rows);
-  return sum_over_rows(door.rows, [&](int64_t begin, int64_t end) {
-    CompensatedSum sum;
-    for (int64_t row = begin; row < end; ++row) sum.add(count_of<T>(door, row));
-    return sum;
-  }).total();
+  return sum_over_rows(door.rows, [&](int64_t row) { return count_of<T>(door, row); });
 }
 
 template <class T, class Rows>
@@ -149,7 +149,7 @@ inline void finish_rows(const Finish& door, const Rows& rows) {
   const bool summed = door.reduction != Reduction::none;
   const double divisor = divisor_of<T>(door);
 
-  const CompensatedSum total = sum_over_rows(door.rows, [&](int64_t begin, int64_t end) {
+  const double total = sum_over_blocks(door.rows, [&](int64_t begin, int64_t end) {
     CompensatedSum sum;
     T value[V::lanes], of_negatives[V::lanes], of_target[V::lanes];
     for (int64_t first = begin; first < end; first += V::lanes) {
@@ -163,13 +163,14 @@ inline void finish_rows(const Finish& door, const Rows& rows) {
         const bool ignored = door.target.ignored(row, door.spec);
         const double count = count_of<T>(door, row), counted = ignored ? 0 : count * value[i];
         const T share = static_cast<T>(count / divisor);  // of the row in the loss
-        coefficients[row] = ignored ? Coefficients<T>{0, 0} : Coefficients<T>{of_negatives[i] * share, of_target[i] * share};
+        coefficients[row] =
+            ignored ? Coefficients<T>{0, 0} : Coefficients<T>{of_negatives[i] * share, of_target[i] * share};
         summed ? sum.add(counted) : void(loss[row] = static_cast<T>(counted));
       }
     }
     return sum;
   });
-  if (summed) *loss = static_cast<T>(total.total() / divisor);
+  if (summed) *loss = static_cast<T>(total / divisor);
 }
 
 }  // namespace FUSED_LOSSES_ISA

@@ -68,8 +68,8 @@ struct Target {
   }
 };
 
-// What is kept of a row, and what its gradient is made of, in the compute dtype: float64 for float64 logits, float32 for
-// all others. The numbers are explained in fused_losses/finish.py.
+// What is kept of a row, and what its gradient is made of, in the compute dtype: float64 for float64 logits, float32
+// for all others. The numbers are explained in fused_losses/finish.py.
 template <class T>
 struct SoftmaxStatistics {
   T max, log_sum, target;

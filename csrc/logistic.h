@@ -43,7 +43,8 @@ class LogisticForward {
     if (multi_hot_) {
       of_many()[row] = {partial.max, negatives, T(positive_sum(logits, positives)), T(positives.count)};
     } else {
-      of_one()[row] = {partial.max, negatives, positives.count > 0 ? to_compute(logits[positives.index[0]]) : -kInfinity<T>};
+      of_one()[row] = {partial.max, negatives,
+                       positives.count > 0 ? to_compute(logits[positives.index[0]]) : -kInfinity<T>};
     }
   }
 

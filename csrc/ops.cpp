@@ -218,9 +218,7 @@ Target read_target(const Tensor& target, int64_t rows, const Spec& spec) {
   return read;
 }
 
-Tensor with_readable_rows(const Tensor& target) {
-  return target.dim() == 2 ? with_contiguous_rows(target) : target;
-}
+Tensor with_readable_rows(const Tensor& target) { return target.dim() == 2 ? with_contiguous_rows(target) : target; }
 
 void check_class_indices(const Target& target, int64_t rows, const Spec& spec) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -281,7 +279,8 @@ FinishResult finish_rows(const Tensor& statistics, const Target& target, const s
   }
   door.reduction = reduction;
   door.spec = spec;
-  Tensor loss = reduction == Reduction::none ? empty({door.rows}, torch_dtype(compute)) : empty({}, torch_dtype(compute));
+  Tensor loss =
+      reduction == Reduction::none ? empty({door.rows}, torch_dtype(compute)) : empty({}, torch_dtype(compute));
   Tensor coefficients = empty({door.rows, 2}, torch_dtype(compute));
   door.loss = loss.mutable_data_ptr();
   door.coefficients = coefficients.mutable_data_ptr();
@@ -318,7 +317,8 @@ ForwardResult forward(const Tensor& any_logits, const Tensor& any_target, const 
            std::to_string(entry % classes) + " is not; soft targets are not supported");
   }
   auto [loss, coefficients] = finish_rows(statistics, read, weight, reduction, spec);
-  return {std::move(loss), std::move(coefficients), std::move(statistics), std::move(pick_index), std::move(pick_logit)};
+  return {std::move(loss), std::move(coefficients), std::move(statistics), std::move(pick_index),
+          std::move(pick_logit)};
 }
 
 FinishResult finish(const Tensor& any_statistics, const Tensor& target, const std::optional<Tensor>& weight,

@@ -24,7 +24,8 @@ FUSED_LOSSES_INLINE void for_each_group(Positives positives, const Body& body) {
 // Reads targets row by row. One per thread.
 class TargetReader {
  public:
-  explicit TargetReader(const Problem& problem) : problem_(problem), index_(problem.target.multi_hot ? problem.classes : 1) {}
+  explicit TargetReader(const Problem& problem)
+      : problem_(problem), index_(problem.target.multi_hot ? problem.classes : 1) {}
 
   bool ignored(int64_t row) const { return problem_.target.ignored(row, problem_.spec); }
 
@@ -34,7 +35,8 @@ class TargetReader {
     *positives = {index_.get(), 0};
     if (!problem_.target.multi_hot) {
       // Unsigned: no difference overflows, and what is not among these classes is larger than any of them.
-      const uint64_t here = static_cast<uint64_t>(problem_.target.label(row)) - static_cast<uint64_t>(problem_.spec.first_class);
+      const uint64_t here =
+          static_cast<uint64_t>(problem_.target.label(row)) - static_cast<uint64_t>(problem_.spec.first_class);
       index_[0] = static_cast<int32_t>(here);
       positives->count = !ignored(row) && here < static_cast<uint64_t>(problem_.classes);
       return true;

@@ -13,8 +13,7 @@
 namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
-constexpr int64_t kPiece =
-    4096;  // classes: 16 KB of float32 stay in the first cache
+constexpr int64_t kPiece = 4096;   // classes: 16 KB of float32 stay in the first cache
 constexpr int64_t kGrain = 16384;  // logits: less than this is not worth waking a thread
 
 FUSED_LOSSES_INLINE void prefetch(const void* p) {
@@ -267,7 +266,7 @@ class BackwardWalk {
   void fill(int64_t row, int64_t begin, int64_t end, bool ignored, const Gradient& gradient) const {
     if (!ignored && spoilt(gradient)) {
       constant(row, begin, end, kNaN<T>);
-    } else if (ignored || (spec_.k > 0 && spec_.compact)) {
+    } else if (ignored || (spec_.compact)) {
       std::memset(dlogits(row) + begin, 0, (end - begin) * sizeof(S));
     } else if (spec_.k == 0) {
       transform(row, begin, end, [&](V z) { return gradient.negative(z); });
@@ -298,7 +297,7 @@ class BackwardWalk {
   void patch(int64_t row, TargetReader& targets, const Gradient& gradient) const {
     if (targets.ignored(row) || spoilt(gradient)) return;
     S* out = dlogits(row);
-    if (spec_.k > 0 && spec_.compact) {
+    if (spec_.compact) {
       const int32_t* index = door_.pick_index + row * spec_.k;
       const S* logit = static_cast<const S*>(door_.pick_logit) + row * spec_.k;
       S value[V::lanes];
@@ -306,8 +305,8 @@ class BackwardWalk {
         const int n = static_cast<int>(spec_.k - i < V::lanes ? spec_.k - i : V::lanes);
         gradient.negative(n == V::lanes ? V::load(logit + i) : load_first<V>(logit + i, n, -kInfinity<T>)).store(value);
         for (int j = 0; j < n; ++j) {
-          // unsigned: an empty slot is beyond all classes
-          if (static_cast<uint32_t>(index[i + j]) < static_cast<uint32_t>(problem_.classes)) out[index[i + j]] = value[j];
+          const uint32_t column = static_cast<uint32_t>(index[i + j]);  // that of an empty slot is beyond all classes
+          if (column < static_cast<uint32_t>(problem_.classes)) out[column] = value[j];
         }
       }
     }
