@@ -25,7 +25,7 @@
 
 namespace fused_losses {
 
-enum class DType : int { float32, bfloat16, float16, float64, int64, int32, int16, int8, uint8, boolean };
+enum class DType : int { float32, bfloat16, float16, float64 };
 
 enum class Family : int { softmax, logistic };
 enum class Reduction : int { none, sum, mean };
@@ -55,12 +55,18 @@ struct Spec {
   int64_t slots() const { return k == 0 ? 0 : compact ? k : 1; }  // picks that are kept of a row
 };
 
+// The entries of a multi-hot target, of whatever dtype: their bytes, the bits of 1, and the bits that are 0 in a zero.
+struct Entries {
+  int bytes;
+  uint64_t one, magnitude;
+};
+
 // (rows,) int64 class indices, or (rows, classes) multi-hot of any dtype. An index counts the classes of all shards.
 struct Target {
   const void* data;
   int64_t stride;  // from row to row
-  DType dtype;
   bool multi_hot;
+  Entries entries;
 
   int64_t label(int64_t row) const { return static_cast<const int64_t*>(data)[row * stride]; }
   bool ignored(int64_t row, const Spec& spec) const {
@@ -128,6 +134,8 @@ struct Backward {
   const int32_t* pick_index;
   const void* pick_logit;
   void* dlogits;  // (rows, classes), contiguous, dtype of the logits
+  // Out: the first row with a pick that is neither a class nor an empty slot; the result is void then.
+  std::atomic<int64_t> bad_row{INT64_MAX};
 };
 
 struct Kernels {
@@ -135,7 +143,7 @@ struct Kernels {
   int num_formulas;
   void (*forward)(DType, Forward&);
   void (*finish)(DType, const Finish&);
-  void (*backward)(DType, const Backward&);
+  void (*backward)(DType, Backward&);
   void (*elementary)(const char* name, const float* x, float* y, int64_t n);  // "exp" and "log1p", for the tests
 };
 

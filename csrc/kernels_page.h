@@ -63,7 +63,7 @@ static void forward(DType dtype, Forward& door) {
   });
 }
 
-static void backward(DType dtype, const Backward& door) {
+static void backward(DType dtype, Backward& door) {
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
     if (door.problem.spec.family == Family::softmax) {

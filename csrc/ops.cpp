@@ -4,22 +4,12 @@
 // The schema stands in fused_losses/ops.py; what the arguments mean, in fused_losses/reference.py. Built against the
 // LibTorch stable ABI: one shared object serves every torch from 2.10 on.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <initializer_list>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <string_view>
 #include <tuple>
+#include <utility>
 
-#include "kernels.h"
+#include "arguments.h"
 
 namespace fused_losses {
-
-using torch::stable::Tensor;
 
 void parallel_for(int64_t n, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
   torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -66,193 +56,6 @@ InstructionSet& chosen() {
   return set;
 }
 
-// -------------------------------------------------------------------------------------------------------- arguments
-
-[[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }  // ValueError in Python
-
-// Strings and lists arrive as handles that the callee owns. (torch's own conversion of a string leaks it.)
-class Text {
- public:
-  explicit Text(StringHandle handle) : handle_(handle) {}
-  ~Text() { torch_delete_string(handle_); }
-  Text(const Text&) = delete;
-  Text& operator=(const Text&) = delete;
-
-  std::string_view view() const {
-    const char* text = nullptr;
-    size_t length = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle_, &text));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle_, &length));
-    return {text, length};
-  }
-
- private:
-  StringHandle handle_;
-};
-
-// Numbers, in a list that the callee owns.
-class Numbers {
- public:
-  explicit Numbers(StableListHandle handle) : handle_(handle) {}
-  ~Numbers() { torch_delete_list(handle_); }
-  Numbers(const Numbers&) = delete;
-  Numbers& operator=(const Numbers&) = delete;
-
-  size_t size() const {
-    size_t size = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(handle_, &size));
-    return size;
-  }
-  double operator[](size_t i) const {
-    StableIValue value;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(handle_, i, &value));
-    return torch::stable::detail::to<double>(value);
-  }
-
- private:
-  StableListHandle handle_;
-};
-
-void check(bool holds, const char* otherwise) {
-  if (!holds) refuse(otherwise);
-}
-
-// The arguments that every door takes last.
-Spec read_spec(StringHandle loss_handle, StableListHandle params_handle, std::optional<double> alpha, int64_t k,
-               std::optional<int64_t> ignore_index, int64_t first_class, int64_t all_classes, bool compact) {
-  const Text loss(loss_handle);
-  const Numbers params(params_handle);
-  const Kernels& kernels = *chosen().kernels;
-  Spec spec{};
-  while (spec.formula < kernels.num_formulas && loss.view() != kernels.formulas[spec.formula].name) ++spec.formula;
-  if (spec.formula == kernels.num_formulas) refuse("not a loss: " + std::string(loss.view()));
-  const Formula& formula = kernels.formulas[spec.formula];
-  spec.family = formula.family;
-  const size_t num_params = params.size();
-  if (num_params != static_cast<size_t>(formula.num_params)) {
-    refuse(std::string(formula.name) + " has " + std::to_string(formula.num_params) + " hyper-parameters");
-  }
-  for (size_t i = 0; i < num_params; ++i) spec.params[i] = params[i];
-  spec.takes_means = alpha.has_value();
-  spec.alpha = alpha.value_or(1);
-  spec.k = k;
-  spec.ignores = ignore_index.has_value();
-  spec.ignore_index = ignore_index.value_or(0);
-  spec.first_class = first_class;
-  spec.all_classes = all_classes;
-  spec.compact = compact && k > 0;
-  check(k >= 0, "k must not be negative");
-  check(first_class >= 0, "first_class must not be negative");
-  check(all_classes >= 1, "there must be at least one class");
-  return spec;
-}
-
-Reduction reduction_of(std::string_view name) {
-  if (name == "none") return Reduction::none;
-  if (name == "sum") return Reduction::sum;
-  if (name == "mean") return Reduction::mean;
-  refuse("not a reduction: " + std::string(name));
-}
-
-int32_t torch_dtype(const Tensor& tensor) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
-}
-
-DType dtype_of(const Tensor& tensor) {
-  const int32_t dtype = torch_dtype(tensor);
-  if (dtype == aoti_torch_dtype_float32()) return DType::float32;
-  if (dtype == aoti_torch_dtype_bfloat16()) return DType::bfloat16;
-  if (dtype == aoti_torch_dtype_float16()) return DType::float16;
-  if (dtype == aoti_torch_dtype_float64()) return DType::float64;
-  if (dtype == aoti_torch_dtype_int64()) return DType::int64;
-  if (dtype == aoti_torch_dtype_int32()) return DType::int32;
-  if (dtype == aoti_torch_dtype_int16()) return DType::int16;
-  if (dtype == aoti_torch_dtype_int8()) return DType::int8;
-  if (dtype == aoti_torch_dtype_uint8()) return DType::uint8;
-  if (dtype == aoti_torch_dtype_bool()) return DType::boolean;
-  refuse("unsupported dtype");
-}
-
-bool is_floating(DType dtype) { return dtype <= DType::float64; }
-
-// float64 for float64 logits, float32 for all others
-DType compute_dtype(DType logits) { return logits == DType::float64 ? DType::float64 : DType::float32; }
-
-int32_t torch_dtype(DType floating) {
-  switch (floating) {
-    case DType::float32: return aoti_torch_dtype_float32();
-    case DType::bfloat16: return aoti_torch_dtype_bfloat16();
-    case DType::float16: return aoti_torch_dtype_float16();
-    default: return aoti_torch_dtype_float64();
-  }
-}
-
-Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  int64_t strides[2] = {sizes.size() == 2 ? sizes.begin()[1] : 1, 1};
-  if (strides[0] == 0) strides[0] = 1;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// The tensor itself wherever its rows are contiguous, whatever the stride from row to row.
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
-// The target, which must outlive what is made of it, with contiguous rows if it is multi-hot.
-Target read_target(const Tensor& target, int64_t rows, const Spec& spec) {
-  const Target read{target.const_data_ptr(), target.dim() > 0 ? target.stride(0) : 0, dtype_of(target),
-                    target.dim() == 2};
-  check(target.dim() >= 1 && target.size(0) == rows, "target must have as many rows as the logits");
-  if (read.multi_hot) {
-    check(spec.family == Family::logistic, "multi-hot targets are for the logistic family only");
-  } else {
-    check(target.dim() == 1 && read.dtype == DType::int64, "target must be int64 class indices (rows,)");
-  }
-  return read;
-}
-
-Tensor with_readable_rows(const Tensor& target) { return target.dim() == 2 ? with_contiguous_rows(target) : target; }
-
-void check_class_indices(const Target& target, int64_t rows, const Spec& spec) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t y = target.label(row);
-    if ((y >= 0 && y < spec.all_classes) || target.ignored(row, spec)) continue;
-    throw std::out_of_range("Target " + std::to_string(y) + " is out of bounds. (row " + std::to_string(row) + ", " +
-                            std::to_string(spec.all_classes) + " classes)");
-  }
-}
-
-// What forward and backward have in common: the target, and the logits if there are any. The tensors must outlive it.
-Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, int64_t classes, const Spec& spec) {
-  check(classes >= 1 && classes < INT32_MAX, "logits need at least one class, and fewer than 2^31 - 1");
-  check(spec.first_class <= INT64_MAX - classes && spec.first_class + classes <= spec.all_classes,
-        "the classes from first_class on exceed all_classes");
-  Problem problem{};
-  if (logits != nullptr) {
-    problem.logits = logits->const_data_ptr();
-    problem.logits_stride = logits->stride(0);
-  }
-  problem.rows = rows;
-  problem.classes = classes;
-  problem.target = read_target(target, rows, spec);
-  problem.spec = spec;
-  if (problem.target.multi_hot) {
-    check(target.size(1) == classes, "multi-hot targets must have the shape of the logits");
-  } else {
-    check_class_indices(problem.target, rows, spec);
-  }
-  return problem;
-}
-
-int64_t statistics_columns(const Target& target) { return target.multi_hot ? 4 : 3; }
-
 // ------------------------------------------------------------------------------------------------------------ doors
 
 using FinishResult = std::tuple<Tensor, Tensor>;
@@ -261,14 +64,15 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 void check_weight(const std::optional<Tensor>& weight, const Target& target, DType compute, const Spec& spec) {
   if (!weight.has_value()) return;
   check(!target.multi_hot, "weight works with class indices only");
-  check(weight->dim() == 1 && weight->size(0) == spec.all_classes && dtype_of(*weight) == compute,
+  check_tensor(*weight, 1, "weight");
+  check(weight->size(0) == spec.all_classes && dtype_of(*weight, "weight") == compute,
         "weight must be (all classes,), of the compute dtype");
 }
 
 // statistics: contiguous
 FinishResult finish_rows(const Tensor& statistics, const Target& target, const std::optional<Tensor>& weight,
                          Reduction reduction, const Spec& spec) {
-  const DType compute = dtype_of(statistics);
+  const DType compute = dtype_of(statistics, "statistics");
   Finish door{};
   door.rows = statistics.size(0);
   door.statistics = statistics.const_data_ptr();
@@ -293,12 +97,13 @@ ForwardResult forward(const Tensor& any_logits, const Tensor& any_target, const 
                       std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
                       int64_t all_classes, bool compact) {
   const Text reduction_name(reduction_handle);
-  const Spec spec = read_spec(loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
+  const Spec spec =
+      read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
   const Reduction reduction = reduction_of(reduction_name.view());
-  check(any_logits.dim() == 2, "logits must be (rows, classes)");
+  check_tensor(any_logits, 2, "logits");
+  check_target(any_target);
+  const DType dtype = dtype_of(any_logits, "logits");
   const Tensor logits = with_contiguous_rows(any_logits), target = with_readable_rows(any_target);
-  const DType dtype = dtype_of(logits);
-  check(is_floating(dtype), "logits must be float16, bfloat16, float32 or float64");
   const int64_t rows = logits.size(0), classes = logits.size(1);
 
   Forward door{make_problem(&logits, target, rows, classes, spec)};
@@ -326,11 +131,13 @@ FinishResult finish(const Tensor& any_statistics, const Tensor& target, const st
                     std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
                     int64_t all_classes, bool compact) {
   const Text reduction_name(reduction_handle);
-  const Spec spec = read_spec(loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
+  const Spec spec =
+      read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
   const Reduction reduction = reduction_of(reduction_name.view());
-  const DType compute = dtype_of(any_statistics);
-  check(compute == DType::float32 || compute == DType::float64, "statistics must be float32 or float64");
-  check(any_statistics.dim() == 2, "statistics must be (rows, 3 or 4)");
+  check_tensor(any_statistics, 2, "statistics");
+  check_target(target);
+  const DType compute = dtype_of(any_statistics, "statistics");
+  check(compute == compute_dtype(compute), "statistics must be float32 or float64");
   const Target read = read_target(target, any_statistics.size(0), spec);
   check(any_statistics.size(1) == statistics_columns(read), "statistics must have 3 columns, 4 with multi-hot targets");
   check_weight(weight, read, compute, spec);
@@ -343,26 +150,35 @@ Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::o
                 const Tensor& any_pick_logit, int64_t classes, StringHandle loss_handle, StableListHandle params,
                 std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
                 int64_t all_classes, bool compact) {
-  const Spec spec = read_spec(loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
-  check(any_statistics.dim() == 2, "statistics must be what forward returned");
-  const int64_t rows = any_statistics.size(0), slots = spec.slots();
+  const Spec spec =
+      read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
   const bool needs_logits = !spec.compact || any_target.dim() == 2;
+  check_tensor(grad, grad.dim() == 1 ? 1 : 0, "grad");
+  check_target(any_target);
+  for (const auto& [tensor, name] : {std::pair(&any_coefficients, "coefficients"),
+                                     {&any_statistics, "statistics"},
+                                     {&any_pick_index, "pick_index"},
+                                     {&any_pick_logit, "pick_logit"}}) {
+    check_tensor(*tensor, 2, name);
+  }
   check(any_logits.has_value() || !needs_logits, "backward needs the logits here");
-
-  const DType dtype = dtype_of(any_pick_logit);
-  check(is_floating(dtype), "pick_logit must have the dtype of the logits");
-  const auto shaped = [&](const Tensor& tensor, int64_t columns) {
-    return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns;
+  const DType dtype = dtype_of(any_pick_logit, "pick_logit"), compute = compute_dtype(dtype);
+  const int64_t rows = any_statistics.size(0);
+  const auto fits = [&](const Tensor& tensor, int64_t columns) {
+    return tensor.size(0) == rows && tensor.size(1) == columns;
   };
-  const auto computed = [&](const Tensor& tensor) { return dtype_of(tensor) == compute_dtype(dtype); };
-  check(computed(grad) && computed(any_coefficients) && computed(any_statistics),
+  check(dtype_of(grad, "grad") == compute && dtype_of(any_coefficients, "coefficients") == compute &&
+            dtype_of(any_statistics, "statistics") == compute,
         "grad, coefficients and statistics must have the compute dtype: float64 for float64 logits, else float32");
-  check(shaped(any_coefficients, 2), "coefficients must be what forward returned");
+  check(grad.dim() == 0 || grad.size(0) == rows, "grad must be one number or (rows,)");
+  check(fits(any_coefficients, 2), "coefficients must be what forward returned");
   check(torch_dtype(any_pick_index) == aoti_torch_dtype_int32(), "pick_index must be int32");
-  check(shaped(any_pick_index, slots) && shaped(any_pick_logit, slots), "picks must be what forward returned");
-  check(grad.dim() == 0 || (grad.dim() == 1 && grad.size(0) == rows), "grad must be one number or (rows,)");
-  check(!needs_logits || (shaped(*any_logits, classes) && dtype_of(*any_logits) == dtype),
-        "logits must be those of forward");
+  check(fits(any_pick_index, spec.slots()) && fits(any_pick_logit, spec.slots()),
+        "picks must be what forward returned");
+  if (any_logits.has_value()) {
+    check_tensor(*any_logits, 2, "logits");
+    check(fits(*any_logits, classes) && dtype_of(*any_logits, "logits") == dtype, "logits must be those of forward");
+  }
 
   const std::optional<Tensor> logits =
       needs_logits ? std::optional<Tensor>(with_contiguous_rows(*any_logits)) : std::nullopt;
@@ -381,6 +197,11 @@ Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::o
   Tensor dlogits = empty({rows, classes}, torch_dtype(dtype));
   door.dlogits = dlogits.mutable_data_ptr();
   chosen().kernels->backward(dtype, door);
+
+  if (const int64_t row = door.bad_row; row != INT64_MAX) {
+    throw std::out_of_range("Picks must be classes or -1, which those of row " + std::to_string(row) + " are not. (" +
+                            std::to_string(classes) + " classes)");
+  }
   return dlogits;
 }
 
@@ -405,7 +226,9 @@ std::string cpu_isa(const std::string& name) {
 
 // The kernels' own exp or log1p of every element.
 Tensor cpu_elementary(const std::string& name, const Tensor& x) {
-  check(dtype_of(x) == DType::float32 && x.is_contiguous(), "expected a contiguous float32 tensor");
+  check(name == "exp" || name == "log1p", "expected exp or log1p");
+  check_tensor(x, 1, "x");
+  check(torch_dtype(x) == aoti_torch_dtype_float32() && x.is_contiguous(), "expected a contiguous float32 tensor");
   Tensor y = torch::stable::empty_like(x);
   chosen().kernels->elementary(name.c_str(), static_cast<const float*>(x.const_data_ptr()),
                                static_cast<float*>(y.mutable_data_ptr()), x.numel());

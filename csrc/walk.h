@@ -91,6 +91,12 @@ FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t en
   return sum.total();
 }
 
+inline void lower(std::atomic<int64_t>& least, int64_t value) {
+  int64_t now = least.load();
+  while (value < now && !least.compare_exchange_weak(now, value)) {
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------- forward
 
 // Family:  using Partial               the statistic of some negatives; Partial() is that of none
@@ -146,10 +152,7 @@ class ForwardWalk {
   }
 
   void report(int64_t row, Positives up_to_bad) {
-    const int64_t entry = row * problem_.classes + up_to_bad.index[up_to_bad.count - 1];
-    int64_t first = door_.bad_entry.load();
-    while (entry < first && !door_.bad_entry.compare_exchange_weak(first, entry)) {
-    }
+    lower(door_.bad_entry, row * problem_.classes + up_to_bad.index[up_to_bad.count - 1]);
   }
 
   template <bool kSplitRow>
@@ -219,7 +222,7 @@ class BackwardWalk {
   using V = VecOf<S>;
   using Gradient = typename Family::Gradient;
 
-  BackwardWalk(const Backward& door, Family family)
+  BackwardWalk(Backward& door, Family family)
       : door_(door), problem_(door.problem), spec_(door.problem.spec), family_(family) {}
 
   void run() const {
@@ -293,10 +296,12 @@ class BackwardWalk {
     });
   }
 
-  // Scatters the compact picks, then the positives.
+  // Scatters the compact picks, then the positives. Nothing is written for a pick that is no class: picks come from
+  // whoever kept them since forward.
   void patch(int64_t row, TargetReader& targets, const Gradient& gradient) const {
     if (targets.ignored(row) || spoilt(gradient)) return;
     S* out = dlogits(row);
+    bool all_classes = true;
     if (spec_.compact) {
       const int32_t* index = door_.pick_index + row * spec_.k;
       const S* logit = static_cast<const S*>(door_.pick_logit) + row * spec_.k;
@@ -305,11 +310,17 @@ class BackwardWalk {
         const int n = static_cast<int>(spec_.k - i < V::lanes ? spec_.k - i : V::lanes);
         gradient.negative(n == V::lanes ? V::load(logit + i) : load_first<V>(logit + i, n, -kInfinity<T>)).store(value);
         for (int j = 0; j < n; ++j) {
-          const uint32_t column = static_cast<uint32_t>(index[i + j]);  // that of an empty slot is beyond all classes
-          if (column < static_cast<uint32_t>(problem_.classes)) out[column] = value[j];
+          if (is_class(index[i + j])) {
+            out[index[i + j]] = value[j];
+          } else {
+            all_classes &= index[i + j] == -1;
+          }
         }
       }
+    } else if (spec_.k > 0) {
+      all_classes = is_class(door_.pick_index[row]) || door_.pick_index[row] == -1;
     }
+    if (!all_classes) lower(door_.bad_row, row);
     Positives positives;
     targets.read(row, &positives);
     if (!problem_.target.multi_hot) {
@@ -326,6 +337,8 @@ class BackwardWalk {
     }
   }
 
+  bool is_class(int32_t index) const { return static_cast<uint32_t>(index) < static_cast<uint32_t>(problem_.classes); }
+
   void constant(int64_t row, int64_t begin, int64_t end, T value) const {
     for (int64_t i = begin; i < end; ++i) from_compute(dlogits(row) + i, value);
   }
@@ -339,7 +352,7 @@ class BackwardWalk {
     if (i < end) store_first(out + i, f(load_first<V>(in + i, end - i, -kInfinity<T>)), end - i);
   }
 
-  const Backward& door_;
+  Backward& door_;
   const Problem& problem_;
   const Spec& spec_;
   Family family_;
