@@ -1,6 +1,6 @@
 """What is particular to the C++ kernels: instruction sets, threads, their own exp and log1p, selection, memory.
 
-That they give what the losses are is tested elsewhere, through the doors and the functions, for all wings alike.
+That they give what the losses are is tested elsewhere, through the doors and the functions, for all backends alike.
 """
 
 import math
@@ -79,11 +79,11 @@ def nbytes(tensors) -> list[bytes]:
     return [bytes(t.contiguous().view(torch.uint8).numpy().tobytes()) for t in tensors]
 
 
-def forward_and_backward(wing, formula, logits, target, k=0, compact=False):
+def forward_and_backward(backend, formula, logits, target, k=0, compact=False):
     """All that forward gives, and dlogits for a gradient that differs from row to row."""
-    kept = doors.forward(wing, formula, logits, target, k, compact)
+    kept = doors.forward(backend, formula, logits, target, k, compact)
     grad = torch.linspace(0.5, 2, kept.rows.numel(), dtype=kept.rows.dtype).reshape(kept.rows.shape)
-    return (*kept, doors.backward(wing, formula, grad, logits, target, kept, k, compact))
+    return (*kept, doors.backward(backend, formula, grad, logits, target, kept, k, compact))
 
 
 # --- instruction sets -------------------------------------------------------------------------------------------------
@@ -198,9 +198,11 @@ def test_picks_are_those_of_a_stable_sort(isa, kind, dtype):
         for k in {1, 2, classes // 100, classes // 10, classes // 2, classes - 2, classes - 1, classes, classes + 5}:
             if k < 1:
                 continue
-            got, want = (doors.forward(wing, doors.LR, logits, target, k, True) for wing in (cpp, reference))
+            got, want = (doors.forward(backend, doors.LR, logits, target, k, True) for backend in (cpp, reference))
             assert torch.equal(got.pick_index.sort(1).values, want.pick_index.sort(1).values)
-            edge, want_edge = (doors.forward(wing, doors.LR, logits, target, k, False) for wing in (cpp, reference))
+            edge, want_edge = (
+                doors.forward(backend, doors.LR, logits, target, k, False) for backend in (cpp, reference)
+            )
             assert torch.equal(edge.pick_index, want_edge.pick_index)
             assert torch.equal(edge.pick_logit, want_edge.pick_logit)
 
@@ -212,7 +214,9 @@ def test_positives_of_multihot_rows_are_never_picked(isa, dtype, share):
     target = (torch.rand(4, 9001) < share).to(dtype)
     for k in (1, 90, 5000):
         for compact in (True, False):
-            got, want = (forward_and_backward(wing, doors.LR, logits, target, k, compact) for wing in (cpp, reference))
+            got, want = (
+                forward_and_backward(backend, doors.LR, logits, target, k, compact) for backend in (cpp, reference)
+            )
             assert torch.equal(got[2].sort(1).values, want[2].sort(1).values)
             torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(got[4], want[4], rtol=1e-5, atol=1e-7)
@@ -253,11 +257,11 @@ for rows, classes in ((1, 1), (1, 70001), (3, 15), (9, 1003)):
             for threads in (1, 4):
                 torch.set_num_threads(threads)
                 results = []
-                for wing in (cpp, reference):
+                for backend in (cpp, reference):
                     form = {"k": k, "compact": compact, "part": (0, classes + 2)}
-                    kept = doors.forward(wing, formula, logits, target, **form)
+                    kept = doors.forward(backend, formula, logits, target, **form)
                     grad = torch.ones_like(kept.rows)
-                    dlogits = doors.backward(wing, formula, grad, logits, target, kept, **form)
+                    dlogits = doors.backward(backend, formula, grad, logits, target, kept, **form)
                     finite = ~logits.isnan().any(1)
                     results.append((kept.rows, kept.state[finite], kept.pick_index[finite].sort(1).values, dlogits))
                     assert (kept.pick_index >= -1).all() and (kept.pick_index < classes).all()

@@ -146,7 +146,7 @@ def test_schemas_are_the_published_ones():
 
 
 class Wing:
-    """Stands in for the Triton wing."""
+    """Stands in for the Triton backend."""
 
     def __init__(self, reason):
         self.reason = reason
@@ -166,9 +166,9 @@ def fresh_decisions():
 
 @pytest.mark.usefixtures("fresh_decisions")
 def test_triton_serves_cuda_where_it_can(monkeypatch, recwarn):
-    wing = Wing(None)
-    monkeypatch.setattr(ops, "_import_triton_wing", lambda: (wing, ""))
-    assert ops._triton_wing(torch.device("cuda:0"), torch.bfloat16, 1000) is wing
+    backend = Wing(None)
+    monkeypatch.setattr(ops, "_import_triton_wing", lambda: (backend, ""))
+    assert ops._triton_wing(torch.device("cuda:0"), torch.bfloat16, 1000) is backend
     assert ops._triton_wing(torch.device("cpu"), torch.bfloat16, 1000) is None
     assert not recwarn.list
 
@@ -187,7 +187,7 @@ def test_the_reference_serves_cuda_otherwise_and_says_so_once(monkeypatch, impor
 
 
 def test_cuda_doors_pass_their_arguments_on():
-    """On CPU tensors no Triton wing is chosen, so what is called is the reference."""
+    """On CPU tensors no Triton backend is chosen, so what is called is the reference."""
     logits, target = torch.randn(3, 7), torch.tensor([0, 3, 6])
     forward = ops._forward_on_cuda("softmax_forward")
     backward = ops._backward_on_cuda("softmax_backward")
