@@ -14,6 +14,7 @@ import torch
 
 import doors
 from fused_losses import ops, reference
+from fused_losses.formulas import FORMULAS
 
 cpp = torch.ops.fused_losses
 pytestmark = pytest.mark.skipif(bool(ops._extension_failure), reason=ops._extension_failure or "built")
@@ -82,7 +83,7 @@ def nbytes(tensors) -> list[bytes]:
 def forward_and_backward(backend, formula, logits, target, k=0, compact=False):
     """All that forward gives, and dlogits for a gradient that differs from row to row."""
     kept = doors.forward(backend, formula, logits, target, k, compact)
-    grad = torch.linspace(0.5, 2, kept.rows.numel(), dtype=kept.rows.dtype).reshape(kept.rows.shape)
+    grad = torch.linspace(0.5, 2, kept.loss.numel(), dtype=kept.loss.dtype)
     return (*kept, doors.backward(backend, formula, grad, logits, target, kept, k, compact))
 
 
@@ -107,9 +108,9 @@ def test_every_instruction_set_agrees_with_the_reference(isa, formula, dtype):
             *kept, dlogits = forward_and_backward(cpp, formula, logits, target, k, compact)
             *truth, truth_grad = forward_and_backward(reference, formula, logits.double(), target, k, compact)
             tolerance = {"rtol": 1e-12, "atol": 1e-12} if double else {"rtol": 3e-6, "atol": 2e-6}
-            for got, want in zip(kept[:2], truth[:2], strict=True):
+            for got, want in zip(kept[:3], truth[:3], strict=True):
                 torch.testing.assert_close(got.double(), want, equal_nan=True, **tolerance)
-            assert torch.equal(kept[2].sort(1).values, truth[2].sort(1).values)
+            assert torch.equal(kept[3].sort(1).values, truth[3].sort(1).values)
             tolerance["rtol"] += step
             torch.testing.assert_close(dlogits.double(), truth_grad, equal_nan=True, **tolerance)
 
@@ -167,7 +168,7 @@ def test_threads_that_share_a_row_agree_with_the_reference(isa, threads, formula
         for k in (0, 1, 700, 69999):
             *kept, dlogits = forward_and_backward(cpp, formula, logits, target, k)
             *truth, truth_grad = forward_and_backward(reference, formula, logits.double(), target, k)
-            assert torch.equal(kept[2], truth[2]), kind
+            assert torch.equal(kept[3], truth[3]), kind
             torch.testing.assert_close(kept[0].double(), truth[0], rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(dlogits.double(), truth_grad, rtol=5e-6, atol=1e-7)
 
@@ -182,8 +183,8 @@ def test_a_nan_anywhere_in_a_shared_row_is_found(isa, threads):
             for formula in (doors.CE, doors.LR):
                 for k, compact in ((0, False), (7, True), (7, False)):
                     kept = doors.forward(cpp, formula, logits, target, k, compact)
-                    assert kept.rows.isnan().all()
-                    grad = torch.ones_like(kept.rows)
+                    assert kept.loss.isnan().all()
+                    grad = torch.ones_like(kept.loss)
                     assert doors.backward(cpp, formula, grad, logits, target, kept, k, compact).isnan().all()
 
 
@@ -217,9 +218,9 @@ def test_positives_of_multihot_rows_are_never_picked(isa, dtype, share):
             got, want = (
                 forward_and_backward(backend, doors.LR, logits, target, k, compact) for backend in (cpp, reference)
             )
-            assert torch.equal(got[2].sort(1).values, want[2].sort(1).values)
-            torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(got[4], want[4], rtol=1e-5, atol=1e-7)
+            assert torch.equal(got[3].sort(1).values, want[3].sort(1).values)
+            torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got[5], want[5], rtol=1e-5, atol=1e-7)
 
 
 def test_equal_rows_cost_no_more_than_three_times_random_ones(isa, threads):
@@ -260,10 +261,11 @@ for rows, classes in ((1, 1), (1, 70001), (3, 15), (9, 1003)):
                 for backend in (cpp, reference):
                     form = {"k": k, "compact": compact, "part": (0, classes + 2)}
                     kept = doors.forward(backend, formula, logits, target, **form)
-                    grad = torch.ones_like(kept.rows)
+                    grad = torch.ones_like(kept.loss)
                     dlogits = doors.backward(backend, formula, grad, logits, target, kept, **form)
                     finite = ~logits.isnan().any(1)
-                    results.append((kept.rows, kept.state[finite], kept.pick_index[finite].sort(1).values, dlogits))
+                    picks = kept.pick_index[finite].sort(1).values
+                    results.append((kept.loss, kept.coefficients, kept.statistics[finite], picks, dlogits))
                     assert (kept.pick_index >= -1).all() and (kept.pick_index < classes).all()
                 for got, want in zip(*results):
                     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True)
@@ -303,9 +305,9 @@ def test_misaligned_and_strided_inputs(isa, dtype):
 
 def test_expanded_gradients(isa):
     logits, target = logits_of("random", 6, 1003), targets_of(6, 1003)
-    for formula, shape in ((doors.CE, (6,)), (doors.LR, (6, 2))):
+    for formula in (doors.CE, doors.LR):
         kept = doors.forward(cpp, formula, logits, target)
-        expanded = torch.tensor(0.25).expand(shape)
+        expanded = torch.tensor(0.25).expand(6)
         results = [doors.backward(cpp, formula, g, logits, target, kept) for g in (expanded, expanded.contiguous())]
         assert torch.equal(*results)
 
@@ -321,7 +323,7 @@ def test_more_than_two_to_the_31_logits():
     dlogits = doors.backward(cpp, doors.CE, torch.ones(rows), logits, target, kept, 6, True)
     torch.testing.assert_close(dlogits[2, -7:].float(), torch.tensor([1 / 7] * 6 + [-6 / 7]), rtol=1e-2, atol=0)
     assert dlogits[2, :-7].count_nonzero() == 0
-    value = doors.forward(cpp, doors.CE, logits, target).rows
+    value = doors.forward(cpp, doors.CE, logits, target).loss
     torch.testing.assert_close(value[0], torch.tensor(math.log(classes)), rtol=1e-6, atol=0)
 
 
@@ -349,24 +351,42 @@ def test_multihot_entries_other_than_zero_and_one(threads):
             doors.forward(cpp, doors.LR, logits, target)
 
 
-def test_losses_of_the_other_family_and_wrong_hyper_parameters():
+def test_unknown_losses_reductions_and_wrong_hyper_parameters():
     logits, target = torch.randn(2, 5), torch.tensor([1, 2])
-    with pytest.raises(ValueError, match="not a softmax loss: lr"):
-        cpp.softmax_forward(logits, target, "lr", [], 0, -100, False)
-    with pytest.raises(ValueError, match="not a logistic loss: crl"):
-        cpp.logistic_forward(logits, target, "crl", [1.5, 1.0], 0, -100, False)
-    with pytest.raises(ValueError, match="crl has 2 hyper-parameters"):
-        cpp.softmax_forward(logits, target, "crl", [1.5], 0, -100, False)
+    for formula, reduction, error in (
+        (doors.Formula("hinge", []), "none", "not a loss: hinge"),
+        (doors.Formula("cr", [1.5, 1.0]), "none", "not a loss: cr"),
+        (doors.Formula("crl2", [1.5, 1.0]), "none", "not a loss: crl2"),
+        (doors.Formula("crl", [1.5]), "none", "crl has 2 hyper-parameters"),
+        (doors.Formula("lr", [1.5]), "none", "lr has 0 hyper-parameters"),
+        (doors.Formula("ss_lr", [1.0] * 100), "none", "ss_lr has 1 hyper-parameters"),
+        (doors.CE, "median", "not a reduction: median"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            doors.forward(cpp, formula, logits, target, reduction=reduction)
+    with pytest.raises(ValueError, match="logistic family only"):
+        doors.forward(cpp, doors.CE, logits, torch.zeros(2, 5))
+
+
+def test_the_table_of_losses_is_that_of_the_reference():
+    """Every formula is served, by its own arithmetic."""
+    logits, target = torch.randn(3, 7, dtype=torch.float64), torch.tensor([1, 2, 0])
+    for name, formula in FORMULAS.items():
+        form = doors.Formula(name, [0.7, 1.3][: formula.num_params])
+        for ours, theirs in zip(
+            *(doors.forward(backend, form, logits, target) for backend in (cpp, reference)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_calls_do_not_leak(isa):
     import resource
 
-    logits, target = torch.randn(2, 5), torch.tensor([1, 2])
+    logits, target, spec = torch.randn(2, 5), torch.tensor([1, 2]), doors.CE.spec(5)
 
     def calls(n):
         for _ in range(n):
-            cpp.softmax_forward(logits, target, "cross_entropy", [], 0, -100, False)
+            cpp.forward(logits, target, None, "mean", *spec)
 
     calls(2000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -104,7 +104,7 @@ def test_compact_and_threshold_form_agree(backend, formula, k):
     assert torch.equal(of_compact != 0, of_threshold != 0)
 
 
-# --- picks and statistics --------------------------------------------------------------------------------------------------
+# --- picks and statistics ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["index", "multihot"])
