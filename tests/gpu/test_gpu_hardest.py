@@ -23,6 +23,7 @@ from gpu_doors import (
 from torch import Tensor
 from triton.runtime import interpreter
 
+import cases
 from fused_losses import reference
 from fused_losses.gpu import hardest
 from fused_losses.gpu.hardest import Plan
@@ -160,6 +161,24 @@ def test_formulas(formula, regime, compact, device, force):
         torch.float32 if compact else torch.bfloat16
     )
     compare(formula, logits.to(device), targets_for(logits).to(device), 5, compact)
+
+
+@each_form
+@pytest.mark.parametrize("formula", ["lr", "ss_lr", "crl"])
+def test_many_equal_picks(formula, compact, device, force):
+    """A plain sum of their terms rounds every time in the same direction."""
+    force("walked")
+    logits, target, k = torch.zeros((1, 8195)), torch.tensor([5]), 8000
+    if formula == "crl":
+        logits[:, 7] = 0.3  # the other terms are no powers of two
+    loss, params = FORMULAS[formula]
+
+    def step(wing, logits):
+        return getattr(wing, f"{family(formula)}_forward")(logits, target, loss, params, k, IGNORED, compact)[:2]
+
+    of_wings = step(hardest, logits.to(device)), step(reference, logits), step(reference, logits.double())
+    for what, ours, same, truth in zip(("rows", "state"), *of_wings, strict=True):
+        cases.assert_as_accurate(ours.cpu(), same, truth, what)
 
 
 @each_form
