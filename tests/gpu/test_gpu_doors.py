@@ -143,8 +143,9 @@ def test_soft_selection_is_as_accurate_as_torch(gamma, device, monkeypatch):
     [("lr", torch.float32, 16389), ("ss_lr", torch.bfloat16, 16389), ("crl", torch.float32, 65541)],
     ids=str,
 )
-def test_many_equal_terms(formula, dtype, classes, device):
-    """A plain sum of them rounds every time in the same direction. The rows have hundreds of tiles."""
+def test_many_equal_terms(formula, dtype, classes, device, monkeypatch):
+    """A plain sum of them rounds every time in the same direction. One program has hundreds of tiles."""
+    monkeypatch.setattr(launch, "parts_for", lambda *_: 1)
     logits, target = torch.zeros((1, classes), dtype=dtype), torch.tensor([3])
     if formula == "crl":
         logits[:, :64] = 0.3  # the largest of every thread: the other terms are no powers of two
@@ -156,7 +157,8 @@ def test_many_equal_terms(formula, dtype, classes, device):
         cases.assert_as_accurate(ours.cpu(), theirs, exact, what)
 
 
-def test_many_equal_positives(device):
+def test_many_equal_positives(device, monkeypatch):
+    monkeypatch.setattr(launch, "parts_for", lambda *_: 1)
     logits, target = torch.zeros((1, 16389)), torch.ones((1, 16389), dtype=torch.bool)
     target[0, 9000:] = False
     rows, state, _ = step(launch, "lr", logits.to(device), target.to(device), make_grad("lr", 1).to(device))
