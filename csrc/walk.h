@@ -83,7 +83,10 @@ FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t en
   };
   for_each_negative(
       row, begin, end, positives, [&](V z) { rest = rest + term(z); },
-      [&](const S* p) { sum.add(sum_half(p) + sum_half(p + half * V::lanes)); },
+      [&](const S* p) {
+        const V first = sum_half(p);
+        sum.add(first + sum_half(p + half * V::lanes));
+      },
       [&] {
         sum.add(rest);
         rest = V(0);

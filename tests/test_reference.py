@@ -10,6 +10,7 @@ import torch
 
 import paper
 from cases import (
+    assert_as_accurate,
     assert_elementwise,
     compute_dtype,
     make_index,
@@ -58,6 +59,30 @@ def roundtrip(backend, formula, logits, target, k=0, compact=False, ignore_index
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k, compact", [(0, False), (200_000, False), (200_000, True)])
+@pytest.mark.parametrize("offset", [0.0, -1.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("formula", [CE, NLLR, CRL, *LOGISTIC], ids=str)
+def test_many_equal_terms(backend, formula, dtype, offset, k, compact):
+    """A plain sum of them rounds every time in the same direction. Training begins at equal logits."""
+    logits, target = torch.full((1, 300_007), offset, dtype=dtype), torch.tensor([4])
+    logits[0, 9] += 0.4  # the other terms of a softmax are no powers of two
+    grad = grad_like(logits)
+    kept, dlogits = roundtrip(backend, formula, logits, target, k, compact, grad=grad)
+    plain, plain_dlogits = roundtrip(reference, formula, logits, target, k, compact, grad=grad)
+    rows, gradient = paper_rows_and_grad(formula, logits, target, k, grad)
+    assert_as_accurate(kept.loss, plain.loss, rows, "loss")
+    assert_as_accurate(dlogits, plain_dlogits, gradient, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_many_equal_positives(backend, dtype):
+    logits, target = torch.zeros(1, 1_000_003, dtype=dtype), torch.ones(1, 1_000_003, dtype=torch.bool)
+    positive_sum = forward(backend, LR, logits, target).statistics[:, 2]
+    plain = -torch.nn.functional.logsigmoid(logits).sum(1)
+    assert_as_accurate(positive_sum, plain, torch.tensor([1_000_003 * math.log(2)], dtype=torch.float64), "sum")
 
 
 @every_form

@@ -23,6 +23,8 @@ from gpu_doors import (
 from torch import Tensor
 from triton.runtime import interpreter
 
+import cases
+from fused_losses import reference
 from fused_losses.gpu import hardest
 from fused_losses.gpu.hardest import Plan
 
@@ -161,6 +163,20 @@ def test_formulas(formula, regime, compact, device, force):
         torch.float32 if compact else torch.bfloat16
     )
     compare(formula, logits.to(device), targets_for(logits).to(device), 5, compact)
+
+
+@pytest.mark.parametrize("formula, compact", [("lr", True), ("ss_lr", False)], ids=["compact", "threshold"])
+def test_many_equal_picks(formula, compact, device, force):
+    """A plain sum of their terms rounds every time in the same direction."""
+    force("walked")
+    logits, target, k = torch.zeros((1, 8195)), torch.tensor([5]), 8000
+    loss, params = FORMULAS[formula]
+
+    def step(wing, logits):
+        return wing.logistic_forward(logits, target, loss, params, k, IGNORED, compact)[0]
+
+    ours, same, truth = step(hardest, logits.to(device)), step(reference, logits), step(reference, logits.double())
+    cases.assert_as_accurate(ours.cpu(), same, truth, "sums")
 
 
 @each_form
