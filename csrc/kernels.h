@@ -23,10 +23,16 @@
 
 namespace fused_losses {
 
-enum class DType : int { float32, bfloat16, float16, float64, int64, int32, int16, int8, uint8, boolean };
+enum class DType : int { float32, bfloat16, float16, float64 };
 
 enum class SoftmaxLoss : int { cross_entropy, nllr, crl };
 enum class LogisticLoss : int { lr, ss_lr };
+
+// The entries of a multi-hot target, of whatever dtype: their bytes, the bits of 1, and the bits that are 0 in a zero.
+struct Entries {
+  int bytes;
+  uint64_t one, magnitude;
+};
 
 struct Problem {
   // logits (rows, classes); row i starts at logits + i * logits_stride elements. Null only in a backward that needs
@@ -39,8 +45,8 @@ struct Problem {
   // of which the logits hold [first_class, first_class + classes): the positive of a row may be elsewhere.
   const void* target;
   int64_t target_stride;
-  DType target_dtype;
   bool multi_hot;
+  Entries entries;
   int64_t ignore_index;
   int64_t first_class, all_classes;
 
@@ -70,13 +76,15 @@ struct Backward {
   const int32_t* pick_index;
   const void* pick_logit;
   void* dlogits;  // (rows, classes), contiguous, dtype of the logits
+  // Out: the first row with a pick that is neither a class nor an empty slot; the result is void then.
+  std::atomic<int64_t> bad_row{INT64_MAX};
 };
 
 struct Kernels {
   void (*softmax_forward)(SoftmaxLoss, DType, Forward&);
-  void (*softmax_backward)(SoftmaxLoss, DType, const Backward&);
+  void (*softmax_backward)(SoftmaxLoss, DType, Backward&);
   void (*logistic_forward)(LogisticLoss, DType, Forward&);
-  void (*logistic_backward)(LogisticLoss, DType, const Backward&);
+  void (*logistic_backward)(LogisticLoss, DType, Backward&);
   void (*elementary)(const char* name, const float* x, float* y, int64_t n);  // "exp" and "log1p", for the tests
 };
 

@@ -46,7 +46,7 @@ static void softmax_forward(SoftmaxLoss which, DType dtype, Forward& door) {
   });
 }
 
-static void softmax_backward(SoftmaxLoss which, DType dtype, const Backward& door) {
+static void softmax_backward(SoftmaxLoss which, DType dtype, Backward& door) {
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
     with_loss<VecOf<S>>(which, door.problem.params, [&](auto loss) {
@@ -66,7 +66,7 @@ static void logistic_forward(LogisticLoss which, DType dtype, Forward& door) {
   });
 }
 
-static void logistic_backward(LogisticLoss which, DType dtype, const Backward& door) {
+static void logistic_backward(LogisticLoss which, DType dtype, Backward& door) {
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
     with_phi<VecOf<S>>(which, door.problem.params, [&](auto phi) {

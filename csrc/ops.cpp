@@ -151,22 +151,34 @@ int32_t torch_dtype(const Tensor& tensor) {
   return dtype;
 }
 
-DType dtype_of(const Tensor& tensor) {
+DType dtype_of(const Tensor& tensor, const char* name) {
   const int32_t dtype = torch_dtype(tensor);
   if (dtype == aoti_torch_dtype_float32()) return DType::float32;
   if (dtype == aoti_torch_dtype_bfloat16()) return DType::bfloat16;
   if (dtype == aoti_torch_dtype_float16()) return DType::float16;
   if (dtype == aoti_torch_dtype_float64()) return DType::float64;
-  if (dtype == aoti_torch_dtype_int64()) return DType::int64;
-  if (dtype == aoti_torch_dtype_int32()) return DType::int32;
-  if (dtype == aoti_torch_dtype_int16()) return DType::int16;
-  if (dtype == aoti_torch_dtype_int8()) return DType::int8;
-  if (dtype == aoti_torch_dtype_uint8()) return DType::uint8;
-  if (dtype == aoti_torch_dtype_bool()) return DType::boolean;
-  refuse("unsupported dtype");
+  refuse(std::string(name) + " must be float16, bfloat16, float32 or float64");
 }
 
-bool is_floating(DType dtype) { return dtype <= DType::float64; }
+Entries entries_of(const Tensor& target) {
+  const int32_t dtype = torch_dtype(target);
+  constexpr uint64_t all = ~uint64_t{0};
+  if (dtype == aoti_torch_dtype_float32()) return {4, 0x3f800000, 0x7fffffff};
+  if (dtype == aoti_torch_dtype_float64()) return {8, 0x3ff0000000000000, 0x7fffffffffffffff};
+  if (dtype == aoti_torch_dtype_bfloat16()) return {2, 0x3f80, 0x7fff};
+  if (dtype == aoti_torch_dtype_float16()) return {2, 0x3c00, 0x7fff};
+  if (dtype == aoti_torch_dtype_float8_e4m3fn()) return {1, 0x38, 0x7f};
+  if (dtype == aoti_torch_dtype_float8_e5m2()) return {1, 0x3c, 0x7f};
+  if (dtype == aoti_torch_dtype_float8_e4m3fnuz()) return {1, 0x40, 0xff};  // whose -0 is NaN
+  if (dtype == aoti_torch_dtype_float8_e5m2fnuz()) return {1, 0x40, 0xff};
+  if (dtype == aoti_torch_dtype_int64() || dtype == aoti_torch_dtype_uint64()) return {8, 1, all};
+  if (dtype == aoti_torch_dtype_int32() || dtype == aoti_torch_dtype_uint32()) return {4, 1, all};
+  if (dtype == aoti_torch_dtype_int16() || dtype == aoti_torch_dtype_uint16()) return {2, 1, all};
+  if (dtype == aoti_torch_dtype_int8() || dtype == aoti_torch_dtype_uint8() || dtype == aoti_torch_dtype_bool()) {
+    return {1, 1, all};
+  }
+  refuse("multi-hot targets must be of a dtype that has 0 and 1, and is not complex");
+}
 
 // float64 for float64 logits, float32 for all others
 DType compute_dtype(DType logits) { return logits == DType::float64 ? DType::float64 : DType::float32; }
@@ -200,6 +212,20 @@ void check(bool holds, const char* otherwise) {
   if (!holds) refuse(otherwise);
 }
 
+// Whether a tensor is what a pointer into it relies on: on this machine, of this rank, and all of it in its storage,
+// which can be freed under a tensor that keeps its sizes.
+void check_tensor(const Tensor& tensor, int64_t rank, const char* name) {
+  if (!tensor.is_cpu()) refuse("all tensors must be on the CPU, which " + std::string(name) + " is not");
+  if (tensor.dim() != rank) refuse(std::string(name) + " must be of rank " + std::to_string(rank));
+  if (tensor.numel() == 0) return;
+  int64_t last = tensor.storage_offset(), bytes = 0;
+  for (int64_t d = 0; d < rank; ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  if (last >= bytes / static_cast<int64_t>(tensor.element_size())) {
+    refuse("the storage of " + std::string(name) + " is smaller than the tensor");
+  }
+}
+
 void check_class_indices(const Problem& problem) {
   const int64_t* target = static_cast<const int64_t*>(problem.target);
   for (int64_t row = 0; row < problem.rows; ++row) {
@@ -222,7 +248,7 @@ struct Labels {
 Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, int64_t classes, const double* params,
                      int64_t k, const Labels& labels, bool compact, bool may_be_multi_hot) {
   check(classes >= 1 && classes < INT32_MAX, "logits need at least one class, and fewer than 2^31 - 1");
-  check(k >= 0, "k must not be negative");
+  check(k >= 0 && k <= INT32_MAX, "k must be 0 or more, and fewer than 2^31");
   Problem problem{};
   if (logits != nullptr) {
     problem.logits = logits->const_data_ptr();
@@ -231,7 +257,6 @@ Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, i
   problem.rows = rows;
   problem.classes = classes;
   problem.target = target.const_data_ptr();
-  problem.target_dtype = dtype_of(target);
   problem.multi_hot = target.dim() == 2;
   problem.ignore_index = labels.ignore_index;
   problem.first_class = labels.first_class;
@@ -241,13 +266,14 @@ Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, i
   problem.params = params;
   problem.k = k;
   problem.compact = compact && k > 0;
-  check(target.dim() >= 1 && target.size(0) == rows, "target must have as many rows as the logits");
+  check(target.size(0) == rows, "target must have as many rows as the logits");
   problem.target_stride = target.stride(0);
   if (problem.multi_hot) {
     check(may_be_multi_hot, "multi-hot targets are for the logistic family only");
     check(target.size(1) == classes, "multi-hot targets must have the shape of the logits");
+    problem.entries = entries_of(target);
   } else {
-    check(target.dim() == 1 && problem.target_dtype == DType::int64, "target must be int64 class indices (rows,)");
+    check(torch_dtype(target) == aoti_torch_dtype_int64(), "target must be int64 class indices (rows,)");
     check_class_indices(problem);
   }
   return problem;
@@ -265,11 +291,11 @@ ForwardResult forward(void (*kernel)(Loss, DType, Forward&), const Tensor& any_l
   Loss loss;
   read_loss(handles, &loss, params);
 
-  check(any_logits.dim() == 2, "logits must be (rows, classes)");
+  check_tensor(any_logits, 2, "logits");
+  check_tensor(any_target, any_target.dim() == 2 ? 2 : 1, "target");
+  const DType dtype = dtype_of(any_logits, "logits");
   const Tensor logits = with_contiguous_rows(any_logits);
   const Tensor target = any_target.dim() == 2 ? with_contiguous_rows(any_target) : any_target;
-  const DType dtype = dtype_of(logits);
-  check(is_floating(dtype), "logits must be float16, bfloat16, float32 or float64");
   const int64_t rows = logits.size(0), classes = logits.size(1);
 
   Forward door{make_problem(&logits, target, rows, classes, params, k, labels, compact, is_logistic)};
@@ -293,7 +319,7 @@ ForwardResult forward(void (*kernel)(Loss, DType, Forward&), const Tensor& any_l
 }
 
 template <class Loss>
-Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad,
+Tensor backward(void (*kernel)(Loss, DType, Backward&), const Tensor& grad,
                 const std::optional<Tensor>& any_logits, const Tensor& any_target, const Tensor& any_state,
                 const Tensor& any_pick_index, const Tensor& any_pick_logit, const Handles& handles, int64_t k,
                 const Labels& labels, int64_t classes, bool compact) {
@@ -302,28 +328,35 @@ Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad
   Loss loss;
   read_loss(handles, &loss, params);
 
-  const Tensor state = packed(any_state);
-  const Tensor pick_index = packed(any_pick_index), pick_logit = packed(any_pick_logit);
-  const Tensor target = any_target.dim() == 2 ? with_contiguous_rows(any_target) : any_target;
-  const DType dtype = dtype_of(pick_logit);
-  const int64_t rows = state.size(0), slots = k == 0 ? 0 : compact ? k : 1;
-  const bool needs_logits = k == 0 || !compact || target.dim() == 2;
+  const bool multi_hot = any_target.dim() == 2, needs_logits = k == 0 || !compact || multi_hot;
+  check_tensor(grad, is_logistic ? 2 : 1, "grad");
+  check_tensor(any_target, multi_hot ? 2 : 1, "target");
+  check_tensor(any_state, 2, "state");
+  check_tensor(any_pick_index, 2, "pick_index");
+  check_tensor(any_pick_logit, 2, "pick_logit");
   check(any_logits.has_value() || !needs_logits, "backward needs the logits here");
+  const DType dtype = dtype_of(any_pick_logit, "pick_logit");
+  const int64_t rows = any_state.size(0), slots = k == 0 ? 0 : compact ? k : 1;
+  check(dtype_of(grad, "grad") == compute_dtype(dtype) && dtype_of(any_state, "state") == compute_dtype(dtype),
+        "grad and state must have the compute dtype: float64 for float64 logits, else float32");
+  check(torch_dtype(any_pick_index) == aoti_torch_dtype_int32(), "pick_index must be int32");
+  check(any_state.size(1) == (is_logistic ? 2 : 3), "state must be what forward returned");
+  for (const Tensor* picks : {&any_pick_index, &any_pick_logit}) {
+    check(picks->size(0) == rows && picks->size(1) == slots, "picks must be what forward returned");
+  }
+  check(grad.size(0) == rows && (!is_logistic || grad.size(1) == 2),
+        "grad must have the shape of what forward returned");
+  if (any_logits.has_value()) {
+    check_tensor(*any_logits, 2, "logits");
+    check(any_logits->size(0) == rows && any_logits->size(1) == classes && dtype_of(*any_logits, "logits") == dtype,
+          "logits must be those of forward");
+  }
+
   const std::optional<Tensor> logits =
       needs_logits ? std::optional<Tensor>(with_contiguous_rows(*any_logits)) : std::nullopt;
-
-  check(is_floating(dtype), "pick_logit must have the dtype of the logits");
-  check(dtype_of(grad) == compute_dtype(dtype) && dtype_of(state) == compute_dtype(dtype),
-        "grad and state must have the compute dtype: float64 for float64 logits, else float32");
-  check(torch_dtype(pick_index) == aoti_torch_dtype_int32(), "pick_index must be int32");
-  check(state.dim() == 2 && state.size(1) == (is_logistic ? 2 : 3), "state must be what forward returned");
-  check(pick_index.numel() == rows * slots && pick_logit.numel() == rows * slots,
-        "picks must be what forward returned");
-  check(grad.dim() == (is_logistic ? 2 : 1) && grad.size(0) == rows && (!is_logistic || grad.size(1) == 2),
-        "grad must have the shape of what forward returned");
-  check(!logits.has_value() ||
-            (logits->dim() == 2 && logits->size(0) == rows && logits->size(1) == classes && dtype_of(*logits) == dtype),
-        "logits must be those of forward");
+  const Tensor state = packed(any_state);
+  const Tensor pick_index = packed(any_pick_index), pick_logit = packed(any_pick_logit);
+  const Tensor target = multi_hot ? with_contiguous_rows(any_target) : any_target;
 
   Backward door{};
   door.problem = make_problem(logits.has_value() ? &*logits : nullptr, target, rows, classes, params, k, labels,
@@ -337,6 +370,11 @@ Tensor backward(void (*kernel)(Loss, DType, const Backward&), const Tensor& grad
   Tensor dlogits = empty({rows, classes}, torch_dtype(dtype));
   door.dlogits = dlogits.mutable_data_ptr();
   kernel(loss, dtype, door);
+
+  if (const int64_t row = door.bad_row; row != INT64_MAX) {
+    throw std::out_of_range("Picks must be classes or -1, which those of row " + std::to_string(row) +
+                            " are not. (" + std::to_string(classes) + " classes)");
+  }
   return dlogits;
 }
 
@@ -397,14 +435,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
     StringHandle reduction, bool compact) {
   const Text family_text(family), reduction_text(reduction);
   const Handles handles(loss, params);
-  const bool softmax = is_softmax(family_text.view());
+  const bool softmax = is_softmax(family_text.view()), multi_hot = target.dim() == 2;
+  const ReductionKind kind = reduction_of(reduction_text.view());
+  if (weight.has_value()) {
+    check(!multi_hot, "weight works with class indices only");
+    check_tensor(*weight, 1, "weight");
+    check(logits.dim() == 2 && weight->size(0) == logits.size(1) &&
+              dtype_of(*weight, "weight") == compute_dtype(dtype_of(logits, "logits")),
+          "weight must be (classes,), of the compute dtype");
+  }
   const Labels labels{ignore_index, 0, std::nullopt};
   auto [terms, state, pick_index, pick_logit] =
       softmax ? forward(chosen().kernels->softmax_forward, logits, target, handles, k, labels, compact)
               : forward(chosen().kernels->logistic_forward, logits, target, handles, k, labels, compact);
 
-  const DType dtype = dtype_of(terms);
-  const bool multi_hot = target.dim() == 2;
+  const DType dtype = dtype_of(terms, "terms");
   ReductionProblem problem{};
   problem.rows = terms.size(0);
   problem.columns = terms.dim();
@@ -414,9 +459,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_forward(
   problem.k = k;
   problem.scaled = alpha.has_value();
   problem.alpha = alpha.value_or(1);
-  problem.kind = reduction_of(reduction_text.view());
-  check(!weight.has_value() || (weight->dim() == 1 && weight->size(0) == problem.classes && dtype_of(*weight) == dtype),
-        "weight must be (classes,), of the compute dtype");
+  problem.kind = kind;
 
   if (softmax && problem.kind == ReductionKind::none && !weight.has_value()) {  // the loss is the terms
     Tensor none = empty({0}, torch_dtype(dtype));
@@ -443,19 +486,24 @@ Tensor loss_backward(const Tensor& grad, const Tensor& slopes, const std::option
   const Text family_text(family);
   const Handles handles(loss, params);
   const Labels labels{ignore_index, first_class, all_classes};
+  const bool softmax = is_softmax(family_text.view());
   const auto door = [&](const Tensor& of_terms) {
-    return is_softmax(family_text.view())
+    return softmax
                ? backward(chosen().kernels->softmax_backward, of_terms, logits, target, state, pick_index, pick_logit,
                           handles, k, labels, num_classes, compact)
                : backward(chosen().kernels->logistic_backward, of_terms, logits, target, state, pick_index, pick_logit,
                           handles, k, labels, num_classes, compact);
   };
-  const DType dtype = dtype_of(slopes);
-  const int64_t rows = state.size(0), columns = slopes.dim();
+  const int64_t columns = softmax ? 1 : 2;
+  check_tensor(grad, grad.dim() == 1 ? 1 : 0, "grad");
+  check_tensor(slopes, columns, "slopes");
+  check_tensor(state, 2, "state");
   if (grad.dim() == 1 && columns == 1 && slopes.size(0) == 0) return door(grad);
+  const DType dtype = dtype_of(slopes, "slopes");
+  const int64_t rows = state.size(0);
   check(slopes.size(0) == rows && (columns == 1 || slopes.size(1) == 2), "slopes must be what loss_forward returned");
   check(dtype == DType::float32 || dtype == DType::float64, "slopes must be what loss_forward returned");
-  check(dtype_of(grad) == dtype && (grad.dim() == 0 || (grad.dim() == 1 && grad.size(0) == rows)),
+  check(dtype_of(grad, "grad") == dtype && (grad.dim() == 0 || grad.size(0) == rows),
         "grad must have the shape and the dtype of the loss");
   const Tensor factors = packed(slopes);
   Tensor of_terms = columns == 1 ? empty({rows}, torch_dtype(dtype)) : empty({rows, 2}, torch_dtype(dtype));
@@ -491,7 +539,9 @@ std::string cpu_isa(const std::string& name) {
 
 // The kernels' own exp or log1p of every element.
 Tensor cpu_elementary(const std::string& name, const Tensor& x) {
-  check(dtype_of(x) == DType::float32 && x.is_contiguous(), "expected a contiguous float32 tensor");
+  check(name == "exp" || name == "log1p", "expected exp or log1p");
+  check_tensor(x, 1, "x");
+  check(torch_dtype(x) == aoti_torch_dtype_float32() && x.is_contiguous(), "expected a contiguous float32 tensor");
   Tensor y = torch::stable::empty_like(x);
   chosen().kernels->elementary(name.c_str(), static_cast<const float*>(x.const_data_ptr()),
                                static_cast<float*>(y.mutable_data_ptr()), x.numel());

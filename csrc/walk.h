@@ -69,6 +69,12 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
   pause();
 }
 
+inline void lower(std::atomic<int64_t>& least, int64_t value) {
+  int64_t now = least.load();
+  while (value < now && !least.compare_exchange_weak(now, value)) {
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------- forward
 
 // Family:  using Partial               the statistic of some negatives; Partial() is that of none
@@ -126,10 +132,7 @@ class ForwardWalk {
   }
 
   void report(int64_t row, Positives up_to_bad) {
-    const int64_t entry = row * problem_.classes + up_to_bad.index[up_to_bad.count - 1];
-    int64_t first = door_.bad_entry.load();
-    while (entry < first && !door_.bad_entry.compare_exchange_weak(first, entry)) {
-    }
+    lower(door_.bad_entry, row * problem_.classes + up_to_bad.index[up_to_bad.count - 1]);
   }
 
   template <bool kSplitRow>
@@ -198,7 +201,7 @@ class BackwardWalk {
   using V = VecOf<S>;
   using Gradient = typename Family::Gradient;
 
-  BackwardWalk(const Backward& door, Family family) : door_(door), problem_(door.problem), family_(family) {}
+  BackwardWalk(Backward& door, Family family) : door_(door), problem_(door.problem), family_(family) {}
 
   void run() const {
     if (problem_.rows < num_threads()) {
@@ -263,11 +266,15 @@ class BackwardWalk {
     });
   }
 
-  // Scatters the compact picks, then the positives.
+  // Scatters the compact picks, then the positives. Nothing is written for a pick that is no class: picks come from
+  // whoever kept them since forward.
   void patch(int64_t row, TargetReader& targets, const Gradient& gradient) const {
     if (targets.ignored(row) || gradient.spoilt) return;
     S* out = dlogits(row);
-    if (problem_.k > 0 && problem_.compact) {
+    bool all_classes = true;
+    if (problem_.k > 0 && !problem_.compact) {
+      all_classes = is_class(door_.pick_index[row]) || door_.pick_index[row] == -1;
+    } else if (problem_.k > 0) {
       const int32_t* index = door_.pick_index + row * problem_.k;
       const S* logit = static_cast<const S*>(door_.pick_logit) + row * problem_.k;
       S value[V::lanes];
@@ -275,10 +282,15 @@ class BackwardWalk {
         const int n = static_cast<int>(problem_.k - i < V::lanes ? problem_.k - i : V::lanes);
         gradient.negative(n == V::lanes ? V::load(logit + i) : load_first<V>(logit + i, n, -kInfinity<T>)).store(value);
         for (int j = 0; j < n; ++j) {
-          if (index[i + j] >= 0) out[index[i + j]] = value[j];
+          if (is_class(index[i + j])) {
+            out[index[i + j]] = value[j];
+          } else {
+            all_classes &= index[i + j] == -1;
+          }
         }
       }
     }
+    if (!all_classes) lower(door_.bad_row, row);
     Positives positives;
     targets.read(row, &positives);
     for_each_group<V::lanes>(positives, [&](const int32_t* index, int64_t n) {
@@ -290,6 +302,8 @@ class BackwardWalk {
       for (int64_t i = 0; i < n; ++i) from_compute(out + index[i], gradients[i]);
     });
   }
+
+  bool is_class(int32_t index) const { return static_cast<uint32_t>(index) < static_cast<uint32_t>(problem_.classes); }
 
   void constant(int64_t row, int64_t begin, int64_t end, T value) const {
     for (int64_t i = begin; i < end; ++i) from_compute(dlogits(row) + i, value);
@@ -304,7 +318,7 @@ class BackwardWalk {
     if (i < end) store_first(out + i, f(load_first<V>(in + i, end - i, -kInfinity<T>)), end - i);
   }
 
-  const Backward& door_;
+  Backward& door_;
   const Problem& problem_;
   Family family_;
 };

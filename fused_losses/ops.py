@@ -24,12 +24,21 @@ _library = torch.library.Library("fused_losses", "DEF")
 
 
 def define(schema: str, implementation: Callable, fake: Callable):
-    """Registers an op for every device without a kernel of its own; fake gives the shapes of its results."""
+    """Registers an op for every device without a kernel of its own; fake gives the shapes of its results.
+
+    A meta tensor among others brings the op to fake, whose results would then be memory that nobody has written.
+    """
     name = schema.partition("(")[0]
+
+    @functools.wraps(fake)
+    def shapes(*arguments, **named):
+        reference.check_same_device(*arguments, *named.values())
+        return fake(*arguments, **named)
+
     _library.define(schema)
     # no_grad: an op below autograd must not record what its implementation does inside
     _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_losses::{name}", fake, lib=_library)
+    torch.library.register_fake(f"fused_losses::{name}", shapes, lib=_library)
     return getattr(torch.ops.fused_losses, name).default
 
 
@@ -143,36 +152,48 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _forward_on_cuda(name: str):
-    def door(logits, target, *arguments):
+def _forward_on_cuda(family: str):
+    name = f"{family}_forward"
+
+    def door(logits, target, loss, params, k, *arguments):
+        reference.check_forward(family, logits, target, loss, params, k)
         wing = _triton_wing(logits.device, logits.dtype, logits.shape[1]) or reference
-        return getattr(wing, name)(logits, target, *arguments)
+        return getattr(wing, name)(logits, target, loss, params, k, *arguments)
 
     return door
 
 
-def _backward_on_cuda(name: str):
+def _backward_on_cuda(family: str):
+    name = f"{family}_backward"
+
     def door(
-        grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, *arguments
+        grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, compact, *part
     ):
+        tensors = grad, logits, target, state, pick_index, pick_logit
+        reference.check_backward(family, *tensors, loss, params, k, num_classes, compact)
         wing = _triton_wing(pick_logit.device, pick_logit.dtype, num_classes) or reference
-        return getattr(wing, name)(
-            grad, logits, target, state, pick_index, pick_logit, loss, params, k, ignore_index, num_classes, *arguments
-        )
+        return getattr(wing, name)(*tensors, loss, params, k, ignore_index, num_classes, compact, *part)
 
     return door
 
 
 for _family in ("softmax", "logistic"):
     for _pass, _on_cuda in (("forward", _forward_on_cuda), ("backward", _backward_on_cuda)):
-        _library.impl(f"{_family}_{_pass}", torch.no_grad()(_on_cuda(f"{_family}_{_pass}")), "CUDA")
+        _library.impl(f"{_family}_{_pass}", torch.no_grad()(_on_cuda(_family)), "CUDA")
 
 
 # --- whole losses -----------------------------------------------------------------------------------------------------
 
 
 def _loss_forward(logits, target, weight, family, loss, params, alpha, k, ignore_index, reduction, compact):
-    door = softmax_forward if family == "softmax" else logistic_forward
+    door = {"softmax": softmax_forward, "logistic": logistic_forward}[family]
+    if weight is not None and (
+        target.dim() == 2
+        or weight.shape != logits.shape[1:]
+        or weight.dtype != reference.compute_dtype(logits.dtype)
+        or weight.device != logits.device
+    ):
+        raise ValueError("weight must be (classes,), of the compute dtype, with class indices")
     terms, state, pick_index, pick_logit = door(logits, target, loss, params, k, ignore_index, compact)
     value, slopes = reduce_terms(
         terms, state, target, weight, logits.dtype, alpha, logits.shape[1], k, ignore_index, reduction
@@ -191,7 +212,7 @@ def reduce_terms(terms, state, target, weight, dtype, alpha, num_classes, k, ign
 
 
 def _loss_backward(grad, slopes, logits, target, state, pick_index, pick_logit, family, *door_arguments):
-    door = softmax_backward if family == "softmax" else logistic_backward
+    door = {"softmax": softmax_backward, "logistic": logistic_backward}[family]
     of_terms = reductions.grad_of_terms(grad, slopes)
     return door(of_terms, logits, target, state, pick_index, pick_logit, *door_arguments)
 

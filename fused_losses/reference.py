@@ -95,6 +95,78 @@ def logistic_gradient(grad: Tensor, z_p: Tensor, z: Tensor, loss: str, params: l
     return -grad_pos * torch.sigmoid(-z_p), grad_neg * phi_slope(loss, z, params)
 
 
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COLUMNS = {"softmax": 3, "logistic": 2}  # of the states
+PARAMS = {"softmax": {"cross_entropy": 0, "nllr": 0, "crl": 2}, "logistic": {"lr": 0, "ss_lr": 1}}  # how many
+
+
+def check_same_device(*arguments) -> None:
+    """Raises RuntimeError: an op with tensors of several devices is served by whichever of them comes first."""
+    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
+    if len(devices) > 1:
+        found = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {found}")
+
+
+def _check_options(
+    family: str, target: Tensor, loss: str, params: list[float], rows: int, num_classes: int, k: int
+) -> None:
+    if loss not in PARAMS[family]:
+        raise ValueError(f"not a {family} loss: {loss}")
+    if len(params) != PARAMS[family][loss]:
+        raise ValueError(f"{loss} has {PARAMS[family][loss]} hyper-parameters, got {len(params)}")
+    if not 0 <= k < 2**31:
+        raise ValueError(f"k must be 0 or more, and fewer than 2^31, got {k}")
+    if not 0 < num_classes < 2**31 - 1:
+        raise ValueError(f"logits need at least one class, and fewer than 2^31 - 1, got {num_classes}")
+    multi_hot = family == "logistic" and target.dim() == 2 and not target.is_complex()
+    if target.shape != ((rows, num_classes) if multi_hot else (rows,)):
+        raise ValueError(f"target does not fit logits ({rows}, {num_classes}), got {tuple(target.shape)}")
+    if not multi_hot and target.dtype != torch.int64:
+        raise ValueError(f"target must be int64 class indices, got {target.dtype}")
+
+
+def check_forward(family: str, logits: Tensor, target: Tensor, loss: str, params: list[float], k: int) -> None:
+    """Raises ValueError, or RuntimeError, unless these are what a forward door takes; reads no values."""
+    check_same_device(logits, target)
+    if logits.dim() != 2 or logits.dtype not in DTYPES:
+        raise ValueError(f"logits must be floating and (rows, classes), got {logits.dtype}, {tuple(logits.shape)}")
+    _check_options(family, target, loss, params, *logits.shape, k)
+
+
+def check_backward(
+    family: str, grad: Tensor, logits: Tensor | None, target: Tensor, state: Tensor, pick_index: Tensor,
+    pick_logit: Tensor, loss: str, params: list[float], k: int, num_classes: int, compact: bool,
+) -> None:  # fmt: skip
+    """The same for a backward door."""
+    check_same_device(grad, logits, target, state, pick_index, pick_logit)
+    rows, dtype = state.shape[0] if state.dim() else 0, pick_logit.dtype
+    if dtype not in DTYPES or pick_index.dtype != torch.int32:
+        raise ValueError("picks must be what forward returned")
+    if not grad.dtype == state.dtype == compute_dtype(dtype):
+        raise ValueError("grad and state must have the compute dtype: float64 for float64 logits, else float32")
+    if state.shape != (rows, COLUMNS[family]) or grad.shape != ((rows,) if family == "softmax" else (rows, 2)):
+        raise ValueError("state must be what forward returned, and grad have the shape of its other result")
+    _check_options(family, target, loss, params, rows, num_classes, k)
+    slots = 0 if k == 0 else k if compact else 1
+    if not pick_index.shape == pick_logit.shape == (rows, slots):
+        raise ValueError("picks must be what forward returned")
+    if logits is None and (k == 0 or not compact or target.dim() == 2):
+        raise ValueError("backward needs the logits here")
+    if logits is not None and (logits.shape != (rows, num_classes) or logits.dtype != dtype):
+        raise ValueError("logits must be those of forward")
+
+
+def check_picks(pick_index: Tensor, num_classes: int) -> None:
+    """Raises IndexError for a pick that is neither a class nor an empty slot, -1. Reads values."""
+    wrong = (pick_index < -1) | (pick_index >= num_classes)
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        raise IndexError(f"Picks must be classes or -1, which those of row {row} are not. ({num_classes} classes)")
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -168,8 +240,10 @@ def picks(logits: Tensor, positive: Tensor, skipped: Tensor, k: int, compact: bo
 
 
 def scatter_picks(pick_index: Tensor, values: Tensor, num_classes: int) -> Tensor:
-    """values (rows, k) at their classes in a zero matrix (rows, classes); empty slots go nowhere."""
-    column = torch.where(pick_index < 0, num_classes, pick_index).long()
+    """values (rows, k) at their classes in a zero matrix (rows, classes); empty slots, and what is no class, go
+    nowhere."""
+    outside = (pick_index < 0) | (pick_index >= num_classes)
+    column = pick_index.long().masked_fill(outside, num_classes)
     return values.new_zeros((values.shape[0], num_classes + 1)).scatter(1, column, values)[:, :num_classes]
 
 
@@ -203,6 +277,7 @@ def softmax_forward(
     all_classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """value (rows,), state (rows, 3), pick_index and pick_logit (rows, k | 1 | 0)."""
+    check_forward("softmax", logits, target, loss, params, k)
     all_classes = count_classes(logits.shape[1], first_class, all_classes)
     if logits.device.type == "cpu":
         check_target(target, all_classes, ignore_index)
@@ -238,8 +313,15 @@ def softmax_backward(
     all_classes: int | None = None,
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows,)."""
+    tensors = grad, logits, target, state, pick_index, pick_logit
+    check_backward("softmax", *tensors, loss, params, k, num_classes, compact)
     all_classes = count_classes(num_classes, first_class, all_classes)
+    if pick_index.device.type == "cpu":
+        check_picks(pick_index, num_classes)
+        if target.dim() == 1:
+            check_target(target, all_classes, ignore_index)
     positive, ignored, _ = read_target(target, num_classes, ignore_index, first_class, all_classes)
+    compact = compact and k > 0
     z = (pick_logit if compact else logits).to(state.dtype)
     coefficient, dz = softmax_gradient(grad, state, z, loss, params)
     if compact:
@@ -262,6 +344,7 @@ def logistic_forward(
     all_classes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sums (rows, 2), state (rows, 2), pick_index and pick_logit (rows, k | 1 | 0)."""
+    check_forward("logistic", logits, target, loss, params, k)
     all_classes = count_classes(logits.shape[1], first_class, all_classes)
     if logits.device.type == "cpu":
         check_target(target, all_classes, ignore_index)
@@ -295,9 +378,16 @@ def logistic_backward(
     all_classes: int | None = None,
 ) -> Tensor:
     """dlogits (rows, classes) from grad (rows, 2), by pos and by neg."""
+    tensors = grad, logits, target, state, pick_index, pick_logit
+    check_backward("logistic", *tensors, loss, params, k, num_classes, compact)
     all_classes = count_classes(num_classes, first_class, all_classes)
+    if pick_index.device.type == "cpu":
+        check_picks(pick_index, num_classes)
+        if target.dim() == 1:
+            check_target(target, all_classes, ignore_index)
     positive, ignored, _ = read_target(target, num_classes, ignore_index, first_class, all_classes)
     z_y = state[:, 0]
+    compact = compact and k > 0
     z = (pick_logit if compact else logits).to(state.dtype)
     z_p = z_y[:, None] if logits is None else logits.to(state.dtype)
     dz_p, dz = logistic_gradient(grad, z_p, z, loss, params)

@@ -189,8 +189,8 @@ def test_the_reference_serves_cuda_otherwise_and_says_so_once(monkeypatch, impor
 def test_cuda_doors_pass_their_arguments_on():
     """On CPU tensors no Triton wing is chosen, so what is called is the reference."""
     logits, target = torch.randn(3, 7), torch.tensor([0, 3, 6])
-    forward = ops._forward_on_cuda("softmax_forward")
-    backward = ops._backward_on_cuda("softmax_backward")
+    forward = ops._forward_on_cuda("softmax")
+    backward = ops._backward_on_cuda("softmax")
     arguments = ("crl", [1.5, 1.0], 2, -100)
     value, *saved = forward(logits, target, *arguments, True)
     torch.testing.assert_close(value, ops.softmax_forward(logits, target, *arguments, True)[0])
