@@ -176,6 +176,7 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias from grad of the rows: *again*."""
     _, backward = _DOORS[family]
+    _check_rows(input, target, grad, state, pick_index, pick_logit)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, wanted)
     for rows, z in layer.chunks(input, chunk_elements):
@@ -190,6 +191,7 @@ def _linear_at_once(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The values or sums of the rows, and the gradients of input, weight and bias for grad of the rows."""
     forward, backward = _DOORS[family]
+    _check_rows(input, target, grad)
     _check_target(input, weight, target, ignore_index)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, wanted)
@@ -202,6 +204,12 @@ def _linear_at_once(
     return values, *gradients.result(chunk_elements)
 
 
+def _check_rows(*tensors: Tensor) -> None:
+    """A chunk takes its rows of each: of what has more, some would be left over."""
+    if len({tensor.shape[:1] for tensor in tensors}) > 1:
+        raise ValueError(f"expected as many rows in each tensor, got {[tuple(tensor.shape) for tensor in tensors]}")
+
+
 def _check_target(
     input: Tensor,
     weight: Tensor,
@@ -212,6 +220,7 @@ def _check_target(
 ) -> int:
     """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here.
     -> the number of all classes"""
+    _check_rows(input, target)
     all_classes = reference.count_classes(weight.shape[0], first_class, all_classes)
     if input.device.type == "cpu" and target.dim() == 1:
         reference.check_target(target, all_classes, ignore_index)
@@ -323,6 +332,9 @@ def _pick_gradients(
     every run.
     """
     num_classes = weight.shape[0]
+    _check_rows(input, target, grad, state, pick_index, pick_logit)
+    if pick_index.device.type == "cpu":
+        reference.check_picks(pick_index, num_classes)
     z = pick_logit.to(state.dtype)  # (rows, k)
     if family == "softmax":
         dz_y, dz = reference.softmax_gradient(grad, state, z, loss, params)

@@ -178,7 +178,6 @@ def exotic(draw: random.Random, tensor: Tensor):
     return draw.choice([
         lambda: tensor.to("meta"),
         lambda: tensor.to_sparse(),
-        lambda: tensor.to_mkldnn(),
         lambda: torch._neg_view(tensor),
         lambda: tensor.clone().requires_grad_(),
         lambda: tensor.to(draw.choice(DTYPES)),
@@ -239,8 +238,7 @@ def case(number: int) -> str:
     name, arguments = consistent(draw)
     changes = draw.choice((0, 1, 1, 1, 1, 2, 2, 3, 4))
     try:
-        for _ in range(changes):
-            at = draw.randrange(len(arguments))
+        for at in draw.sample(range(len(arguments)), min(changes, len(arguments))):
             arguments[at] = corrupted(draw, arguments[at])
     except Refused:
         return "none"

@@ -276,6 +276,86 @@ def test_a_whole_loss_with_nothing_to_reduce(formula, alpha, reduction):
         torch.testing.assert_close(value, expected, equal_nan=True)
 
 
+def test_what_a_whole_loss_refuses():
+    logits, target, _ = whole_loss_inputs(SS_LR, torch.float32, "index", False)
+    multi_hot, family = make_multihot(7, 11), ("logistic", "ss_lr", [2.0])
+    weight, rest = torch.ones(11), (None, 3, -100, "mean", True)
+    value, slopes, *kept = OPS.loss_forward(logits, target, weight, *family, *rest)
+    for wrong in (
+        (logits, target, weight[:10], *family, *rest),
+        (logits, target, weight[None], *family, *rest),
+        (logits, target, weight.double(), *family, *rest),
+        (logits, target, weight.to("meta"), *family, *rest),
+        (logits, multi_hot, weight, *family, *rest),
+        (logits, target, weight, "neither", *family[1:], *rest),
+        (logits, target, weight, *family, None, 3, -100, "median", True),
+    ):
+        with pytest.raises((ValueError, RuntimeError, KeyError)):
+            OPS.loss_forward(*wrong)
+            pytest.fail(str(wrong[2:]))
+    options = *family, 3, -100, 11, True
+    for grad, of_slopes in (
+        (value, slopes[..., None]),
+        (value, slopes[..., None, None]),
+        (value, slopes[:, 0]),
+        (value, slopes[:, :1]),
+        (value, slopes[:6]),
+        (value, slopes.double()),
+        (value, slopes.to("meta")),
+        (value.double(), slopes),
+        (value[None], slopes),
+        (value.expand(6), slopes),
+        (value.expand(7, 2), slopes),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            OPS.loss_backward(grad, of_slopes, None, target, *kept, *options)
+            pytest.fail(f"{grad.shape} {of_slopes.shape}")
+    with pytest.raises(IndexError, match="row 0"):
+        OPS.loss_backward(value, slopes, None, target, kept[0], torch.full_like(kept[1], 11), kept[2], *options)
+
+
+def test_a_meta_tensor_among_others_at_the_linear_ops():
+    layer = [torch.rand(3, 4), torch.rand(9, 4), torch.rand(9), None, torch.tensor([1, 2, 3])]
+    arguments = 100, "softmax", "cross_entropy", [], 2, -100
+    values, *saved = OPS.linear_forward_picks(*layer, *arguments)
+    for at in (0, 1, 2, 4):
+        mixed = [tensor.to("meta") if i == at else tensor for i, tensor in enumerate(layer)]
+        for call in (
+            lambda mixed=mixed: OPS.linear_forward_picks(*mixed, *arguments),
+            lambda mixed=mixed: OPS.linear_forward(*mixed, *arguments),
+            lambda mixed=mixed: OPS.linear_at_once(values, *mixed, *arguments, [True] * 3),
+            lambda mixed=mixed: OPS.linear_backward(values, *saved, *mixed, *arguments, [True] * 3, True),
+            lambda mixed=mixed: OPS.linear_backward_picks(values, *saved, *mixed, *arguments, [True] * 3),
+        ):
+            with pytest.raises(RuntimeError, match="same device, but found cpu and meta"):
+                call()
+
+
+def test_what_the_linear_ops_refuse():
+    layer = [torch.rand(3, 4), torch.rand(9, 4), torch.rand(9), None, torch.tensor([1, 2, 3])]
+    arguments, wanted = (100, "softmax", "cross_entropy", [], 2, -100), [True] * 3
+    values, *saved = OPS.linear_forward_picks(*layer, *arguments)
+    for bad in (9, -2, 2**31 - 1):
+        picks = saved[1].clone()
+        picks[2, 0] = bad
+        for call in (
+            lambda p=picks: OPS.linear_backward_picks(values, saved[0], p, saved[2], *layer, *arguments, wanted),
+            lambda p=picks: OPS.linear_backward(values, saved[0], p, saved[2], *layer, *arguments, wanted, True),
+        ):
+            with pytest.raises(IndexError, match="row 2"):
+                call()
+    longer = torch.cat((values, values))
+    for call in (
+        lambda: OPS.linear_at_once(longer, *layer, *arguments, wanted),
+        lambda: OPS.linear_backward(longer, *saved, *layer, *arguments, wanted, True),
+        lambda: OPS.linear_backward_picks(longer, *saved, *layer, *arguments, wanted),
+        lambda: OPS.linear_forward(*layer[:4], torch.zeros(4, dtype=torch.long), *arguments),
+        lambda: OPS.linear_forward_picks(*layer[:4], torch.zeros(4, dtype=torch.long), *arguments),
+    ):
+        with pytest.raises(ValueError, match="as many rows"):
+            call()
+
+
 @each_reduction
 @each_whole
 def test_opcheck_of_a_whole_loss(formula, form, weighted, alpha, reduction):
