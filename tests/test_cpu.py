@@ -402,6 +402,43 @@ def test_the_table_of_losses_is_that_of_the_reference():
             torch.testing.assert_close(ours, theirs)
 
 
+def test_memory_that_was_freed_under_a_tensor():
+    logits, target = torch.randn(3, 10), torch.tensor([1, 2, 3])
+    kept = doors.forward(cpp, doors.CE, logits, target, 2, True)
+    for name in ("target", *kept._fields[1:]):
+        tensors = {"target": target, **kept._asdict()}
+        tensors[name] = tensors[name].clone()
+        tensors[name].untyped_storage().resize_(4)
+        with pytest.raises(ValueError, match=f"the storage of {name} is smaller than the tensor"):
+            doors.backward(
+                cpp, doors.CE, torch.ones(3), logits, tensors.pop("target"), doors.Kept(**tensors), 2, True
+            )  # fmt: skip
+    logits.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="the storage of logits"):
+        doors.forward(cpp, doors.CE, logits, target)
+
+
+def test_16_bit_gradients_round_ties_to_even(isa):
+    """At logits of 0 the gradient is half of the upstream one: vectors, the rest of a row, and positives."""
+    for dtype, digits in ((torch.float16, 10), (torch.bfloat16, 7)):
+        ulp = 2.0**-digits
+        ties = 1 + ulp / 2 + ulp * torch.arange(8)
+        grads = torch.cat(
+            (ties, -ties, ties * 2**-13, torch.nextafter(ties, ties * 2), torch.nextafter(ties, ties / 2))
+        )
+        if dtype == torch.float16:  # half a unit of a subnormal number
+            grads = torch.cat((grads, 2.0**-25 * torch.arange(1, 16, 2)))
+        rows, classes = grads.shape[0], 37
+        logits, target = torch.zeros(rows, classes, dtype=dtype), torch.full((rows,), 5)
+        for k, compact in ((0, False), (36, True), (36, False)):
+            kept = doors.forward(cpp, doors.LR, logits, target, k, compact)
+            both = torch.stack((-2 * grads, 2 * grads), dim=1)
+            dlogits = doors.backward(cpp, doors.LR, both, logits, target, kept, k, compact)
+            expected = grads.to(dtype)[:, None].expand(rows, classes)
+            assert (expected[:8, 0].double() != grads[:8].double()).all()
+            assert torch.equal(dlogits, expected)
+
+
 def test_calls_do_not_leak(isa):
     import resource
 

@@ -607,6 +607,141 @@ def test_multihot_entries_other_than_0_and_1_raise(backend, wrong):
         forward(backend, LR, make_logits(3, 7), target)
 
 
+MULTI_HOT_DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
+    torch.uint64, torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", MULTI_HOT_DTYPES, ids=str)
+def test_multihot_targets_of_any_dtype(wing, dtype):
+    """Also -0.0, and 70 classes: a block that is all zeros and one that is not."""
+    logits, target = make_logits(4, 200, torch.float32), make_multihot(4, 200)
+    target[:, 64:128] = False
+    of_dtype = target.to(torch.float32)
+    if dtype.is_floating_point:
+        of_dtype = torch.where(target, of_dtype, -0.0)
+        assert of_dtype.signbit().any()
+    of_dtype = of_dtype.to(dtype)
+    grad = grad_like(LR, logits)
+    for k, compact in ((0, False), (5, True), (5, False)):
+        expected, expected_dlogits = roundtrip(wing, LR, logits, target, k, compact, grad=grad)
+        kept, dlogits = roundtrip(wing, LR, logits, of_dtype, k, compact, grad=grad)
+        for ours, theirs in zip((*kept, dlogits), (*expected, expected_dlogits), strict=True):
+            assert torch.equal(ours, theirs)
+    if dtype != torch.bool:
+        bits = of_dtype.view(torch.uint8).clone()
+        bits[2, 70 * dtype.itemsize] ^= 2  # neither 0 nor 1: at a zero, a small number
+        with pytest.raises((ValueError, RuntimeError), match=r"0 or 1.* row 2, class 70"):
+            forward(wing, LR, logits, bits.view(dtype))
+
+
+def test_nan_of_a_float8_without_minus_zero(wing):
+    for dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
+        target = torch.zeros(3, 7, dtype=torch.uint8)
+        target[1, 2] = 0x80
+        with pytest.raises((ValueError, RuntimeError), match="0 or 1"):
+            forward(wing, LR, make_logits(3, 7), target.view(dtype))
+
+
+# --- arguments that do not fit ----------------------------------------------------------------------------------------
+
+
+@both_families
+@both_forms
+@pytest.mark.parametrize("bad", [9, 10**6, 2**31 - 1, -2, -(2**31)])
+def test_picks_that_are_no_classes(wing, formula, compact, bad):
+    logits, target = make_logits(3, 9, torch.float32), make_index(3, 9)
+    kept = forward(wing, formula, logits, target, 4, compact)
+    kept.pick_index[1, -1] = bad
+    with pytest.raises(IndexError, match=r"Picks must be classes or -1, which those of row 1 are not\. \(9 classes\)"):
+        backward(wing, formula, grad_like(formula, logits), logits, target, kept, 4, compact)
+
+
+@both_families
+def test_picks_in_any_order(wing, formula):
+    logits, target = make_logits(3, 40, torch.float32), make_index(3, 40)
+    kept, dlogits = roundtrip(wing, formula, logits, target, 17, True)
+    order = torch.randperm(17)
+    shuffled = kept._replace(pick_index=kept.pick_index[:, order], pick_logit=kept.pick_logit[:, order])
+    grad = grad_like(formula, logits)
+    torch.testing.assert_close(backward(wing, formula, grad, logits, target, shuffled, 17, True), dlogits)
+
+
+def misfits(formula, grad, target, kept):
+    """Arguments of backward for 4 compact picks of 3 rows, one of them of a wrong shape, dtype or device."""
+    tensors = {"grad": grad, "target": target, **dict(zip(kept._fields[1:], kept[1:], strict=True))}
+    for name, tensor in tensors.items():
+        for wrong in (
+            tensor[:2],
+            torch.cat((tensor, tensor)),
+            tensor[None],
+            tensor[..., None],
+            tensor.flatten()[0],
+            tensor[..., :0],
+            tensor.to(torch.int16),
+            tensor.to("meta"),
+        ):
+            yield f"{name} {tuple(wrong.shape)} {wrong.dtype}", {**tensors, name: wrong}, {}
+    for options in (
+        {"k": 2**62},
+        {"k": 2**31},
+        {"k": -1},
+        {"k": 3},
+        {"classes": 0},
+        {"classes": -5},
+        {"classes": 2**31},
+    ):
+        yield str(options), tensors, options
+    empty = {**tensors, "pick_index": kept.pick_index[:, :0], "pick_logit": kept.pick_logit[:, :0]}
+    yield "rows * k overflows", empty, {"k": 2**62}
+    yield "no picks", empty, {}
+
+
+@both_families
+def test_what_backward_refuses(wing, formula):
+    logits, target = make_logits(3, 9, torch.float32), make_index(3, 9)
+    kept = forward(wing, formula, logits, target, 4, True)
+    for what, tensors, options in misfits(formula, grad_like(formula, logits), target, kept):
+        grad, *others = tensors.values()
+        k, classes = options.get("k", 4), options.get("classes", 9)
+        call = getattr(wing, f"{formula.family}_backward")
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            call(grad, None, *others, formula.loss, formula.params, k, -100, classes, True)
+            pytest.fail(what)
+
+
+@both_families
+def test_what_forward_refuses(wing, formula):
+    logits, target = make_logits(3, 9, torch.float32), make_index(3, 9)
+    options = formula.loss, formula.params
+    call = getattr(wing, f"{formula.family}_forward")
+    for wrong in (
+        (logits[0], target, *options, 0),
+        (logits[None], target, *options, 0),
+        (logits[:, :0], target, *options, 0),
+        (logits.long(), target, *options, 0),
+        (logits, target[:2], *options, 0),
+        (logits, target[0], *options, 0),
+        (logits, target.int(), *options, 0),
+        (logits, target.float(), *options, 0),
+        (logits, target[:, None], *options, 0),
+        (logits, torch.zeros(3, 9, 1), *options, 0),
+        (logits, torch.zeros(3, 9, dtype=torch.complex64), *options, 0),
+        (logits, target.to("meta"), *options, 0),
+        (logits.to("meta"), target, *options, 0),
+        (logits, target, *options, -1),
+        (logits, target, *options, 2**31),
+        (logits, target, *options, 2**62),
+        (logits, target, "nothing", [], 0),
+        (logits, target, formula.loss, [1.0, 1.0, 1.0], 0),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            call(*wrong, -100, True)
+            pytest.fail(str(wrong[2:]))
+
+
 # --- tensors as they come ---------------------------------------------------------------------------------------------
 
 
