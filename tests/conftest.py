@@ -12,8 +12,8 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-# A backend is anything with the three doors as attributes. CPU tensors reach the C++ extension through the dispatcher where
-# it was built, and the reference where it was not.
+# A backend is anything with the three doors as attributes. CPU tensors reach the C++ extension through the dispatcher,
+# where it was built, and the reference where it was not.
 BACKENDS = {"reference": reference, "dispatched": torch.ops.fused_losses}
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import fused_losses  # noqa: F401  registers the ops
 from fused_losses import reference
+from fused_losses.losses import LossSpec
 
 OPS = torch.ops.fused_losses
-DOORS = ("softmax_forward", "softmax_backward", "logistic_forward", "logistic_backward")
+DOORS = ("forward", "finish", "backward")
 LINEAR = (
     "linear_forward",
     "linear_forward_picks",
@@ -56,7 +57,7 @@ class Refused(Exception):
 
 def formula_of(draw: random.Random, family: str) -> tuple[str, list[float]]:
     return draw.choice({
-        "softmax": [("cross_entropy", []), ("nllr", []), ("crl", [1.5, 1.0])],
+        "softmax": [("log_odds", []), ("cross_entropy", []), ("nllr", []), ("crl", [1.5, 1.0])],
         "logistic": [("lr", []), ("ss_lr", [2.0]), ("ss_lr", [0.5])],
     }[family])  # fmt: skip
 
@@ -69,69 +70,52 @@ def consistent(draw: random.Random) -> tuple[str, list]:
     )
     formula, params = formula_of(draw, family)
     dtype, k, compact = draw.choice(FLOATING), draw.choice((0, 1, 2, 5, 20)), draw.random() < 0.5
-    logits = torch.randn(rows, classes).to(dtype)
-    part = (0, None) if draw.random() < 0.7 else (draw.choice((0, 4)), 100)
-    if family == "logistic" and draw.random() < 0.4:
-        target = (torch.rand(rows, classes) < 0.3).to(draw.choice(DTYPES[:-1]))
-    else:
-        target = torch.randint(part[1] or classes, (rows,))
-        target[target % 5 == 4] = -100
-    multi_hot = target.dim() == 2
-    name = draw.choice((*DOORS, "loss_forward", "loss_backward", *DOORS, "loss_backward", *LINEAR, "_cpu_elementary"))
-    if name in DOORS:
-        name = name.replace("softmax", family).replace("logistic", family)
+    name = draw.choice((*DOORS, *DOORS, *DOORS, *LINEAR, "_cpu_elementary"))
     if name == "_cpu_elementary":
         return name, [draw.choice(("exp", "log1p")), torch.randn(draw.choice((0, 1, 3, 33)))]
-    if name in LINEAR:
-        return name, linear_arguments(
-            draw, name, family, formula, params, rows, classes, k, compact, target, part, dtype
-        )
-    options = [formula, params, k, -100]
-    kept = getattr(OPS, f"{family}_forward")(logits, target, *options, compact, *part)
-    withheld = logits if k == 0 or not compact or multi_hot or draw.random() < 0.5 else None
-    if name.endswith("forward") and name in DOORS:
-        return name, [logits, target, *options, compact, *part]
-    if name in DOORS:
-        return name, [torch.rand_like(kept[0]), withheld, target, *kept[1:], *options, classes, compact, *part]
-    target = target if multi_hot else target % classes
-    weight = torch.rand(classes, dtype=kept[0].dtype) if draw.random() < 0.3 and not multi_hot else None
+    part = (0, classes) if draw.random() < 0.7 else (draw.choice((0, 4)), 100)
+    multi_hot = family == "logistic" and draw.random() < 0.4
+    ignore_index = draw.choice((-100, None)) if not multi_hot else -100
+    if multi_hot:
+        target = (torch.rand(rows, classes) < 0.3).to(draw.choice(DTYPES[:-1]))
+    else:
+        target = torch.randint(part[1], (rows,))
+        if ignore_index is not None:
+            target[target % 5 == 4] = ignore_index
     alpha = draw.choice((None, 1.5)) if family == "logistic" else None
-    arguments = [
-        logits,
-        target,
-        weight,
-        family,
-        *options[:2],
-        alpha,
-        *options[2:],
-        draw.choice(("none", "sum", "mean")),
-    ]
-    if name == "loss_forward":
-        return name, [*arguments, compact]
-    value, slopes, *kept = OPS.loss_forward(*arguments, compact)
-    return name, [torch.rand_like(value), slopes, withheld, target, *kept, family, *options, classes, compact, 0, None]
+    spec = LossSpec(formula, params, alpha, k, ignore_index, *part, compact)
+    if name in LINEAR:
+        return name, linear_arguments(draw, name, rows, classes, target, spec, dtype)
+    logits, cd = torch.randn(rows, classes).to(dtype), reference.compute_dtype(dtype)
+    weight = torch.rand(part[1], dtype=cd) if draw.random() < 0.3 and not multi_hot else None
+    reduced = target, weight, draw.choice(("none", "sum", "mean")), *spec
+    if name == "forward":
+        return name, [logits, *reduced]
+    loss, coefficients, statistics, *picks = OPS.forward(logits, *reduced)
+    if name == "finish":
+        return name, [statistics, *reduced]
+    withheld = logits if k == 0 or not compact or multi_hot or draw.random() < 0.5 else None
+    return name, [torch.rand_like(loss), coefficients, withheld, target, statistics, *picks, classes, *spec]
 
 
-def linear_arguments(draw, name, family, formula, params, rows, classes, k, compact, target, part, dtype) -> list:
+def linear_arguments(draw, name, rows, classes, target, spec, dtype) -> list:
     layer = [torch.randn(rows, 6, dtype=dtype), torch.randn(classes, 6, dtype=dtype), torch.randn(classes, dtype=dtype)]
     if draw.random() < 0.5:
         layer[2] = None
-    norms = None if draw.random() < 0.5 else torch.rand(classes, dtype=reference.compute_dtype(dtype)) + 0.1
+    cd = reference.compute_dtype(dtype)
+    norms = None if draw.random() < 0.5 else torch.rand(classes, dtype=cd) + 0.1
     if "picks" in name:
-        k = max(k, 1)
+        spec = spec._replace(k=max(spec.k, 1), compact=True)
     if ("picks" in name and target.dim() == 2) or name == "linear_at_once":
-        target, part = torch.randint(classes, (rows,)), (0, None)
-    arguments = [*layer, norms, target, draw.choice((1, 30, 10**6)), family, formula, params, k, -100]
+        target = torch.randint(classes, (rows,))
+        spec = spec._replace(first_class=0, all_classes=classes)
+    arguments = [*layer, norms, target, draw.choice((1, 30, 10**6))]
     wanted = [draw.random() < 0.7 for _ in range(3)]
-    compact = [compact] if "picks" not in name else []
     if name == "linear_at_once":
-        grad = torch.rand((rows,) if family == "softmax" else (rows, 2), dtype=reference.compute_dtype(dtype))
-        return [grad, *arguments, wanted]
+        return [torch.rand(rows, dtype=cd), *arguments, wanted, *spec]
     forward = name.replace("backward", "forward")
-    values, *kept = getattr(OPS, forward)(*arguments, *compact, *part)
-    if forward == name:
-        return [*arguments, *compact, *part]
-    return [torch.rand_like(values), *kept, *arguments, wanted, *compact, *part]
+    seen = getattr(OPS, forward)(*arguments, *spec)
+    return [*arguments, *spec] if forward == name else [torch.rand(rows, 2, dtype=cd), *seen, *arguments, wanted, *spec]
 
 
 def reshaped(draw: random.Random, tensor: Tensor) -> Tensor:
@@ -242,7 +226,7 @@ def case(number: int) -> str:
             arguments[at] = corrupted(draw, arguments[at])
     except Refused:
         return "none"
-    if name not in DOORS and name[:4] != "loss" and any(map(is_freed, arguments)):
+    if name not in DOORS and any(map(is_freed, arguments)):
         return "none"  # PyTorch's own ops read freed memory
     sound = [a for a in arguments if type(a) is Tensor and a.layout == torch.strided and not a.is_nested]
     before = [a.detach().clone() for a in sound if not a.is_meta and not is_freed(a)]

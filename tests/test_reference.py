@@ -615,7 +615,7 @@ MULTI_HOT_DTYPES = (
 
 
 @pytest.mark.parametrize("dtype", MULTI_HOT_DTYPES, ids=str)
-def test_multihot_targets_of_any_dtype(wing, dtype):
+def test_multihot_targets_of_any_dtype(backend, dtype):
     """Also -0.0, and 70 classes: a block that is all zeros and one that is not."""
     logits, target = make_logits(4, 200, torch.float32), make_multihot(4, 200)
     target[:, 64:128] = False
@@ -624,25 +624,25 @@ def test_multihot_targets_of_any_dtype(wing, dtype):
         of_dtype = torch.where(target, of_dtype, -0.0)
         assert of_dtype.signbit().any()
     of_dtype = of_dtype.to(dtype)
-    grad = grad_like(LR, logits)
+    grad = grad_like(logits)
     for k, compact in ((0, False), (5, True), (5, False)):
-        expected, expected_dlogits = roundtrip(wing, LR, logits, target, k, compact, grad=grad)
-        kept, dlogits = roundtrip(wing, LR, logits, of_dtype, k, compact, grad=grad)
+        expected, expected_dlogits = roundtrip(backend, LR, logits, target, k, compact, grad=grad)
+        kept, dlogits = roundtrip(backend, LR, logits, of_dtype, k, compact, grad=grad)
         for ours, theirs in zip((*kept, dlogits), (*expected, expected_dlogits), strict=True):
             assert torch.equal(ours, theirs)
     if dtype != torch.bool:
         bits = of_dtype.view(torch.uint8).clone()
         bits[2, 70 * dtype.itemsize] ^= 2  # neither 0 nor 1: at a zero, a small number
         with pytest.raises((ValueError, RuntimeError), match=r"0 or 1.* row 2, class 70"):
-            forward(wing, LR, logits, bits.view(dtype))
+            forward(backend, LR, logits, bits.view(dtype))
 
 
-def test_nan_of_a_float8_without_minus_zero(wing):
+def test_nan_of_a_float8_without_minus_zero(backend):
     for dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
         target = torch.zeros(3, 7, dtype=torch.uint8)
         target[1, 2] = 0x80
         with pytest.raises((ValueError, RuntimeError), match="0 or 1"):
-            forward(wing, LR, make_logits(3, 7), target.view(dtype))
+            forward(backend, LR, make_logits(3, 7), target.view(dtype))
 
 
 # --- arguments that do not fit ----------------------------------------------------------------------------------------
@@ -651,37 +651,38 @@ def test_nan_of_a_float8_without_minus_zero(wing):
 @both_families
 @both_forms
 @pytest.mark.parametrize("bad", [9, 10**6, 2**31 - 1, -2, -(2**31)])
-def test_picks_that_are_no_classes(wing, formula, compact, bad):
+def test_picks_that_are_no_classes(backend, formula, compact, bad):
     logits, target = make_logits(3, 9, torch.float32), make_index(3, 9)
-    kept = forward(wing, formula, logits, target, 4, compact)
+    kept = forward(backend, formula, logits, target, 4, compact)
     kept.pick_index[1, -1] = bad
     with pytest.raises(IndexError, match=r"Picks must be classes or -1, which those of row 1 are not\. \(9 classes\)"):
-        backward(wing, formula, grad_like(formula, logits), logits, target, kept, 4, compact)
+        backward(backend, formula, grad_like(logits), logits, target, kept, 4, compact)
 
 
 @both_families
-def test_picks_in_any_order(wing, formula):
+def test_picks_in_any_order(backend, formula):
     logits, target = make_logits(3, 40, torch.float32), make_index(3, 40)
-    kept, dlogits = roundtrip(wing, formula, logits, target, 17, True)
+    kept, dlogits = roundtrip(backend, formula, logits, target, 17, True)
     order = torch.randperm(17)
     shuffled = kept._replace(pick_index=kept.pick_index[:, order], pick_logit=kept.pick_logit[:, order])
-    grad = grad_like(formula, logits)
-    torch.testing.assert_close(backward(wing, formula, grad, logits, target, shuffled, 17, True), dlogits)
+    grad = grad_like(logits)
+    torch.testing.assert_close(backward(backend, formula, grad, logits, target, shuffled, 17, True), dlogits)
 
 
-def misfits(formula, grad, target, kept):
-    """Arguments of backward for 4 compact picks of 3 rows, one of them of a wrong shape, dtype or device."""
-    tensors = {"grad": grad, "target": target, **dict(zip(kept._fields[1:], kept[1:], strict=True))}
+def misfits(grad, target, kept):
+    """Arguments of backward in the compact form, 4 picks of 3 rows, one of them of a wrong shape, dtype or device."""
+    tensors = {"grad": grad, "target": target, **kept._asdict()}
+    del tensors["loss"]
     for name, tensor in tensors.items():
         for wrong in (
             tensor[:2],
             torch.cat((tensor, tensor)),
             tensor[None],
             tensor[..., None],
-            tensor.flatten()[0],
             tensor[..., :0],
             tensor.to(torch.int16),
             tensor.to("meta"),
+            *([] if name == "grad" else [tensor.flatten()[0]]),
         ):
             yield f"{name} {tuple(wrong.shape)} {wrong.dtype}", {**tensors, name: wrong}, {}
     for options in (
@@ -689,9 +690,9 @@ def misfits(formula, grad, target, kept):
         {"k": 2**31},
         {"k": -1},
         {"k": 3},
-        {"classes": 0},
-        {"classes": -5},
-        {"classes": 2**31},
+        {"num_classes": 0},
+        {"num_classes": -5},
+        {"num_classes": 2**31},
     ):
         yield str(options), tensors, options
     empty = {**tensors, "pick_index": kept.pick_index[:, :0], "pick_logit": kept.pick_logit[:, :0]}
@@ -700,45 +701,77 @@ def misfits(formula, grad, target, kept):
 
 
 @both_families
-def test_what_backward_refuses(wing, formula):
+def test_what_backward_refuses(backend, formula):
     logits, target = make_logits(3, 9, torch.float32), make_index(3, 9)
-    kept = forward(wing, formula, logits, target, 4, True)
-    for what, tensors, options in misfits(formula, grad_like(formula, logits), target, kept):
-        grad, *others = tensors.values()
-        k, classes = options.get("k", 4), options.get("classes", 9)
-        call = getattr(wing, f"{formula.family}_backward")
+    kept = forward(backend, formula, logits, target, 4, True)
+    for what, tensors, options in misfits(grad_like(logits), target, kept):
+        num_classes = options.get("num_classes", 9)
+        spec = formula.spec(9, options.get("k", 4), True)
+        order = ("target", "statistics", "pick_index", "pick_logit")
         with pytest.raises((ValueError, RuntimeError, IndexError)):
-            call(grad, None, *others, formula.loss, formula.params, k, -100, classes, True)
+            backend.backward(
+                tensors["grad"], tensors["coefficients"], None, *(tensors[name] for name in order), num_classes, *spec
+            )  # fmt: skip
             pytest.fail(what)
 
 
 @both_families
-def test_what_forward_refuses(wing, formula):
-    logits, target = make_logits(3, 9, torch.float32), make_index(3, 9)
-    options = formula.loss, formula.params
-    call = getattr(wing, f"{formula.family}_forward")
+def test_what_forward_refuses(backend, formula):
+    logits, target, weight, spec = make_logits(3, 9, torch.float32), make_index(3, 9), torch.ones(9), formula.spec(9)
     for wrong in (
-        (logits[0], target, *options, 0),
-        (logits[None], target, *options, 0),
-        (logits[:, :0], target, *options, 0),
-        (logits.long(), target, *options, 0),
-        (logits, target[:2], *options, 0),
-        (logits, target[0], *options, 0),
-        (logits, target.int(), *options, 0),
-        (logits, target.float(), *options, 0),
-        (logits, target[:, None], *options, 0),
-        (logits, torch.zeros(3, 9, 1), *options, 0),
-        (logits, torch.zeros(3, 9, dtype=torch.complex64), *options, 0),
-        (logits, target.to("meta"), *options, 0),
-        (logits.to("meta"), target, *options, 0),
-        (logits, target, *options, -1),
-        (logits, target, *options, 2**31),
-        (logits, target, *options, 2**62),
-        (logits, target, "nothing", [], 0),
-        (logits, target, formula.loss, [1.0, 1.0, 1.0], 0),
+        (logits[0], target, None, "none", *spec),
+        (logits[None], target, None, "none", *spec),
+        (logits[:, :0], target, None, "none", *spec),
+        (logits.long(), target, None, "none", *spec),
+        (logits, target[:2], None, "none", *spec),
+        (logits, target[0], None, "none", *spec),
+        (logits, target.int(), None, "none", *spec),
+        (logits, target.float(), None, "none", *spec),
+        (logits, target[:, None], None, "none", *spec),
+        (logits, torch.zeros(3, 9, 1), None, "none", *spec),
+        (logits, torch.zeros(3, 9, dtype=torch.complex64), None, "none", *spec),
+        (logits, target.to("meta"), None, "none", *spec),
+        (logits.to("meta"), target, None, "none", *spec),
+        (logits, target, weight[:8], "none", *spec),
+        (logits, target, weight[None], "none", *spec),
+        (logits, target, weight.double(), "none", *spec),
+        (logits, target, weight.to("meta"), "none", *spec),
+        (logits, make_multihot(3, 9), weight, "none", *spec),
+        (logits, target, None, "median", *spec),
+        (logits, target, None, "none", *spec._replace(k=-1)),
+        (logits, target, None, "none", *spec._replace(k=2**31)),
+        (logits, target, None, "none", *spec._replace(k=2**62)),
+        (logits, target, None, "none", *spec._replace(loss="nothing", params=[])),
+        (logits, target, None, "none", *spec._replace(params=[1.0, 1.0, 1.0])),
     ):
         with pytest.raises((ValueError, RuntimeError)):
-            call(*wrong, -100, True)
+            backend.forward(*wrong)
+            pytest.fail(str(wrong[2:]))
+
+
+@both_families
+def test_what_finish_refuses(backend, formula):
+    statistics, target, weight, spec = torch.zeros(3, 3), make_index(3, 9), torch.ones(9), formula.spec(9)
+    for wrong in (
+        (statistics[0], target, None, "none", *spec),
+        (statistics[:2], target, None, "none", *spec),
+        (statistics[:, :2], target, None, "none", *spec),
+        (torch.zeros(3, 4), target, None, "none", *spec),
+        (statistics.half(), target, None, "none", *spec),
+        (statistics.long(), target, None, "none", *spec),
+        (statistics.to("meta"), target, None, "none", *spec),
+        (statistics, target[:2], None, "none", *spec),
+        (statistics, target.int(), None, "none", *spec),
+        (statistics, make_multihot(3, 9), None, "none", *spec),
+        (statistics, target, weight[:8], "none", *spec),
+        (statistics, target, weight.double(), "none", *spec),
+        (statistics, target, None, "median", *spec),
+        (statistics, target, None, "none", *spec._replace(loss="nothing", params=[])),
+        (statistics, target, None, "none", *spec._replace(params=[1.0, 1.0, 1.0])),
+        (statistics, target, None, "none", *spec._replace(all_classes=0)),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            backend.finish(*wrong)
             pytest.fail(str(wrong[2:]))
 
 
