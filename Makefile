@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-plain test-sanitized machine-code bench lint format clean
+.PHONY: help demo test fuzz test-plain sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,14 +35,19 @@ test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tr
 
 # -O1: with sanitizers, -O3 takes the compiler ten times as long
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-test-sanitized: $(INSTALLED) ## the tests that reach C++, on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+SANITIZED := cd out/sanitized && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 UBSAN_OPTIONS=print_stacktrace=1 ../../$(BIN)/python -m pytest
+sanitized: $(INSTALLED)
 	rm -rf out/sanitized && mkdir -p out/sanitized && git ls-files -z | xargs -0 cp --parents -t out/sanitized
 	cd out/sanitized && FUSED_LOSSES_CXXFLAGS="$(SANITIZE) -fno-omit-frame-pointer -g1 -O1" LDFLAGS="$(SANITIZE)" FUSED_LOSSES_BUILD_EXT=1 \
 		../../$(BIN)/python setup.py -q build_ext --inplace
-	cd out/sanitized && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-		ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 UBSAN_OPTIONS=print_stacktrace=1 \
-		../../$(BIN)/python -m pytest tests/test_cpu.py tests/test_reference.py tests/test_selection.py tests/test_edges.py \
+
+test-sanitized: sanitized ## the tests that reach C++, on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(SANITIZED) tests/test_cpu.py tests/test_reference.py tests/test_selection.py tests/test_edges.py tests/test_fuzz_ops.py \
 		--deselect tests/test_cpu.py::test_calls_do_not_leak $(ARGS)  # it counts pages, and the sanitizer's own come in between
+
+fuzz-sanitized: sanitized ## 20,000 random arguments of the raw ops on that build
+	$(SANITIZED) tests/test_fuzz_ops.py -m slow $(ARGS)
 
 bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark), write out/bench.json, draw out/bench.png
 	mkdir -p out

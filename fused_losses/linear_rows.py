@@ -201,6 +201,7 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias from the rows' coefficients: *again*."""
     spec = LossSpec(*spec)
+    _check_rows(input, target, coefficients, statistics, pick_index, pick_logit)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
     one = coefficients.new_ones(())
@@ -216,6 +217,7 @@ def _linear_at_once(
     """Values and statistics of the rows, and the gradients of input, weight and bias for the share (rows,) that each
     row has in the loss: *at once*."""
     spec = LossSpec(*spec)
+    _check_rows(input, target, share)
     _check_target(input, target, spec)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
@@ -229,8 +231,15 @@ def _linear_at_once(
     return values, statistics, *gradients.result()
 
 
+def _check_rows(*tensors: Tensor) -> None:
+    """A chunk takes its rows of each: of what has more, some would be left over."""
+    if len({tensor.shape[:1] for tensor in tensors}) > 1:
+        raise ValueError(f"expected as many rows in each tensor, got {[tuple(tensor.shape) for tensor in tensors]}")
+
+
 def _check_target(input: Tensor, target: Tensor, spec: LossSpec) -> None:
     """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here."""
+    _check_rows(input, target)
     if input.device.type == "cpu" and target.dim() == 1:
         reference.check_target(target, spec.all_classes, spec.ignore_index)
 
@@ -354,6 +363,9 @@ def _pick_gradients(
     every run.
     """
     num_classes = weight.shape[0]
+    _check_rows(input, target, coefficients, statistics, pick_index, pick_logit)
+    if input.device.type == "cpu":
+        reference.check_picks(pick_index, num_classes)
     to_negatives, to_target = coefficients.split(1, dim=1)  # (rows, 1) each
     dz = reference.gradient_of_negatives(to_negatives, statistics, pick_logit.to(statistics.dtype), spec)
     classes = torch.cat((target[:, None] - spec.first_class, pick_index), dim=1)  # (rows, 1 + k)

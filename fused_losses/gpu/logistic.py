@@ -20,6 +20,7 @@ from .rows import (
     tile_lanes,
     write_gradient,
 )
+from .sums import add, finish, fold
 
 
 @triton.jit
@@ -37,17 +38,18 @@ def index_row(
     last = last_tile(first, behind, target - head, TILE)
 
     # Padding and the target enter as -inf, where every VALUE is 0.
-    sums = tl.zeros((LANES,), tl.float32)
+    sums = tl.zeros((LANES // VECTOR,), tl.float32)
+    rest = tl.zeros((LANES // VECTOR,), tl.float32)
     for i in range(first, behind - 1):
         z = load_tile(body_ptr, i + (i >= last).to(tl.int32), body, ROWS, LANES)
-        sums += tl.sum(VALUE(z, a, b, FAST), axis=0)
+        sums, rest = add(sums, rest, fold(VALUE(z, a, b, FAST), VECTOR))
     z = load_tile(body_ptr, last, body, ROWS, LANES)
     z = tl.where(tile_lanes(ROWS, LANES) == target - head - last * TILE, float("-inf"), z)
-    sums += tl.sum(VALUE(z, a, b, FAST), axis=0)
+    sums, rest = add(sums, rest, fold(VALUE(z, a, b, FAST), VECTOR))
 
     rim, inside = rim_classes(head, body, visited, VECTOR)
     z = tl.load(row_ptr + rim, mask=inside & (rim != target), other=float("-inf")).to(tl.float32)
-    neg = tl.sum(sums, axis=0) + tl.sum(VALUE(z, a, b, FAST), axis=0)
+    neg = finish(sums, rest) + tl.sum(VALUE(z, a, b, FAST), axis=0)
 
     counted = live & (target >= 0) & (tl.program_id(1) == 0)
     z_y = tl.load(row_ptr + target, mask=counted, other=0.0).to(tl.float32)
@@ -87,22 +89,21 @@ def multi_hot_row(
     lanes = tile_lanes(ROWS, LANES)
     first, behind = part_of(body, TILE)
 
-    pos = tl.zeros((LANES,), tl.float32)
-    neg = tl.zeros((LANES,), tl.float32)
-    count = tl.zeros((LANES,), tl.float32)
+    zeros = tl.zeros((LANES // VECTOR,), tl.float32)
+    pos, pos_rest, neg, neg_rest, count = zeros, zeros, zeros, zeros, zeros
     for tile in range(first, behind):
         z = load_tile(body_ptr, tile, body, ROWS, LANES)
         positive = multi_hot(target_body_ptr + tile * TILE, lanes, lanes < body - tile * TILE)
-        pos += tl.sum(tl.where(positive, softplus(-z, FAST), 0.0), axis=0)
-        neg += tl.sum(tl.where(positive, 0.0, VALUE(z, a, b, FAST)), axis=0)
-        count += tl.sum(positive.to(tl.float32), axis=0)
+        pos, pos_rest = add(pos, pos_rest, fold(tl.where(positive, softplus(-z, FAST), 0.0), VECTOR))
+        neg, neg_rest = add(neg, neg_rest, fold(tl.where(positive, 0.0, VALUE(z, a, b, FAST)), VECTOR))
+        count += fold(positive.to(tl.float32), VECTOR)
 
     rim, inside = rim_classes(head, body, num_classes, VECTOR)
     z = tl.load(row_ptr + rim, mask=inside, other=float("-inf")).to(tl.float32)
     positive = multi_hot(target_row_ptr, rim, inside)
     return (
-        tl.sum(pos, axis=0) + tl.sum(tl.where(positive, softplus(-z, FAST), 0.0), axis=0),
-        tl.sum(neg, axis=0) + tl.sum(tl.where(positive, 0.0, VALUE(z, a, b, FAST)), axis=0),
+        finish(pos, pos_rest) + tl.sum(tl.where(positive, softplus(-z, FAST), 0.0), axis=0),
+        finish(neg, neg_rest) + tl.sum(tl.where(positive, 0.0, VALUE(z, a, b, FAST)), axis=0),
         0.0,
         tl.sum(count, axis=0) + tl.sum(positive.to(tl.float32), axis=0),
     )

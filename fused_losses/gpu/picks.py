@@ -32,6 +32,7 @@ from .select import (
     survey,
     survey_held,
 )
+from .sums import add, finish, fold
 
 _INF = tl.constexpr(float("inf"))
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
@@ -91,18 +92,19 @@ def multi_hot_target(
     """The same from one walk over the row's target: (.., 0, sum of softplus(-z) over the positives, their number)"""
     VECTOR: tl.constexpr = 128 // body_ptr.dtype.element_ty.primitive_bitwidth
     _, target_body_ptr = open_target(target_ptr, target_phase, row, target_stride, VECTOR)
-    pos = tl.zeros((LANES,), tl.float32)
+    pos = tl.zeros((LANES // VECTOR,), tl.float32)
+    rest = tl.zeros((LANES // VECTOR,), tl.float32)
     count = tl.zeros((LANES,), tl.int32)
     for tile in range(tl.cdiv(body, ROWS * LANES)):
         lanes = tile * (ROWS * LANES) + tile_lanes(ROWS, LANES)
         positive = multi_hot(target_body_ptr, lanes, lanes < body)
         z = tl.where(positive, load_tile(body_ptr, tile, body, ROWS, LANES), _INF)  # softplus(-inf) = 0
-        pos += tl.sum(softplus(-z, FAST), axis=0)
+        pos, rest = add(pos, rest, fold(softplus(-z, FAST), VECTOR))
         count += tl.sum(positive.to(tl.int32), axis=0)
     _, rim_position, rim_inside = open_rim(body_ptr, head, body, num_classes, VECTOR)
     rim_positive = multi_hot(target_body_ptr, rim_position, rim_inside)
     rim = tl.load(body_ptr + rim_position, mask=rim_positive, other=_INF).to(tl.float32)
-    pos_sum = tl.sum(pos, axis=0) + tl.sum(softplus(-rim, FAST), axis=0)
+    pos_sum = finish(pos, rest) + tl.sum(softplus(-rim, FAST), axis=0)
     number = tl.sum(count, axis=0) + tl.sum(rim_positive.to(tl.int32), axis=0)
     zero = tl.full((), 0.0, tl.float32)
     return (target_body_ptr,), number >= 0, zero, zero, pos_sum, number

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reductions
 from .launch import launch
+from .sums import add, finish
 
 _MOST_WARPS = 8
 
@@ -22,6 +23,7 @@ def reduce_terms_kernel(
     """slopes (rows, COLUMNS); terms (rows, 1): the values, or (rows, 2): pos and neg."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
+    rest = tl.zeros((BLOCK,), tl.float32)
     counted = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, num_rows, BLOCK):
         row = (begin + lanes).to(tl.int64)
@@ -31,14 +33,14 @@ def reduce_terms_kernel(
             value += neg_scale * tl.load(terms_ptr + row * 2 + 1, inside, 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + row, value, inside)
-        total += value
+        total, rest = add(total, rest, value)
         if REDUCTION == "mean":
             counted += (tl.load(target_ptr + row * target_stride, inside, ignore_index) != ignore_index).to(tl.int32)
     divisor = 1.0
     if REDUCTION == "mean":
         divisor = tl.sum(counted, 0).to(tl.float32)
     if REDUCTION != "none":
-        tl.store(loss_ptr, tl.sum(total, 0) / divisor)
+        tl.store(loss_ptr, finish(total, rest) / divisor)
     for begin in range(0, num_rows, BLOCK):
         row = (begin + lanes).to(tl.int64)
         inside = row < num_rows

@@ -163,7 +163,7 @@ def scatter_kernel(
         z = tl.load(pick_logit_ptr + row * k + slot, mask=slot < k, other=float("-inf")).to(tl.float32)
         here = _filled_here(classes - head, first * TILE, behind * TILE, body)
         values = scale * NEGATIVE(z, p, q, SLOPE, FAST)
-        tl.store(drow_ptr + classes, values.to(element), mask=(classes >= 0) & here)
+        tl.store(drow_ptr + classes, values.to(element), mask=(classes >= 0) & (classes < num_classes) & here)
 
 
 @triton.jit

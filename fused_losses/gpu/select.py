@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .logistic import multi_hot
 from .rows import load_tile, tile_lanes
+from .sums import add, finish
 
 _INF = tl.constexpr(float("inf"))
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
@@ -379,13 +380,14 @@ def emit_compact(
     rim_picked = rim_allowed & ((rim >= at_least) | ((rim == tie) & (rim_position <= last)))
     in_tail = rim_position >= 0
     sums = tl.zeros((GROUPS,), tl.float32)
+    rest = tl.zeros((GROUPS,), tl.float32)
     in_head = tl.sum((rim_picked & ~in_tail).to(tl.int32), axis=0)
     taken = in_head
     for tile in range(tl.cdiv(body, GROUPS * VECTOR)):
         x, positions, inside = load_groups(body_ptr, tile, body, GROUPS, VECTOR)
         classes, allowed = VIEW(info, head, positions, inside)
         picked = allowed & ((x >= at_least) | ((x == tie) & (positions <= last)))
-        sums += tl.sum(tl.where(picked, TERM(x, top, a, b, VALUE, FAST), 0.0), axis=1)
+        sums, rest = add(sums, rest, tl.sum(tl.where(picked, TERM(x, top, a, b, VALUE, FAST), 0.0), axis=1))
         picked_columns, ranks, number = rank_columns(picked)
         store_columns(pick_index_ptr + taken, ranks, picked_columns, wanted - taken, classes)
         store_columns(pick_logit_ptr + taken, ranks, picked_columns, wanted - taken, x.to(element))
@@ -399,7 +401,7 @@ def emit_compact(
         slot = start + tl.arange(0, GROUPS)
         tl.store(pick_index_ptr + slot, -1, mask=slot < k)
         tl.store(pick_logit_ptr + slot, tl.full((GROUPS,), -_INF, tl.float32).to(element), mask=slot < k)
-    return tl.sum(sums, axis=0) + tl.sum(tl.where(rim_picked, TERM(rim, top, a, b, VALUE, FAST), 0.0), axis=0)
+    return finish(sums, rest) + tl.sum(tl.where(rim_picked, TERM(rim, top, a, b, VALUE, FAST), 0.0), axis=0)
 
 
 @triton.jit
@@ -414,13 +416,14 @@ def emit_threshold(
     rim_picked = rim_allowed & ((rim >= at_least) | ((rim == tie) & (rim_position <= last)))
     total = tl.sum(tl.where(rim_picked, TERM(rim, top, a, b, VALUE, FAST), 0.0), axis=0)
     sums = tl.zeros((GROUPS,), tl.float32)
+    rest = tl.zeros((GROUPS,), tl.float32)
     lowest = tl.full((GROUPS, VECTOR), _INF, tl.float32)  # of every lane, and its highest class
     lowest_class = tl.full((GROUPS, VECTOR), -1, tl.int32)
     for tile in range(tl.cdiv(body, GROUPS * VECTOR)):
         x, positions, inside = load_groups(body_ptr, tile, body, GROUPS, VECTOR)
         classes, allowed = VIEW(info, head, positions, inside)
         picked = allowed & ((x >= at_least) | ((x == tie) & (positions <= last)))
-        sums += tl.sum(tl.where(picked, TERM(x, top, a, b, VALUE, FAST), 0.0), axis=1)
+        sums, rest = add(sums, rest, tl.sum(tl.where(picked, TERM(x, top, a, b, VALUE, FAST), 0.0), axis=1))
         lower = picked & (x <= lowest)
         lowest = tl.where(lower, x, lowest)
         lowest_class = tl.where(lower, classes, lowest_class)
@@ -431,4 +434,4 @@ def emit_threshold(
     edge_class = tl.maximum(edge_class, tl.max(tl.where(rim_picked & (rim == bottom), rim_classes, -1), axis=0))
     tl.store(pick_index_ptr, edge_class)
     tl.store(pick_logit_ptr, tl.load(row_ptr + edge_class, mask=edge_class >= 0, other=-_INF))
-    return total + tl.sum(sums, axis=0)
+    return total + finish(sums, rest)

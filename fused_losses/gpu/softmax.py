@@ -5,18 +5,23 @@ import triton.language as tl
 
 from .formulas import exp
 from .rows import SIZES, last_tile, load_tile, open_row, part_of, read_index, rim_classes, tile_lanes, write_gradient
+from .sums import add, finish, fold
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: a finite start keeps -inf - top from being NaN
 
 
 @triton.jit
-def _online(top, total, x):
-    """Maximum and sum of exp(x - maximum) of every lane, (LANES,), with a tile x (ROWS, LANES) taken in.
+def _online(top, total, rest, x, VECTOR: tl.constexpr):
+    """Maximum and sum of exp(x - maximum) of every thread, (LANES // VECTOR,), with a tile x (ROWS, LANES) taken in.
 
     A NaN or +inf turns the sum to NaN and stays there; the maximum alone would lose a NaN.
     """
-    higher = tl.maximum(top, tl.max(x, axis=0))
-    return higher, total * exp(top - higher, True) + tl.sum(exp(x - higher[None, :], True), axis=0)
+    x = tl.reshape(x, (x.shape[0], x.shape[1] // VECTOR, VECTOR))
+    higher = tl.maximum(top, tl.max(tl.max(x, axis=0), axis=1))
+    terms = exp(x - higher[None, :, None], True)
+    scale = exp(top - higher, True)
+    total, rest = add(total * scale, rest * scale, fold(tl.reshape(terms, (x.shape[0], x.shape[1] * VECTOR)), VECTOR))
+    return higher, total, rest
 
 
 @triton.jit
@@ -28,19 +33,21 @@ def _negatives(logits_ptr, phase, row, row_stride, num_classes, target, ROWS: tl
     first, behind = part_of(body, TILE)
     last = last_tile(first, behind, target - head, TILE)
 
-    top = tl.full((LANES,), _LOWEST, tl.float32)
-    total = tl.zeros((LANES,), tl.float32)
+    top = tl.full((LANES // VECTOR,), _LOWEST, tl.float32)
+    total = tl.zeros((LANES // VECTOR,), tl.float32)
+    rest = total
     for i in range(first, behind - 1):
         x = load_tile(body_ptr, i + (i >= last).to(tl.int32), body, ROWS, LANES)
-        top, total = _online(top, total, x)
+        top, total, rest = _online(top, total, rest, x, VECTOR)
     x = load_tile(body_ptr, last, body, ROWS, LANES)
     x = tl.where(tile_lanes(ROWS, LANES) == target - head - last * TILE, float("-inf"), x)
-    top, total = _online(top, total, x)
+    top, total, rest = _online(top, total, rest, x, VECTOR)
 
     rim, inside = rim_classes(head, body, num_classes, VECTOR)
     x = tl.load(row_ptr + rim, mask=inside & (rim != target), other=float("-inf")).to(tl.float32)
     highest = tl.maximum(tl.max(top, axis=0), tl.max(x, axis=0))
-    return highest, tl.sum(total * exp(top - highest, True), axis=0) + tl.sum(exp(x - highest, True), axis=0)
+    scale = exp(top - highest, True)
+    return highest, finish(total * scale, rest * scale) + tl.sum(exp(x - highest, True), axis=0)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from gpu_doors import (
     step,
 )
 
+import cases
 from fused_losses import reference
 from fused_losses.gpu import launch
 
@@ -134,6 +135,48 @@ def test_soft_selection_is_as_accurate_as_torch(gamma, device, monkeypatch):
         assert error <= 2 * torchs, f"{name}: {error:.2e}, torch's own {torchs:.2e}"
 
 
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "formula, dtype, classes",
+    [("lr", torch.float32, 16389), ("ss_lr", torch.bfloat16, 16389), ("crl", torch.float32, 65541)],
+    ids=str,
+)
+def test_many_equal_terms(formula, dtype, classes, device, monkeypatch):
+    """A plain sum of them rounds every time in the same direction. One program has hundreds of tiles."""
+    monkeypatch.setattr(launch, "parts_for", lambda *_: 1)
+    logits, target = torch.zeros((1, classes), dtype=dtype), torch.tensor([classes - 1])
+    if formula == "crl":
+        logits[:, :64] = 0.3  # the largest of every thread: the other terms are no powers of two
+    rows, state, dlogits = step(launch, formula, logits.to(device), target.to(device), make_grad(formula, 1).to(device))
+    same, truth = (step(reference, formula, z, target, make_grad(formula, 1).to(z)) for z in (logits, logits.double()))
+    for what, ours, theirs, exact in zip(
+        ("rows", "state", "dlogits"), (rows, state, dlogits), same, truth, strict=True
+    ):
+        cases.assert_as_accurate(ours.cpu(), theirs, exact, what)
+
+
+def test_many_equal_positives(device, monkeypatch):
+    monkeypatch.setattr(launch, "parts_for", lambda *_: 1)
+    logits, target = torch.zeros((1, 16389)), torch.ones((1, 16389), dtype=torch.bool)
+    target[0, 9000:] = False
+    rows, state, _ = step(launch, "lr", logits.to(device), target.to(device), make_grad("lr", 1).to(device))
+    same, _, _ = step(reference, "lr", logits, target, make_grad("lr", 1))
+    truth = math.log(2) * torch.tensor([[9000, 7389]], dtype=torch.float64)
+    for column in range(2):
+        cases.assert_as_accurate(rows[:, column].cpu(), same[:, column], truth[:, column], "sum")
+    assert state[0, 1] == 9000
+
+
+def test_infinite_terms_among_many(device):
+    logits, target = torch.zeros((2, 999)), torch.tensor([3, 3])
+    logits[0, 70] = logits[1, 3] = INF
+    rows, _, _ = step(launch, "lr", logits.to(device), target.to(device), make_grad("lr", 2).to(device))
+    assert rows[0].tolist() == [pytest.approx(math.log(2)), INF]
+    assert rows[1].tolist() == [0.0, pytest.approx(998 * math.log(2))]
+
+
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +211,14 @@ def test_index_targets_of_any_stride(formula, device):
     compare(formula, logits.to(device), torch.tensor(7, device=device).expand(4))
 
 
-@pytest.mark.parametrize("target_dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "target_dtype",
+    [
+        torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32, torch.uint16, torch.uint32, torch.uint64,
+        torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e5m2fnuz,
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("formula", ["lr", "ss_lr"])
 def test_multi_hot(formula, dtype, target_dtype, device):

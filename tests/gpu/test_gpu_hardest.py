@@ -23,6 +23,8 @@ from gpu_doors import (
 from torch import Tensor
 from triton.runtime import interpreter
 
+import cases
+from fused_losses import reference
 from fused_losses.gpu import hardest
 from fused_losses.gpu.hardest import Plan
 
@@ -163,6 +165,20 @@ def test_formulas(formula, regime, compact, device, force):
     compare(formula, logits.to(device), targets_for(logits).to(device), 5, compact)
 
 
+@pytest.mark.parametrize("formula, compact", [("lr", True), ("ss_lr", False)], ids=["compact", "threshold"])
+def test_many_equal_picks(formula, compact, device, force):
+    """A plain sum of their terms rounds every time in the same direction."""
+    force("walked")
+    logits, target, k = torch.zeros((1, 8195)), torch.tensor([5]), 8000
+    loss, params = FORMULAS[formula]
+
+    def step(wing, logits):
+        return wing.logistic_forward(logits, target, loss, params, k, IGNORED, compact)[0]
+
+    ours, same, truth = step(hardest, logits.to(device)), step(reference, logits), step(reference, logits.double())
+    cases.assert_as_accurate(ours.cpu(), same, truth, "sums")
+
+
 @each_form
 @pytest.mark.parametrize(
     ("regime", "formula", "kind"),
@@ -297,6 +313,21 @@ def test_every_write_lies_in_the_row_s_own_memory(k, traffic, force, monkeypatch
     outputs = hardest.logistic_forward(logits, torch.tensor([7]), "lr", [], k, IGNORED, True)
     known = sum(traffic(tensor)[1] for tensor in (*outputs, *kept[0][:2]))
     assert known == traffic.everything()[1]
+
+
+def test_picks_that_are_no_classes_are_written_nowhere(traffic):
+    """They come from whoever kept them since forward."""
+    classes, outside = 131, torch.tensor([[131, -1, 7, 132, 10**6, 2**31 - 1, -2, -(2**31)]], dtype=torch.int32)
+    logits, target = torch.randn((1, classes), generator=torch.Generator().manual_seed(8)), torch.tensor([3])
+    for kind, formula in (("softmax", "crl"), ("logistic", "lr")):
+        loss, params = FORMULAS[formula]
+        outputs = getattr(hardest, f"{kind}_forward")(logits, target, loss, params, 8, IGNORED, True)
+        backward, grad = getattr(hardest, f"{kind}_backward"), torch.ones_like(outputs[0])
+        before = traffic.everything()[1]
+        options = loss, params, 8, IGNORED, classes, True
+        dlogits = backward(grad, None, target, outputs[1], outside, outputs[3], *options)
+        assert traffic(dlogits)[1] == traffic.everything()[1] - before == classes + 2
+        assert dlogits.nonzero()[:, 1].tolist() == [3, 7]
 
 
 @pytest.mark.parametrize("regime", ["held", "walked", "blocks of 16"])
