@@ -25,6 +25,7 @@ from .class_parallel import ClassShard, LossFromShard, width_of_shard
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 
 IGNORE_INDEX = -100
+LEAST_LABEL = -(2**63)
 REDUCTIONS = ("none", "mean", "sum")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,7 +37,7 @@ def cross_entropy(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -52,7 +53,7 @@ def cross_entropy(
             class index first. Default: all negatives.
         ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
         weight: (C,), floating: row i counts weight[target[i]] times, and the mean divides by the sum of these.
-        ignore_index: rows with this target count nothing and get a zero gradient.
+        ignore_index: rows with this target count nothing and get a zero gradient. None: every row counts.
         reduction: "none" | "mean" (over the rows not ignored; NaN if there are none) | "sum".
         check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
             elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
@@ -76,7 +77,7 @@ def nllr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -98,7 +99,7 @@ def crl_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -123,7 +124,7 @@ def lr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -152,7 +153,7 @@ def hs_lr_loss(
     ratio: float | None = None,
     alpha: float = HSLR.alpha,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -181,7 +182,7 @@ def ss_lr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -207,16 +208,16 @@ def apply(
     k: int | None,
     ratio: float | None,
     weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     reduction: str,
     check_targets: bool,
     shard: ClassShard | None,
 ) -> Tensor:
     """The one way from a user's arguments to the autograd functions."""
-    check_options(loss, k, ratio, reduction)
+    check_options(loss, k, ratio, ignore_index, reduction)
     num_classes = _check_logits(logits, shard)
     check_batch(loss, logits.shape, num_classes, logits.device, target, weight, ignore_index)
-    rows, target, k = as_rows(logits, target, num_classes, k, ratio)
+    rows, target, k, ignore_index = as_rows(logits, target, num_classes, k, ratio, ignore_index)
     alpha = loss.alpha if loss.family == "logistic" else None
     if weight is not None:
         weight = weight.to(reference.compute_dtype(logits.dtype))
@@ -236,21 +237,31 @@ def check_here(check_targets: bool, device: torch.device, shard: ClassShard | No
 
 
 def as_rows(
-    x: Tensor, target: Tensor, num_classes: int, k: int | None, ratio: float | None
-) -> tuple[Tensor, Tensor, int]:
-    """What the doors take: x and target with a row dimension, int64 class indices, k = 0 for all negatives."""
+    x: Tensor, target: Tensor, num_classes: int, k: int | None, ratio: float | None, ignore_index: int | None
+) -> tuple[Tensor, Tensor, int, int]:
+    """What the doors take: x and target with a row dimension, int64 class indices, k = 0 for all negatives, and an
+    ignore_index."""
     multi_hot = target.dim() == x.dim()
-    if not multi_hot:
+    if multi_hot:
+        ignore_index = IGNORE_INDEX  # the doors look for none
+    else:
+        unsigned = target.dtype == torch.uint64  # no label is negative, but as int64 a wrong one may be
         target = target.long()
+        if ignore_index is None or (unsigned and ignore_index < 0):
+            # No label is to be ignored, and the doors want a number: the least one, once no label is that any more. A
+            # label that was stays out of range, and gets the error or the NaN of all such labels.
+            target, ignore_index = target.clamp(min=LEAST_LABEL + 1), LEAST_LABEL
     if x.dim() == 1:
         x, target = x.unsqueeze(0), target.unsqueeze(0)
     if ratio is not None:
         k = max(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
     most_negatives = num_classes if multi_hot else num_classes - 1
-    return x, target, 0 if k is None or k >= most_negatives else operator.index(k)
+    return x, target, 0 if k is None or k >= most_negatives else operator.index(k), operator.index(ignore_index)
 
 
-def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str) -> None:
+def check_options(
+    loss: Loss, k: int | None, ratio: float | None, ignore_index: int | None, reduction: str
+) -> None:
     """What can be said of the options before there are logits."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction: expected one of {', '.join(REDUCTIONS)}")
@@ -258,19 +269,28 @@ def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str
         raise ValueError(f"k and ratio exclude each other, got k={k} and ratio={ratio}")
     if k is None and ratio is None and isinstance(loss, HSLR):
         raise ValueError("hs_lr_loss needs k or ratio: how many of the most confusing negatives to keep")
-    if k is not None and not hasattr(k, "__index__"):
-        raise TypeError(f"k must be an integer, got {type(k).__name__}")
-    if k is not None and operator.index(k) < 1:
+    if k is not None and as_integer("k", k) < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if ratio is not None and not isinstance(ratio, Real):
+    if ratio is not None and (not isinstance(ratio, Real) or isinstance(ratio, bool)):
         raise TypeError(f"ratio must be a number, got {type(ratio).__name__}")
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    if ignore_index is not None and not LEAST_LABEL <= as_integer("ignore_index", ignore_index) < 2**63:
+        raise ValueError(f"ignore_index must be an int64, got {ignore_index}")
+
+
+def as_integer(name: str, value: int) -> int:
+    """value, an int or what converts to one without loss (a NumPy integer); neither a bool nor a float."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    return operator.index(value)
 
 
 def _check_logits(logits: Tensor, shard: ClassShard | None) -> int:
     """The number of classes."""
-    if type(logits) is not Tensor:
+    if type(logits) is not Tensor or logits.layout is not torch.strided:
         check_kind("logits", logits)
     if logits.dtype not in FLOATING:
         raise TypeError(f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}")
@@ -293,14 +313,14 @@ def check_batch(
     device: torch.device,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> None:
     """Whether target and weight fit logits of this shape on this device; num_classes is that of all shards."""
     _check_target(loss, shape, device, target)
     multi_hot = target.dim() == len(shape)
     if weight is not None:
         _check_weight(weight, num_classes, device, multi_hot)
-    if multi_hot and ignore_index != IGNORE_INDEX:
+    if multi_hot and ignore_index not in (None, IGNORE_INDEX):
         raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
 
 
@@ -314,6 +334,10 @@ def check_kind(name: str, tensor: Tensor) -> None:
         )
 
 
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got one of layout {tensor.layout}: give {name}.to_dense()")
+
+
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise RuntimeError(
@@ -322,8 +346,8 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _check_target(loss: Loss, shape: torch.Size, device: torch.device, target: Tensor) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if type(target) is not Tensor or target.layout is not torch.strided:
+        check_kind("target", target)
     check_device("target", target, device)
     if target.dim() == len(shape):
         return _check_same_rank(loss, shape, target)
@@ -352,15 +376,26 @@ def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
         raise ValueError(f"multi-hot target size must be the same as logits size: {_shapes(shape, target)}{hint}")
     if target.dtype.is_complex:
         raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
+    if target.requires_grad:
+        raise ValueError("the losses are not differentiable by a multi-hot target: pass target.detach()")
 
 
 def _shapes(shape: torch.Size, target: Tensor) -> str:
     return f"got target {tuple(target.shape)} for logits {tuple(shape)}"
 
 
+def check_kind_of_weight(weight: Tensor) -> None:
+    """What can be said of class weights before there are logits."""
+    if type(weight) is not Tensor or weight.layout is not torch.strided:
+        check_kind("weight", weight)
+    if weight.dtype not in FLOATING:
+        raise TypeError(f"expected a floating-point weight, got {weight.dtype}")
+    if weight.requires_grad:
+        raise ValueError("the losses are not differentiable by weight: pass weight.detach()")
+
+
 def _check_weight(weight: Tensor, num_classes: int, device: torch.device, multi_hot: bool) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    check_kind_of_weight(weight)
     if multi_hot:
         raise ValueError("weight works with class-index targets only, got multi-hot targets")
     if weight.shape != (num_classes,):
@@ -368,8 +403,4 @@ def _check_weight(weight: Tensor, num_classes: int, device: torch.device, multi_
             f"weight tensor should be defined either for all {num_classes} classes or no classes "
             f"but got weight tensor of shape: {list(weight.shape)}"
         )
-    if weight.dtype not in FLOATING:
-        raise TypeError(f"expected a floating-point weight, got {weight.dtype}")
     check_device("weight", weight, device)
-    if weight.requires_grad:
-        raise ValueError("the losses are not differentiable by weight: pass weight.detach()")

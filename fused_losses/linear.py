@@ -62,7 +62,7 @@ def linear_cross_entropy(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     normalize: bool = False,
@@ -118,7 +118,7 @@ def linear_nllr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     normalize: bool = False,
@@ -148,7 +148,7 @@ def linear_crl_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     normalize: bool = False,
@@ -176,7 +176,7 @@ def linear_lr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     normalize: bool = False,
@@ -205,7 +205,7 @@ def linear_hs_lr_loss(
     ratio: float | None = None,
     alpha: float = HSLR.alpha,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     normalize: bool = False,
@@ -235,7 +235,7 @@ def linear_ss_lr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     normalize: bool = False,
@@ -370,7 +370,7 @@ def apply(
     k: int | None,
     ratio: float | None,
     weight: Tensor | None,
-    ignore_index: int,
+    ignore_index: int | None,
     reduction: str,
     check_targets: bool,
     normalize: bool,
@@ -380,17 +380,17 @@ def apply(
     options: LinearLossOptions | None,
 ) -> Tensor:
     """The one way from a user's arguments to the autograd function."""
-    check_options(loss, k, ratio, reduction)
+    check_options(loss, k, ratio, ignore_index, reduction)
     _check_options(options, linear_bias is not None, normalize, scale)
     num_classes = _check_layer(input, linear_weight, linear_bias, shard)
     dtype = _dtype_of_linear(input, linear_weight, linear_bias)
     shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
     check_batch(loss, shape, num_classes, input.device, target, weight, ignore_index)
+    if gather_input and (shard is None or input.dim() != 2 or target.dim() != 1):
+        raise ValueError("gather_input needs shard=, input of shape (N, D) and class-index targets (N,)")
+    rows, target, k, ignore_index = as_rows(input, target, num_classes, k, ratio, ignore_index)
     if gather_input:
-        if shard is None or input.dim() != 2 or target.dim() != 1:
-            raise ValueError("gather_input needs shard=, input of shape (N, D) and class-index targets (N,)")
-        input, target = gather_batch(shard, input, target.long())
-    rows, target, k = as_rows(input, target, num_classes, k, ratio)
+        rows, target = gather_batch(shard, rows, target)
     if normalize:
         rows = _direction(rows, scale)
     if check_here(check_targets, input.device, shard):

@@ -25,14 +25,14 @@ class Loss:
     alpha = None  # logistic family: the weight of the negatives' mean, None for plain sums
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is float and 0 <= value < math.inf:  # the usual case, at a tenth of the price of Real
-                continue
-            if not isinstance(value, Real):
-                raise TypeError(f"{self.name}: {name} must be a number, got {type(value).__name__}")
-            if not (math.isfinite(value) and value >= 0):
+        for name in self.__match_args__:  # the names of the fields; older compilers cannot trace vars(self)
+            value = getattr(self, name)
+            if type(value) is not float:  # the usual case saves itself the price of Real
+                if not isinstance(value, Real) or isinstance(value, bool):
+                    raise TypeError(f"{self.name}: {name} must be a number, got {type(value).__name__}")
+                object.__setattr__(self, name, float(value))
+            if not 0 <= value < math.inf:  # not math.isfinite: the compiler knows it of no symbolic number
                 raise ValueError(f"{self.name}: {name} must be finite and >= 0, got {value}")
-            object.__setattr__(self, name, float(value))
 
     @property
     def params(self) -> list[float]:

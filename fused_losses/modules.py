@@ -1,15 +1,24 @@
 """The losses as ``nn.Module``: the arguments of the function twin, given once.
 
 ``forward(logits, target)`` is the twin's. ``weight`` is a buffer: it moves with ``.to(device)`` and stands in the state
-dict. Options are checked when the module is made.
+dict. Every argument is an attribute and may be assigned anew, ``criterion.alpha = 2.0``; it is checked then, as it is
+when the module is made. An assigned ``k`` takes the place of ``ratio``, and the other way round.
 """
+
+import operator
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from . import functional
-from .class_parallel import ClassShard
-from .functional import IGNORE_INDEX
+from .class_parallel import ClassShard, check_shard
+from .functional import IGNORE_INDEX, check_kind_of_weight, check_options
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
+
+OPTIONS = ("k", "ratio", "weight", "ignore_index", "reduction", "check_targets", "shard")
+PLAIN = {"k": operator.index, "ratio": float, "ignore_index": operator.index}
+RIVALS = {"k": "ratio", "ratio": "k"}
+HYPER_PARAMETERS = {name for loss in Loss.__subclasses__() for name in loss.__match_args__}
 
 
 class RowLoss(nn.Module):
@@ -17,17 +26,38 @@ class RowLoss(nn.Module):
 
     weight: Tensor | None
 
-    def __init__(self, loss: Loss, k, ratio, weight, ignore_index, reduction, check_targets, shard):
+    def __init__(self, loss: Loss, *options):
         super().__init__()
-        functional.check_options(loss, k, ratio, reduction)
-        self.loss = loss
-        self.k = k
-        self.ratio = ratio
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.check_targets = check_targets
-        self.shard = shard
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", None)
+        self._take(loss, dict(zip(OPTIONS, options, strict=True)))
+
+    def _take(self, loss: Loss, options: dict) -> None:
+        """Checks all of them, then sets them."""
+        check_options(loss, *(options[name] for name in ("k", "ratio", "ignore_index", "reduction")))
+        if options["weight"] is not None:
+            check_kind_of_weight(options["weight"])
+        if options["check_targets"] not in (False, True):
+            raise TypeError(f"check_targets must be a bool, got {options['check_targets']}")
+        if options["shard"] is not None:
+            check_shard(options["shard"])
+        super().__setattr__("loss", loss)
+        for name, value in options.items():
+            # NumPy's numbers become Python's: the compiler would take them for tensors
+            plain = PLAIN.get(name) if value is not None else None
+            super().__setattr__(name, plain(value) if plain else value)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in OPTIONS:
+            options = self.options | {name: value}
+            if value is not None and name in RIVALS:
+                options[RIVALS[name]] = None
+            self._take(self.loss, options)
+        elif name not in HYPER_PARAMETERS:
+            super().__setattr__(name, value)
+        elif name in self.loss.__match_args__:
+            self._take(replace(self.loss, **{name: value}), self.options)
+        else:
+            raise AttributeError(f"{type(self).__name__} has no hyper-parameter {name}")
 
     @property
     def options(self) -> dict:
@@ -53,6 +83,11 @@ class RowLoss(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in settings.items() if value != usual.get(name))
 
 
+def _of_loss(name: str) -> property:
+    """A hyper-parameter, to be read; assigned, it makes another of the frozen losses."""
+    return property(lambda module: getattr(module.loss, name))
+
+
 class CrossEntropyLoss(RowLoss):
     """Module twin of :func:`fused_losses.cross_entropy`: softmax cross-entropy, over all or the k hardest negatives."""
 
@@ -62,7 +97,7 @@ class CrossEntropyLoss(RowLoss):
         k: int | None = None,
         ratio: float | None = None,
         weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
+        ignore_index: int | None = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
         shard: ClassShard | None = None,
@@ -79,7 +114,7 @@ class NLLRLoss(RowLoss):
         k: int | None = None,
         ratio: float | None = None,
         weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
+        ignore_index: int | None = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
         shard: ClassShard | None = None,
@@ -90,6 +125,9 @@ class NLLRLoss(RowLoss):
 class CRLLoss(RowLoss):
     """Module twin of :func:`fused_losses.crl_loss`: competing ratio loss."""
 
+    alpha = _of_loss("alpha")
+    beta = _of_loss("beta")
+
     def __init__(
         self,
         *,
@@ -98,7 +136,7 @@ class CRLLoss(RowLoss):
         k: int | None = None,
         ratio: float | None = None,
         weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
+        ignore_index: int | None = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
         shard: ClassShard | None = None,
@@ -115,7 +153,7 @@ class LRLoss(RowLoss):
         k: int | None = None,
         ratio: float | None = None,
         weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
+        ignore_index: int | None = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
         shard: ClassShard | None = None,
@@ -126,6 +164,8 @@ class LRLoss(RowLoss):
 class HSLRLoss(RowLoss):
     """Module twin of :func:`fused_losses.hs_lr_loss`: hard selection; ``k`` or ``ratio`` is required."""
 
+    alpha = _of_loss("alpha")
+
     def __init__(
         self,
         *,
@@ -133,7 +173,7 @@ class HSLRLoss(RowLoss):
         ratio: float | None = None,
         alpha: float = HSLR.alpha,
         weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
+        ignore_index: int | None = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
         shard: ClassShard | None = None,
@@ -144,6 +184,9 @@ class HSLRLoss(RowLoss):
 class SSLRLoss(RowLoss):
     """Module twin of :func:`fused_losses.ss_lr_loss`: logistic regression with soft selection."""
 
+    alpha = _of_loss("alpha")
+    gamma = _of_loss("gamma")
+
     def __init__(
         self,
         *,
@@ -152,7 +195,7 @@ class SSLRLoss(RowLoss):
         k: int | None = None,
         ratio: float | None = None,
         weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
+        ignore_index: int | None = IGNORE_INDEX,
         reduction: str = "mean",
         check_targets: bool = False,
         shard: ClassShard | None = None,
