@@ -19,7 +19,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from . import reference
+from . import ops, reference
 from .autograd import LossFromLogits
 from .class_parallel import ClassShard, LossFromShard, width_of_shard
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
@@ -254,9 +254,14 @@ def as_rows(
     if x.dim() == 1:
         x, target = x.unsqueeze(0), target.unsqueeze(0)
     if ratio is not None:
-        k = max(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
+        if torch.compiler.is_compiling():  # a graph cannot carry a k made of a ratio that changes: one graph for each
+            numerator, denominator = ratio.as_integer_ratio()
+            ratio = numerator / denominator
+        largest = max if isinstance(num_classes, int) else torch.sym_max
+        k = largest(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
     most_negatives = num_classes if multi_hot else num_classes - 1
-    return x, target, 0 if k is None or k >= most_negatives else operator.index(k), operator.index(ignore_index)
+    k = 0 if k is None or ops.always(k >= most_negatives) else as_integer("k", k)
+    return x, target, k, as_integer("ignore_index", ignore_index)
 
 
 def check_options(
@@ -281,7 +286,7 @@ def check_options(
 
 def as_integer(name: str, value: int) -> int:
     """value, an int or what converts to one without loss (a NumPy integer); neither a bool nor a float."""
-    if type(value) is int:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

@@ -38,7 +38,7 @@ def define(schema: str, implementation: Callable, fake: Callable):
 
 def empty_picks(like: Tensor, k: int, compact: bool) -> tuple[Tensor, Tensor]:
     """pick_index and pick_logit for the rows and the dtype of like."""
-    pick_logit = like.new_empty((like.shape[0], k if compact else min(k, 1)))
+    pick_logit = like.new_empty((like.shape[0], k if compact or k == 0 else 1))
     return torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
 
 
@@ -81,12 +81,12 @@ def _loss_backward_shapes(
 # --- doors ------------------------------------------------------------------------------------------------------------
 
 _FORWARD = (
-    "(Tensor logits, Tensor target, str loss, float[] params, int k, int ignore_index, bool compact) "
+    "(Tensor logits, Tensor target, str loss, float[] params, SymInt k, SymInt ignore_index, bool compact) "
     "-> (Tensor {}, Tensor state, Tensor pick_index, Tensor pick_logit)"
 )
 _BACKWARD = (
     "(Tensor grad, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, Tensor pick_logit, "
-    "str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) -> Tensor"
+    "str loss, float[] params, SymInt k, SymInt ignore_index, SymInt num_classes, bool compact) -> Tensor"
 )
 softmax_forward = define(
     "softmax_forward" + _FORWARD.format("value"), reference.softmax_forward, _softmax_forward_shapes
@@ -106,7 +106,16 @@ def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool)
     more as soon as the picks are no small share of the classes. With multi-hot targets backward reads the positives'
     logits anyway.
     """
-    return 0 < k <= num_classes // (2 if device.type == "cpu" else 32) and not multi_hot
+    return k > 0 and not multi_hot and always(k <= num_classes // (2 if device.type == "cpu" else 32))
+
+
+def always(condition: bool) -> bool:
+    """condition; in a program exported for any number of classes, whether it holds for all of them."""
+    if not torch.compiler.is_exporting():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 # --- who serves CUDA --------------------------------------------------------------------------------------------------
@@ -122,11 +131,16 @@ def _import_triton_wing() -> tuple[ModuleType | None, str]:
     return doors, ""
 
 
-@functools.cache
 def _triton_wing(device: torch.device, dtype: torch.dtype, num_classes: int) -> ModuleType | None:
     """The one decision between Triton and the reference; a reason for the reference is given once."""
     if device.type != "cuda":
         return None
+    # A number that a compiler keeps open cannot be a key: it stands for more classes than one only, not for too many.
+    return _decided(device, dtype, num_classes if isinstance(num_classes, int) else 2)
+
+
+@functools.cache
+def _decided(device: torch.device, dtype: torch.dtype, num_classes: int) -> ModuleType | None:
     wing, why = _import_triton_wing()
     if wing is not None:
         why = wing.unserved(device, dtype, num_classes)
@@ -196,14 +210,14 @@ def _loss_backward(grad, slopes, logits, target, state, pick_index, pick_logit, 
 # elements where the loss is the terms.
 loss_forward = define(
     "loss_forward(Tensor logits, Tensor target, Tensor? weight, str family, str loss, float[] params, float? alpha, "
-    "int k, int ignore_index, str reduction, bool compact) "
+    "SymInt k, SymInt ignore_index, str reduction, bool compact) "
     "-> (Tensor value, Tensor slopes, Tensor state, Tensor pick_index, Tensor pick_logit)",
     _loss_forward,
     _loss_forward_shapes,
 )
 loss_backward = define(
     "loss_backward(Tensor grad, Tensor slopes, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, "
-    "Tensor pick_logit, str family, str loss, float[] params, int k, int ignore_index, int num_classes, bool compact) "
+    "Tensor pick_logit, str family, str loss, float[] params, SymInt k, SymInt ignore_index, SymInt num_classes, bool compact) "
     "-> Tensor",
     _loss_backward,
     _loss_backward_shapes,
