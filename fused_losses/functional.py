@@ -255,7 +255,7 @@ def as_rows(
         x, target = x.unsqueeze(0), target.unsqueeze(0)
     if ratio is not None:
         if torch.compiler.is_compiling():  # a graph cannot carry a k made of a ratio that changes: one graph for each
-            numerator, denominator = ratio.as_integer_ratio()
+            numerator, denominator = float(ratio).as_integer_ratio()
             ratio = numerator / denominator
         largest = max if isinstance(num_classes, int) else torch.sym_max
         k = largest(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
