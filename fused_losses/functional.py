@@ -245,9 +245,10 @@ def as_rows(
     if multi_hot:
         ignore_index = IGNORE_INDEX  # the doors look for none
     else:
-        unsigned = target.dtype == torch.uint64  # no label is negative, but as int64 a wrong one may be
+        if target.dtype == torch.uint64 and ignore_index is not None and ignore_index < 0:
+            ignore_index = None  # no such label is negative, but a wrong one is as int64
         target = target.long()
-        if ignore_index is None or (unsigned and ignore_index < 0):
+        if ignore_index is None:
             # No label is to be ignored, and the doors want a number: the least one, once no label is that any more. A
             # label that was stays out of range, and gets the error or the NaN of all such labels.
             target, ignore_index = target.clamp(min=LEAST_LABEL + 1), LEAST_LABEL
@@ -264,9 +265,7 @@ def as_rows(
     return x, target, k, as_integer("ignore_index", ignore_index)
 
 
-def check_options(
-    loss: Loss, k: int | None, ratio: float | None, ignore_index: int | None, reduction: str
-) -> None:
+def check_options(loss: Loss, k: int | None, ratio: float | None, ignore_index: int | None, reduction: str) -> None:
     """What can be said of the options before there are logits."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction: expected one of {', '.join(REDUCTIONS)}")
@@ -337,7 +336,6 @@ def check_kind(name: str, tensor: Tensor) -> None:
             f"{name} must be a plain Tensor, got a DTensor: if it is sharded by classes, give {name}.to_local() and "
             f"shard=ClassShard.split(num_classes, group); else {name}.full_tensor()"
         )
-
 
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense Tensor, got one of layout {tensor.layout}: give {name}.to_dense()")

@@ -217,8 +217,8 @@ loss_forward = define(
 )
 loss_backward = define(
     "loss_backward(Tensor grad, Tensor slopes, Tensor? logits, Tensor target, Tensor state, Tensor pick_index, "
-    "Tensor pick_logit, str family, str loss, float[] params, SymInt k, SymInt ignore_index, SymInt num_classes, bool compact) "
-    "-> Tensor",
+    "Tensor pick_logit, str family, str loss, float[] params, SymInt k, SymInt ignore_index, SymInt num_classes, "
+    "bool compact) -> Tensor",
     _loss_backward,
     _loss_backward_shapes,
 )
