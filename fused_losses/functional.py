@@ -320,6 +320,12 @@ def check_batch(
     ignore_index: int | None,
 ) -> None:
     """Whether target and weight fit logits of this shape on this device; num_classes is that of all shards."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the losses of fused_losses are differentiated by torch.autograd only, not by torch.func (grad, vjp, vmap, "
+            'jacrev, jvp): for the gradients of single rows take reduction="none" and torch.autograd.grad(..., '
+            "is_grads_batched=True)"
+        )
     _check_target(loss, shape, device, target)
     multi_hot = target.dim() == len(shape)
     if weight is not None:
