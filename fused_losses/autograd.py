@@ -56,10 +56,6 @@ class LossFromLogits(torch.autograd.Function):
         return loss, state
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError("the losses of fused_losses have no forward mode: use torch.autograd.grad")
-
-    @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 10

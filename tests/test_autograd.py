@@ -401,7 +401,7 @@ def test_other_kinds_of_differentiation_refuse(loss):
                 transform(transformed)(logits[None] if transform is torch.func.vmap else logits)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
-        with pytest.raises(NotImplementedError, match=r"no forward mode: use torch\.autograd\.grad"):
+        with pytest.raises(NotImplementedError, match="forward mode"):
             function(dual)
 
 
