@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-plain sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
+.PHONY: help demo test fuzz test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -32,6 +32,19 @@ machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
 	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/test_machine_code.py $(ARGS)
+
+# What pyproject.toml promises, with what pip makes of it: the oldest torch, or another, under any Python; and a build of
+# the C++ extension against that torch.
+TORCH ?= 2.10.*
+ELSEWHERE := out/torch-$(subst *,x,$(TORCH))-$(notdir $(PYTHON))
+test-torch: ## the tests with another torch and Python: make test-torch TORCH=2.10.* PYTHON=python3.10
+	rm -rf $(ELSEWHERE)/src && mkdir -p $(ELSEWHERE)/src && git ls-files -z | xargs -0 cp --parents -t $(ELSEWHERE)/src
+	test -x $(ELSEWHERE)/bin/python || $(PYTHON) -m venv $(ELSEWHERE)
+	cd $(ELSEWHERE)/src && ../bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" "setuptools>=77" && \
+		FUSED_LOSSES_BUILD_EXT=1 ../bin/python -m pip install --disable-pip-version-check --no-build-isolation \
+		--editable ".[test,bench]"
+	cd $(ELSEWHERE)/src && ../bin/python -m pytest --ignore=tests/test_machine_code.py $(ARGS)
+	cd $(ELSEWHERE)/src && ../bin/python -m pytest tests/gpu $(ARGS)
 
 # -O1: with sanitizers, -O3 takes the compiler ten times as long
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
