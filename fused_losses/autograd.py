@@ -33,7 +33,7 @@ def once(gradient: Tensor, *through: Tensor) -> Tensor:
     ``through``: the upstream gradient, and a tensor that leads back to the inputs. In the compact form nothing is kept
     that does; hence the row states leave forward as a second output, which does.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiled graph refuses by itself
+    if not torch.is_grad_enabled():  # the engine's own word for create_graph=False
         return gradient
     return _SecondDerivative.apply(gradient.detach(), *through)
 

@@ -27,19 +27,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .autograd import once
-from .linear_autograd import (
-    IGNORED,
-    class_norms,
-    default_chunk_bytes,
-    gathers_picks,
-    gradient_shapes,
-    in_dtypes_of,
-    linear_backward,
-    linear_backward_picks,
-    linear_forward,
-    linear_forward_picks,
-    sparse_gradients,
-)
+from .linear_autograd import IGNORED, SparsePicks, gradient_shapes, gradients_of, layer_of, way_of
 from .reductions import grad_of_terms
 
 if TYPE_CHECKING:
@@ -360,22 +348,17 @@ class LinearLossFromShard(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, input, weight, bias, target, class_weight, family, formula, params, alpha, k, ignore_index, reduction,
-        dtype, normalize, chunk_bytes, sparse_grad, grad_enabled, shard,
+        dtype, normalize, chunk_bytes, sparse_grad, wanted, shard,
     ):  # fmt: skip
         multi_hot = target.dim() == 2
-        offers = shard.offers(k)
-        picks = sparse_grad or gathers_picks(len(shard), offers, multi_hot)
-        x, w, b = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
-        chunk_elements = max(1, (chunk_bytes or default_chunk_bytes(w, picks)) // dtype.itemsize)
-        norms = class_norms(w, chunk_elements) if normalize else None
-        layer = x, w, b, norms, shard.local_target(target, ignore_index)
-        arguments = chunk_elements, family, formula, params
+        offers, compact = shard.offers(k), k > 0
+        way = way_of(len(shard), offers, multi_hot, sparse_grad)
+        layer = layer_of(input, weight, bias, shard.local_target(target, ignore_index), dtype, normalize)
+        arguments = chunk_bytes, family, formula, params, offers, IGNORED
         if len(shard) == 0:
-            outputs = nothing(x.shape[0], x, family, offers)
-        elif picks:
-            outputs = linear_forward_picks(*layer, *arguments, offers, IGNORED)
+            outputs = nothing(input.shape[0], layer[0], family, offers)
         else:
-            outputs = linear_forward(*layer, *arguments, offers, IGNORED, k > 0)
+            outputs = way.forward(layer, arguments, compact)
         ignored = None if multi_hot else target == ignore_index
         terms, *saved = merge(shard, outputs, ignored, family, formula, params, k)
         if class_weight is not None:
@@ -383,34 +366,24 @@ class LinearLossFromShard(torch.autograd.Function):
         loss, slopes = ops.reduce_terms(
             terms, saved[0], target, class_weight, dtype, alpha, shard.num_classes, k, ignore_index, reduction
         )
-        ctx.shard, ctx.picks, ctx.sparse_grad, ctx.compact = shard, picks, sparse_grad, k > 0
-        ctx.arguments = *arguments, saved[1].shape[1], IGNORED
-        ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
+        ctx.shard, ctx.way, ctx.arguments, ctx.wanted, ctx.compact = shard, way, arguments, wanted, compact
         ctx.save_for_backward(input, weight, bias, slopes, *saved, *layer)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         input, weight, bias, slopes, *saved = ctx.saved_tensors
-        parameters = input, weight, bias
+        saved, layer = saved[:3], saved[3:]
         if len(ctx.shard) == 0:
-            gradients = [part.zero_() for part in gradient_shapes(saved[3], saved[4], ctx.wanted)]
-            if ctx.sparse_grad:
+            gradients = [part.zero_() for part in gradient_shapes(layer[0], layer[1], ctx.wanted)]
+            if ctx.way is SparsePicks:
                 gradients[1:] = (part.to_sparse(1) for part in gradients[1:])
         else:
-            arguments = grad_of_terms(grad, slopes), *saved, *ctx.arguments, ctx.wanted
-            if ctx.sparse_grad:
-                gradients = sparse_gradients(*arguments)
-            elif ctx.picks:
-                gradients = linear_backward_picks(*arguments)
-            else:
-                gradients = linear_backward(*arguments, ctx.compact)
+            of_terms = grad_of_terms(grad, slopes)
+            gradients = ctx.way.backward(of_terms, saved, layer, ctx.arguments, ctx.wanted, ctx.compact)
         if ctx.wanted[0]:
             dist.all_reduce(gradients[0], group=ctx.shard.group)
-        gradients = in_dtypes_of(parameters, gradients, ctx.wanted)
-        leads_back = [tensor for tensor in parameters if tensor is not None]
-        gradients = [None if gradient is None else once(gradient, *leads_back, grad) for gradient in gradients]
-        return *gradients, *(None,) * 15
+        return *gradients_of((input, weight, bias), gradients, ctx.wanted, grad), *(None,) * 15
 
 
 CLASSES_AT_A_TIME = 4096

@@ -4,6 +4,7 @@ Signatures follow ``torch.nn.functional.linear_cross_entropy``. How it is comput
 """
 
 import math
+import operator
 from dataclasses import dataclass
 from numbers import Real
 
@@ -23,7 +24,7 @@ from .functional import (
     check_kind,
     check_options,
 )
-from .linear_autograd import LinearRowLoss, class_norms
+from .linear_autograd import MIB, linear_loss, wanted_of
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
 from .modules import CrossEntropyLoss, RowLoss
 
@@ -47,9 +48,12 @@ class LinearLossOptions:
     sparse_grad: bool = False
 
     def __post_init__(self):
-        if self.chunk_bytes is not None and not isinstance(self.chunk_bytes, int):
+        if self.chunk_bytes is None:
+            return
+        if not hasattr(self.chunk_bytes, "__index__"):
             raise TypeError(f"chunk_bytes must be an integer, got {type(self.chunk_bytes).__name__}")
-        if self.chunk_bytes is not None and self.chunk_bytes < 1:
+        object.__setattr__(self, "chunk_bytes", operator.index(self.chunk_bytes))
+        if self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {self.chunk_bytes}")
 
 
@@ -354,11 +358,16 @@ class LinearLoss(nn.Module):
 
     def logits(self, input: Tensor) -> Tensor:
         """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
+        if hasattr(self.weight, "to_local"):
+            raise TypeError(
+                "logits() met a weight that fully_shard keeps sharded outside of forward: call "
+                "torch.distributed.fsdp.register_fsdp_forward_method(head, 'logits') once, after fully_shard(head)"
+            )
         if not self.normalize:
             return F.linear(input, self.weight, self.bias)
-        logits = F.linear(_direction(input, self.scale).to(input.dtype), self.weight)
-        logits /= class_norms(self.weight)  # no normalised copy of the weight here either
-        return logits
+        input = _direction(input, self.scale).to(input.dtype)
+        pieces = self.weight.split(max(1, MIB // max(1, self.in_features)))  # no normalised copy here either
+        return torch.cat([F.linear(input, _direction(w, 1.0).to(w.dtype)) for w in pieces], dim=1)
 
 
 def apply(
@@ -392,6 +401,8 @@ def apply(
         input, target = gather_batch(shard, input, target.long())
     rows, target, k = as_rows(input, target, num_classes, k, ratio)
     if normalize:
+        if target.dim() == 1:  # what is not finite there would spoil the zeros of its gradient
+            rows = rows.masked_fill((target == ignore_index)[:, None], 0)
         rows = _direction(rows, scale)
     if check_here(check_targets, input.device, shard):
         reference.check_target(target, num_classes, ignore_index)
@@ -402,12 +413,13 @@ def apply(
     arguments = (
         rows, linear_weight, linear_bias, target, weight,
         loss.family, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction,
-        dtype, normalize, options.chunk_bytes, options.sparse_grad, torch.is_grad_enabled(),
+        dtype, normalize, options.chunk_bytes or 0, options.sparse_grad,
     )  # fmt: skip
     if shard is None:
-        result = LinearRowLoss.apply(*arguments)
+        result = linear_loss(*arguments)
     else:
-        result = LinearLossFromShard.apply(*arguments, shard)
+        wanted = wanted_of(rows, linear_weight, linear_bias)
+        result = LinearLossFromShard.apply(*arguments, wanted, shard)
     return result.squeeze(0) if input.dim() == 1 and reduction == "none" else result
 
 
@@ -461,7 +473,7 @@ def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize:
         raise ValueError("cosine logits (normalize=True) take no linear_bias")
     if not isinstance(scale, Real):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:  # math.isfinite knows no symbolic numbers
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     if scale != 1 and not normalize:
         raise ValueError("scale belongs to cosine logits: pass normalize=True")

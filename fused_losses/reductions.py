@@ -86,6 +86,44 @@ def term_scales(alpha: float | None, num_positives: Tensor | None, num_classes: 
     return TermScales(rows / num_positives.sum().clamp(min=1), alpha * rows / chosen.sum().clamp(min=1))
 
 
+class Finish(NamedTuple):
+    """From the terms of the rows to the loss."""
+
+    reduction: Reduction
+    scales: TermScales | None  # None for the softmax family
+
+    def loss(self, terms: Tensor) -> Tensor:
+        return self.reduction.loss(terms if self.scales is None else self.scales.values(terms))
+
+    def slopes(self, one: Tensor, num_rows: int) -> Tensor:
+        """d(loss) / d(terms), (rows,) or (rows, 2), from one, a scalar 1; in memory of its own or of fewer elements."""
+        slopes = self.reduction.grad_of_values(one)
+        if self.scales is None:
+            return slopes.expand(num_rows)
+        return self.scales.grad_of_sums(slopes).expand(num_rows, 2)
+
+
+def finish_of(
+    target: Tensor,
+    weight: Tensor | None,
+    positives: Tensor | None,
+    family: str,
+    alpha: float | None,
+    num_classes: int,
+    k: int,
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype,
+) -> Finish:
+    """How the terms of a batch, of this dtype, become the loss.
+
+    positives (rows,): how many a row has; given for multi-hot targets only, and needed there where alpha is a number.
+    alpha, k: as in :func:`term_scales`.
+    """
+    scales = term_scales(alpha, positives, num_classes, k) if family == "logistic" else None
+    return Finish(reduction_of(target, weight, ignore_index, reduction, dtype), scales)
+
+
 def reduce_terms(
     terms: Tensor,
     target: Tensor,
@@ -97,18 +135,14 @@ def reduce_terms(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and slopes: d(loss) / d(term), of the shape of terms, (rows,) or (rows, 2).
-
-    positives (rows,): how many a row has; given for multi-hot targets only. weight: of the dtype of terms. alpha, k: as
-    in :func:`term_scales`.
-    """
-    reduced = reduction_of(target, weight, ignore_index, reduction, terms.dtype)
-    slopes = reduced.grad_of_values(terms.new_ones(()))
-    if terms.dim() == 1:
-        loss = reduced.loss(terms)
-        return terms.clone() if loss is terms else loss, slopes.expand(terms.shape).clone()
-    scales = term_scales(alpha, positives, num_classes, k)
-    return reduced.loss(scales.values(terms)), scales.grad_of_sums(slopes).expand(terms.shape).clone()
+    """The loss, and slopes: d(loss) / d(term), of the shape of terms, (rows,) or (rows, 2). Arguments as in
+    :func:`finish_of`."""
+    family = "softmax" if terms.dim() == 1 else "logistic"
+    finish = finish_of(
+        target, weight, positives, family, alpha, num_classes, k, ignore_index, reduction, terms.dtype
+    )
+    loss = finish.loss(terms)
+    return terms.clone() if loss is terms else loss, finish.slopes(terms.new_ones(()), terms.shape[0]).clone()
 
 
 def slopes_shape(terms: Tensor, weight: Tensor | None, reduction: str) -> torch.Size:
