@@ -312,6 +312,8 @@ def check_kind(name: str, tensor: Tensor) -> None:
             f"{name} must be a plain Tensor, got a DTensor: if it is sharded by classes, give {name}.to_local() and "
             f"shard=ClassShard.split(num_classes, group); else {name}.full_tensor()"
         )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got one of layout {tensor.layout}: give {name}.to_dense()")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:

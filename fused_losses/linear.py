@@ -6,7 +6,6 @@ Signatures follow ``torch.nn.functional.linear_cross_entropy``. How it is comput
 import math
 import operator
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,10 @@ class LinearLossOptions:
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and for SGD (without momentum: for
             sparse gradients PyTorch's buffer is a list that grows). Needs class-index targets and ``k`` (or ``ratio``)
             below C - 1. On CUDA backward waits for their number: the one synchronisation here.
-            Not under ``torch.compile``, which knows no sparse gradients.
+            What PyTorch does not do with sparse gradients: ``torch.compile``; weight decay; ``clip_grad_norm_`` (clip by
+            the norm of ``weight.grad.coalesce().values()``); ``DistributedDataParallel``, which takes them of
+            ``nn.Embedding`` alone, and ``fully_shard``: leave the classifier out of these two, sharded by classes with
+            ``shard`` and ``gather_input``.
     """
 
     chunk_bytes: int | None = None
@@ -290,7 +292,7 @@ class LinearLoss(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        _check_options(options, bias, normalize, scale)
+        scale = _check_options(options, bias, normalize, scale)
         loss = CrossEntropyLoss() if loss is None else loss
         if not isinstance(loss, RowLoss):
             raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}")
@@ -322,6 +324,8 @@ class LinearLoss(nn.Module):
             own_rows_of(self.shard, self.bias, lambda rows: rows.uniform_(-bound, bound))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.options is not None and self.options.sparse_grad and hasattr(self, "set_requires_gradient_sync"):
+            raise RuntimeError("sparse_grad=True: fully_shard takes no sparse gradients; " + WITHOUT_WRAPPER)
         return apply(
             self.loss.loss, input, self.weight, target, self.bias, **self.loss.options | {"shard": self.shard},
             normalize=self.normalize, scale=self.scale, gather_input=self.gather_input, options=self.options,
@@ -339,7 +343,8 @@ class LinearLoss(nn.Module):
         """The same classifier with more classes behind the old ones: their rows are kept, the new ones are drawn.
 
         With a shard, every rank calls it, and the classes are split anew (:meth:`ClassShard.split`). A class-weight
-        buffer does not grow: ValueError, as for fewer classes than now.
+        buffer does not grow: ValueError, as for fewer classes than now. After ``fully_shard`` every rank calls it too,
+        and the new classifier is whole, to be sharded anew.
         """
         if num_classes < self.num_classes or self.loss.weight is not None:
             raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes, or with class weights")
@@ -351,7 +356,7 @@ class LinearLoss(nn.Module):
         )  # fmt: skip
         for old, new in ((self.weight, grown.weight), (self.bias, grown.bias)):
             if old is not None and shard is None:
-                new[: self.num_classes] = old
+                new[: self.num_classes] = old.full_tensor() if hasattr(old, "full_tensor") else old
             elif old is not None:
                 move_rows(self.shard, old, shard, new)
         return grown
@@ -360,8 +365,8 @@ class LinearLoss(nn.Module):
         """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
         if hasattr(self.weight, "to_local"):
             raise TypeError(
-                "logits() met a weight that fully_shard keeps sharded outside of forward: call "
-                "torch.distributed.fsdp.register_fsdp_forward_method(head, 'logits') once, after fully_shard(head)"
+                "logits() after fully_shard: call register_fsdp_forward_method(head, 'logits') of torch.distributed.fsdp "
+                "once; outside of registered methods the weight is sharded"
             )
         if not self.normalize:
             return F.linear(input, self.weight, self.bias)
@@ -390,7 +395,7 @@ def apply(
 ) -> Tensor:
     """The one way from a user's arguments to the autograd function."""
     check_options(loss, k, ratio, reduction)
-    _check_options(options, linear_bias is not None, normalize, scale)
+    scale = _check_options(options, linear_bias is not None, normalize, scale)
     num_classes = _check_layer(input, linear_weight, linear_bias, shard)
     dtype = _dtype_of_linear(input, linear_weight, linear_bias)
     shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
@@ -410,6 +415,8 @@ def apply(
     if options.sparse_grad and (k == 0 or target.dim() == 2):
         got = "multi-hot targets" if target.dim() == 2 else f"all {num_classes - 1} negatives"
         raise ValueError(f"sparse_grad needs class-index targets and k (or ratio) below C - 1, got {got}")
+    if options.sparse_grad:
+        _check_not_in_ddp(linear_weight)
     arguments = (
         rows, linear_weight, linear_bias, target, weight,
         loss.family, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction,
@@ -433,7 +440,9 @@ def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torc
 
     def seen(tensor: Tensor) -> torch.dtype:
         device_type = tensor.device.type
-        if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):  # "meta" has none
+            return tensor.dtype
+        if not torch.is_autocast_enabled(device_type):
             return tensor.dtype
         return torch.get_autocast_dtype(device_type)
 
@@ -466,14 +475,36 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, shard: Clas
     return weight.shape[0]
 
 
-def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> None:
+WITHOUT_WRAPPER = (
+    "leave the classifier out of it, sharded by classes (shard=ClassShard.split(num_classes), gather_input=True), or give "
+    "up sparse_grad"
+)
+
+
+def _check_not_in_ddp(weight: Tensor) -> None:
+    """Of sparse gradients that DDP does not expect, its reducer would say that they have no storage."""
+    ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or not ddp.require_backward_grad_sync:
+        return
+    named = ddp.module.named_parameters()
+    if any(parameter is weight and name not in ddp.parameters_to_ignore for name, parameter in named):
+        raise RuntimeError(
+            "sparse_grad=True: DistributedDataParallel takes sparse gradients of nn.Embedding alone; " + WITHOUT_WRAPPER
+        )
+
+
+def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> float:
+    """The scale."""
     if options is not None and not isinstance(options, LinearLossOptions):
         raise TypeError(f"options must be LinearLossOptions, got {type(options).__name__}")
     if has_bias and normalize:
         raise ValueError("cosine logits (normalize=True) take no linear_bias")
-    if not isinstance(scale, Real):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):  # to the compiler NumPy's numbers are arrays
+        if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
+            raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+        scale = float(scale)
     if not 0 < scale < math.inf:  # math.isfinite knows no symbolic numbers
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     if scale != 1 and not normalize:
         raise ValueError("scale belongs to cosine logits: pass normalize=True")
+    return scale

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import flops, ops, reference
 from .autograd import once
 from .reductions import finish_of, grad_of_terms, reduce_terms
 
@@ -504,6 +504,7 @@ linear_backward_sparse = ops.define(
     _linear_backward_sparse,
     _sparse_shapes,
 )
+flops.register_when_imported()
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
@@ -688,13 +689,22 @@ def _times(
     else:
         ignored = target.new_zeros(target.shape[:1], dtype=torch.bool)
     grad = grad.masked_fill(ignored.all(), 0)  # nothing counts
-    if in_place and torch.func.debug_unwrap(grad) is grad:  # not under vmap: is_grads_batched=True
+    if in_place and _can_overwrite(grad):
         gradients = [None if gradient is None else gradient.mul_(grad) for gradient in gradients]
     else:
         gradients = [None if gradient is None else gradient * grad for gradient in gradients]
     if gradients[0] is not None:
         gradients[0] = gradients[0].masked_fill_(ignored[:, None], 0)
     return gradients
+
+
+def _can_overwrite(grad: Tensor) -> bool:
+    """Whether one gradient may be overwritten by its product with grad. Under vmap and ``is_grads_batched=True`` grad
+    stands for many; a trace (compiled autograd) knows no memory to save. The product is the same."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = torch._C._functorch
+    return not (kinds.is_legacy_batchedtensor(grad) or kinds.is_batchedtensor(grad))
 
 
 def in_dtypes_of(tensors, gradients, wanted: list[bool]) -> list[Tensor | None]:
