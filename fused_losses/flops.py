@@ -1,4 +1,4 @@
-"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of the linear losses: their matmuls, as of torch's own layers.
+"""What ``torch.utils.flop_counter.FlopCounterMode`` counts of the linear losses: their matmuls, as of ``nn.Linear``.
 
 It sees ops, not what they do inside. Its module takes longer to import than this package, so the formulas wait until
 somebody imports it.

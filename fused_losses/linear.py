@@ -40,10 +40,10 @@ class LinearLossOptions:
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and for SGD (without momentum: for
             sparse gradients PyTorch's buffer is a list that grows). Needs class-index targets and ``k`` (or ``ratio``)
             below C - 1. On CUDA backward waits for their number: the one synchronisation here.
-            What PyTorch does not do with sparse gradients: ``torch.compile``; weight decay; ``clip_grad_norm_`` (clip by
-            the norm of ``weight.grad.coalesce().values()``); ``DistributedDataParallel``, which takes them of
-            ``nn.Embedding`` alone, and ``fully_shard``: leave the classifier out of these two, sharded by classes with
-            ``shard`` and ``gather_input``.
+            Not under ``torch.compile``, nor with weight decay or ``clip_grad_norm_``, which know no sparse gradients:
+            clip by the norm of ``weight.grad.coalesce().values()``. Nor inside of ``DistributedDataParallel``, which
+            takes them of ``nn.Embedding`` alone, or of ``fully_shard``: leave the classifier out of these, sharded by
+            classes with ``shard`` and ``gather_input``.
     """
 
     chunk_bytes: int | None = None
@@ -365,8 +365,8 @@ class LinearLoss(nn.Module):
         """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
         if hasattr(self.weight, "to_local"):
             raise TypeError(
-                "logits() after fully_shard: call register_fsdp_forward_method(head, 'logits') of torch.distributed.fsdp "
-                "once; outside of registered methods the weight is sharded"
+                "logits() after fully_shard: call register_fsdp_forward_method(head, 'logits') of "
+                "torch.distributed.fsdp once; outside of registered methods the weight is sharded"
             )
         if not self.normalize:
             return F.linear(input, self.weight, self.bias)
@@ -476,8 +476,8 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, shard: Clas
 
 
 WITHOUT_WRAPPER = (
-    "leave the classifier out of it, sharded by classes (shard=ClassShard.split(num_classes), gather_input=True), or give "
-    "up sparse_grad"
+    "leave the classifier out of it, sharded by classes (shard=ClassShard.split(num_classes), gather_input=True), or "
+    "give up sparse_grad"
 )
 
 

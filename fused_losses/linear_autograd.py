@@ -84,7 +84,7 @@ class _Layer(NamedTuple):
     norms: Tensor | None  # (classes,)
 
     def chunks(self, input: Tensor, chunk_elements: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, their input and their logits, one row or at most so many logits at a time, always in the same memory."""
+        """Rows, their input and their logits, one row or at most so many logits at a time, in the same memory."""
         pieces = _pieces(input.shape[0], max(1, chunk_elements // self.weight.shape[0]))
         buffer = _buffer(input, max((rows.stop - rows.start for rows in pieces), default=0), self.weight.shape[0])
         for rows in pieces:
@@ -140,7 +140,7 @@ def _through_norms(dw: Tensor, weight: Tensor, norms: Tensor) -> None:
 
 
 def _ignored_rows(target: Tensor, ignore_index: int) -> Tensor | None:
-    """(rows,) bool; None if there are none, which only a CPU may find out: other devices would have to be waited for."""
+    """(rows,) bool; None if there are none, which only a CPU may find out: others would have to be waited for."""
     if target.dim() == 2:
         return None
     ignored = target == ignore_index
@@ -549,7 +549,9 @@ class SparsePicks(Picks):
             size = (num_classes, *values.shape[1:])
             return torch.sparse_coo_tensor(picked[None], values, size, is_coalesced=True, check_invariants=False)
 
-        return dinput, *(scattered(values) if want else values for values, want in zip(of_picked, wanted[1:], strict=True))
+        return dinput, *(
+            scattered(values) if want else values for values, want in zip(of_picked, wanted[1:], strict=True)
+        )
 
 
 def way_of(num_classes: int, k: int, multi_hot: bool, sparse_grad: bool) -> type[Again | Picks]:

@@ -138,9 +138,7 @@ def reduce_terms(
     """The loss, and slopes: d(loss) / d(term), of the shape of terms, (rows,) or (rows, 2). Arguments as in
     :func:`finish_of`."""
     family = "softmax" if terms.dim() == 1 else "logistic"
-    finish = finish_of(
-        target, weight, positives, family, alpha, num_classes, k, ignore_index, reduction, terms.dtype
-    )
+    finish = finish_of(target, weight, positives, family, alpha, num_classes, k, ignore_index, reduction, terms.dtype)
     loss = finish.loss(terms)
     return terms.clone() if loss is terms else loss, finish.slopes(terms.new_ones(()), terms.shape[0]).clone()
 

@@ -160,9 +160,7 @@ def test_batched_upstream_gradients(loss, k, reduction, normalize):
     leaves = x.requires_grad_(), w.requires_grad_()
     value = linear(loss)(*leaves, target, k=k_of(loss, k), reduction=reduction, normalize=normalize)
     upstream = torch.randn(3, *value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    batched = [
-        torch.autograd.grad(value, leaves, upstream, is_grads_batched=True, retain_graph=True) for _ in range(2)
-    ]
+    batched = [torch.autograd.grad(value, leaves, upstream, is_grads_batched=True, retain_graph=True) for _ in range(2)]
     for number, row in enumerate(upstream):
         single = torch.autograd.grad(value, leaves, row, retain_graph=True)
         for found in batched:
@@ -205,7 +203,7 @@ def with_ignored(layer, target):
 @each_gradient
 @each_layer
 def test_ignored_rows_are_literal_zeros(k, sparse_grad, reduction, normalize, upstream):
-    """In the loss, in their own gradient and in that of the weight, whatever they hold and whatever comes from above."""
+    """In the loss, in their own gradient and in the weight's, whatever they hold and whatever comes from above."""
     (x, w, b), target = with_ignored(make_layer(), make_index(ROWS, CLASSES))
     kept = target != -100
     layer = (x, w) if normalize else (x, w, b)
