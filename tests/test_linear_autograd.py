@@ -310,6 +310,22 @@ def test_cosines_of_short_and_long_classes_in_float16(loss, k, reduction, autoca
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
 
 
+@each_way
+def test_small_gradients_through_long_classes_in_float16(k):
+    """gradient / |w| is below what float16 holds, (gradient / |w|) * w is not."""
+    (x, w, _), target = make_layer(dtype=torch.float16), make_index(ROWS, CLASSES)
+    w *= 1e4
+    up = torch.tensor(2.0**-6)
+
+    def grad(function, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(up * function(x), x)[0].double()
+
+    ours = grad(lambda x: fl.linear_crl_loss(x, w, target, k=k, normalize=True), x)
+    true = grad(lambda x: fl.crl_loss(cosines(x, w.double(), 1.0), target, k=k), x.double())
+    torch.testing.assert_close(ours, true, rtol=1e-2, atol=1e-2 * true.abs().max().item())
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float16", "autocast"])
 def test_logits_of_short_and_long_classes_in_float16(autocast):
     dtype = torch.float32 if autocast else torch.float16
