@@ -46,10 +46,10 @@ class LinearLossOptions:
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and for SGD (without momentum: for
             sparse gradients PyTorch's buffer is a list that grows). Needs class-index targets and ``k`` (or ``ratio``)
             below C - 1. On CUDA backward waits for their number: the one synchronisation here.
-            What PyTorch does not do with sparse gradients: ``torch.compile``; weight decay; ``clip_grad_norm_`` (clip
-            by the norm of ``weight.grad.coalesce().values()``); ``DistributedDataParallel``, which takes them of
-            ``nn.Embedding`` alone, and ``fully_shard``: leave the classifier out of these two, sharded by classes with
-            ``shard`` and ``gather_input``.
+            Not under ``torch.compile``, nor with weight decay or ``clip_grad_norm_``, which know no sparse gradients:
+            clip by the norm of ``weight.grad.coalesce().values()``. Nor inside of ``DistributedDataParallel``, which
+            takes them of ``nn.Embedding`` alone, or of ``fully_shard``: leave the classifier out of these, sharded by
+            classes with ``shard`` and ``gather_input``.
     """
 
     chunk_bytes: int | None = None
