@@ -928,9 +928,10 @@ def fresh_compiler():
 def test_fullgraph_gives_the_same_numbers(loss, form, k, reduction):
     layer, target, k = make_layer(dtype=torch.float32), make_target(form, ROWS, CLASSES), k_of(loss, k)
     upstream = make_upstream() if reduction == "none" else None
+    criterion = loss.module_class()(k=k, reduction=reduction)
 
     def step(x, w, b):
-        return loss.linear(2 * x, w, target, linear_bias=b, k=k, reduction=reduction)
+        return fl.linear_loss(2 * x, w, target, loss=criterion, linear_bias=b)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert_same(value_and_grads(compiled, *layer, upstream=upstream), value_and_grads(step, *layer, upstream=upstream))
