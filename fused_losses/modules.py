@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from . import functional
-from .arguments import IGNORE_INDEX, LossOptions, Options, check_options
+from .arguments import IGNORE_INDEX, LossOptions, Options, Reduce, check_options
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, OwnSoftmax
 from .shard import ClassShard
 
@@ -39,7 +39,7 @@ class RowLoss(nn.Module):
     ratio: float | None
     weight: Tensor | None
     ignore_index: int | None
-    reduction: str
+    reduction: Reduce
     check_targets: bool
     shard: ClassShard | None
 
