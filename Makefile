@@ -50,16 +50,19 @@ bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark),
 		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name -q $(ARGS)
 	$(BIN)/python -m bench.speed.chart out/bench.json out/bench.png
 
-lint: $(INSTALLED) ## check style and formatting
+lint: $(INSTALLED) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/mypy
 
 format: $(INSTALLED) ## sort the imports and format the code
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist out *.egg-info fused_losses/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out *.egg-info fused_losses/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(INSTALLED): constraints.txt pyproject.toml setup.py Makefile $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
