@@ -54,7 +54,8 @@ class RowLoss(nn.Module):
     def _take(self, loss: Loss, options: Options) -> None:
         """Checks all of them, then sets them."""
         check_options(loss, options)
-        values: dict[str, Any] = {"loss": loss} | options._asdict()
+        values: dict[str, Any] = {"loss": loss, **options._asdict()}
+        self._buffers["weight"] = values.pop("weight")  # by name, the compiler could not trace it
         for name, value in values.items():
             # NumPy's numbers become Python's: the compiler would take them for tensors
             plain = PLAIN.get(name) if value is not None else None
