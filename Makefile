@@ -17,7 +17,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(INSTALLED) ## train a small network with every loss, print the table, draw the curves (under two minutes)
-	$(BIN)/python -m bench.train $(ARGS)
+	$(BIN)/python -m bench.evidence.train $(ARGS)
 
 test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
@@ -27,7 +27,7 @@ fuzz: $(INSTALLED) ## selection on thousands of random rows, in Triton's interpr
 	$(BIN)/python -m pytest tests/gpu -m slow -k fuzz $(ARGS)
 
 machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
-	$(BIN)/python -m bench.machine_code --gates $(ARGS)
+	$(BIN)/python -m bench.speed.machine_code --gates $(ARGS)
 
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
@@ -64,20 +64,23 @@ fuzz-sanitized: sanitized ## 20,000 random arguments of the raw ops on that buil
 
 bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark), write out/bench.json, draw out/bench.png
 	mkdir -p out
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 $(BIN)/python -m pytest bench --benchmark-json=out/bench.json \
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 $(BIN)/python -m pytest bench/speed --benchmark-json=out/bench.json \
 		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name -q $(ARGS)
-	$(BIN)/python -m bench.chart out/bench.json out/bench.png
+	$(BIN)/python -m bench.speed.chart out/bench.json out/bench.png
 
-lint: $(INSTALLED) ## check style and formatting
+lint: $(INSTALLED) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/mypy
 
 format: $(INSTALLED) ## sort the imports and format the code
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist out *.egg-info fused_losses/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out *.egg-info fused_losses/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(INSTALLED): constraints.txt pyproject.toml setup.py Makefile $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@ An error is raised before anything is touched, and names the way out.
 import math
 import operator
 from numbers import Real
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from .losses import HSLR, Loss, LossSpec
 from .shard import ClassShard, check_shard, width_of_shard
 
 IGNORE_INDEX = -100
-REDUCTIONS = ("none", "mean", "sum")
+Reduce = Literal["none", "mean", "sum"]
+REDUCTIONS = get_args(Reduce)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT64 = torch.iinfo(torch.int64)
 
@@ -28,7 +29,7 @@ class Options(NamedTuple):
     ratio: float | None = None
     weight: Tensor | None = None
     ignore_index: int | None = IGNORE_INDEX
-    reduction: str = "mean"
+    reduction: Reduce = "mean"
     check_targets: bool = False
     shard: ClassShard | None = None
 
@@ -40,7 +41,7 @@ class LossOptions(TypedDict, total=False):
     ratio: float | None
     weight: Tensor | None
     ignore_index: int | None
-    reduction: Literal["none", "mean", "sum"]
+    reduction: Reduce
     check_targets: bool
     shard: ClassShard | None
 

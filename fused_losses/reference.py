@@ -278,13 +278,16 @@ def backward(
     scaled = coefficients * grad.reshape(-1, 1)  # (rows, 2)
     to_negatives, to_target = scaled.split(1, dim=1)  # (rows, 1) each
     compact = spec.compact and spec.k > 0
-    z = (pick_logit if compact else logits).to(statistics.dtype)
+    seen = pick_logit if compact else logits
+    assert seen is not None, "only the compact form does without the logits"
+    z = seen.to(statistics.dtype)
     dz = gradient_of_negatives(to_negatives, statistics, z, spec)
     if compact:
         dlogits = scatter_picks(pick_index, dz, num_classes)
     else:
         dlogits = torch.where(chosen_negatives(z, positive, pick_index, pick_logit, spec.k), dz, 0)
     if target.dim() == 2:
+        assert logits is not None, "multi-hot targets need the logits in every form"
         to_target = to_target * torch.sigmoid(-logits.to(statistics.dtype))
     dlogits = torch.where(positive, to_target, dlogits)
     dlogits = torch.where(scaled.isnan().any(1, keepdim=True), math.nan, dlogits)

@@ -1,4 +1,4 @@
-"""The gates of bench/machine_code.py: what the GPU kernels compile to. Needs Triton, but no GPU."""
+"""The gates of bench/speed/machine_code.py: what the GPU kernels compile to. Needs Triton, but no GPU."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def compiled(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     arguments = ["--targets", "sm_80", "sm_90", "--dtypes", "bf16", "fp32", "--losses", "cross_entropy", "ss_lr"]
     done = subprocess.run(
-        [sys.executable, "-m", "bench.machine_code", *arguments, "--gates", "--json", str(path)],
+        [sys.executable, "-m", "bench.speed.machine_code", *arguments, "--gates", "--json", str(path)],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""The losses on one GPU: ``python -m bench.gpu --part check|family|hardest|peers --out DIR``.
+"""The losses on one GPU: ``python -m bench.speed.gpu --part check|family|hardest|peers --out DIR``.
 
 check runs the GPU wing's tests on the device, with compute-sanitizer over a few of them, and a matrix of more than 2^31
 logits. family times every loss of the family over all negatives; hardest times
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import triton
 
-from bench import cases
+from bench.speed import cases
 from fused_losses import ops
 
 PASSES = {"forward": 1, "backward": 2, "full": 3}  # U, in the byte model
