@@ -1,10 +1,16 @@
-"""Fixtures of the GPU wing's tests. They need a process of their own, ``pytest tests/gpu``: see gpu_doors.py."""
+"""Fixtures of the GPU wing's tests. They need a process of their own, ``pytest tests/gpu``: where there is no GPU they
+run in Triton's interpreter, which must be asked for before Triton is imported."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
-from gpu_doors import INTERPRETED  # first: it decides how Triton is imported
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from gpu_doors import INTERPRETED
 from triton.runtime import interpreter
 
 from fused_losses.gpu import launch

@@ -4,13 +4,14 @@ from collections import Counter
 
 import pytest
 import torch
-from gpu_doors import FORMULAS, IGNORED, INTERPRETED, family, make, make_grad
+from gpu_doors import FORMULAS, IGNORED, INTERPRETED, gpu_wing, make, make_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 import fused_losses as fl
+from doors import CRL, LR, backward, forward
 from fused_losses import ops
-from fused_losses.gpu import doors, launch
+from fused_losses.gpu import launch
 from fused_losses.gpu import reductions as gpu_reductions
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
@@ -54,13 +55,10 @@ def traffic(monkeypatch):
 
 def both_doors(formula, logits, target, launches, moved):
     """(launches, bytes moved) of forward and of backward."""
-    loss, params = FORMULAS[formula]
-    forward, backward = getattr(launch, f"{family(formula)}_forward"), getattr(launch, f"{family(formula)}_backward")
-    _, state, *picks = forward(logits, target, loss, params, 0, IGNORED, False)
+    kept = forward(gpu_wing, formula, logits, target)
     of_forward = dict(launches), dict(moved)
     launches.clear(), moved.clear()
-    grad = make_grad(formula, logits.shape[0])
-    backward(grad, logits, target, state, *picks, loss, params, 0, IGNORED, logits.shape[1], False)
+    backward(gpu_wing, formula, make_grad(formula, logits.shape[0]), logits, target, kept)
     return of_forward, (dict(launches), dict(moved))
 
 
@@ -76,28 +74,30 @@ def test_bytes_and_launches(formula, dtype, split, traffic, request):
     name, _, multi_hot = formula.partition(", ")
     if multi_hot:
         target = torch.rand((ROWS, CLASSES)) < 0.1
-    (forward_launches, forward), (backward_launches, backward) = both_doors(name, logits, target, *traffic)
+    (forward_launches, in_forward), (backward_launches, in_backward) = both_doors(
+        FORMULAS[name], logits, target, *traffic
+    )
     one_pass = logits.numel() * logits.element_size()
     target_logits = 0 if multi_hot else ROWS * logits.element_size()
 
     assert sum(forward_launches.values()) == (2 if split else 1)
     assert sum(backward_launches.values()) == 1
-    assert forward["logits_ptr", "read"] == one_pass + target_logits
-    assert backward["logits_ptr", "read"] == one_pass
-    assert backward["dlogits_ptr", "written"] == one_pass
-    assert sum(moved for (_, way), moved in forward.items() if way == "written") <= 72 * ROWS  # sums and states
+    assert in_forward["logits_ptr", "read"] == one_pass + target_logits
+    assert in_backward["logits_ptr", "read"] == one_pass
+    assert in_backward["dlogits_ptr", "written"] == one_pass
+    assert sum(moved for (_, way), moved in in_forward.items() if way == "written") <= 72 * ROWS  # sums and states
     if multi_hot:
-        assert forward["target_ptr", "read"] == backward["target_ptr", "read"] == target.numel()
+        assert in_forward["target_ptr", "read"] == in_backward["target_ptr", "read"] == target.numel()
 
 
 @interpreted
-@pytest.mark.parametrize("formula", ["crl", "lr"])
+@pytest.mark.parametrize("formula", [CRL, LR], ids=str)
 def test_ignored_rows_are_not_read(formula, traffic):
     logits, _ = make(ROWS, CLASSES, torch.bfloat16)
     target = torch.full((ROWS,), IGNORED)
-    (_, forward), (_, backward) = both_doors(formula, logits, target, *traffic)
-    assert forward["logits_ptr", "read"] == backward.get(("logits_ptr", "read"), 0) == 0
-    assert backward["dlogits_ptr", "written"] == logits.numel() * logits.element_size()
+    (_, in_forward), (_, in_backward) = both_doors(formula, logits, target, *traffic)
+    assert in_forward["logits_ptr", "read"] == in_backward.get(("logits_ptr", "read"), 0) == 0
+    assert in_backward["dlogits_ptr", "written"] == logits.numel() * logits.element_size()
 
 
 class Launches(TorchDispatchMode):
@@ -133,7 +133,7 @@ def test_launches_of_a_whole_step(loss, reduction, monkeypatch):
     """The reduction of N values adds two small launches to the doors' two, where there is one to do."""
     monkeypatch.setattr(ops, "loss_forward", ops._loss_forward)  # what serves CUDA, though the tensors are not there
     monkeypatch.setattr(ops, "loss_backward", ops._loss_backward)
-    monkeypatch.setattr(ops, "_triton_wing", lambda *_: doors)
+    monkeypatch.setattr(ops, "_triton_wing", lambda *_: gpu_wing)
     kernels = []
     monkeypatch.setattr(gpu_reductions, "launch", lambda kernel, *_, **__: kernels.append(kernel))
     logits, target = make(4, 50, torch.float32)

@@ -1,0 +1,16 @@
+"""What the tests on the emulator run over, and which part of it they run every time."""
+
+import pytest
+
+from fused_losses.gpu import launch
+
+ONE_MULTIPROCESSOR = launch.Device("hopper", 1, 32, nvidia=True)  # no row is split
+
+
+def part(cases, every: int) -> list:
+    """All cases, of which one in ``every`` is run every time, the others with -m slow."""
+    marked = []
+    for place, case in enumerate(cases):
+        values = case if isinstance(case, tuple) else (case,)
+        marked.append(pytest.param(*values, marks=pytest.mark.slow if place % every else ()))
+    return marked
