@@ -1,19 +1,12 @@
 """Discriminative losses for classifiers with very many classes."""
 
-from .class_parallel import ClassShard
-from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss, ss_lr_loss
-from .linear import (
-    LinearLoss,
-    LinearLossOptions,
-    linear_crl_loss,
-    linear_cross_entropy,
-    linear_hs_lr_loss,
-    linear_lr_loss,
-    linear_nllr_loss,
-    linear_ss_lr_loss,
-)
-from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, SSLRLoss
+from .finish import RowStatistics
+from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss, softmax_loss, ss_lr_loss
+from .linear import LinearLoss, LinearLossOptions, linear_cross_entropy, linear_loss
+from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, SoftmaxLoss, SSLRLoss
 from .ops import show_config
+from .primitives import log_odds, logistic_sums, row_statistics
+from .shard import ClassShard
 
 __all__ = [
     "CRLLoss",
@@ -24,18 +17,20 @@ __all__ = [
     "LinearLoss",
     "LinearLossOptions",
     "NLLRLoss",
+    "RowStatistics",
     "SSLRLoss",
+    "SoftmaxLoss",
     "crl_loss",
     "cross_entropy",
     "hs_lr_loss",
-    "linear_crl_loss",
     "linear_cross_entropy",
-    "linear_hs_lr_loss",
-    "linear_lr_loss",
-    "linear_nllr_loss",
-    "linear_ss_lr_loss",
+    "linear_loss",
+    "log_odds",
+    "logistic_sums",
     "lr_loss",
     "nllr_loss",
+    "row_statistics",
     "show_config",
+    "softmax_loss",
     "ss_lr_loss",
 ]

@@ -34,7 +34,7 @@ def once(gradient: Tensor, *through: Tensor) -> Tensor:
     ``through``: the upstream gradient, and a tensor that leads back to the inputs. In the compact form nothing is kept
     that does; hence the row states leave forward as a second output, which does.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiled graph refuses by itself
+    if not torch.is_grad_enabled():  # the engine's own word for create_graph=False
         return gradient
     return _SecondDerivative.apply(gradient.detach(), *through)
 
@@ -99,7 +99,7 @@ class StatisticsFromLogits(torch.autograd.Function):
 def coefficients_of(grad: Tensor, target: Tensor) -> Tensor:
     """The coefficients c and t (rows, 2) from the gradient of the statistics (rows, 3 | 4). d pos / d z is
     -sigma(-z)."""
-    return grad[:, 1:3] if target.dim() == 1 else grad[:, 1:3] * grad.new_tensor([1, -1])
+    return grad[:, 1:3] if target.dim() == 1 else torch.stack((grad[:, 1], -grad[:, 2]), dim=1)
 
 
 class Finish(torch.autograd.Function):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .formulas import FORMULAS, softplus
+from .formulas import FORMULAS, INF, softplus
 from .losses import LossSpec
 
 
@@ -38,6 +38,11 @@ def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction:
     return reduced.loss(values), reduced.without_ignored(coefficients)
 
 
+def ignored_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Which rows are ignored, bool (rows,); None where none can be."""
+    return None if target.dim() == 2 or ignore_index is None else target == ignore_index
+
+
 class Reduction(NamedTuple):
     """How the values of the rows become the loss; known from the targets alone."""
 
@@ -51,7 +56,7 @@ class Reduction(NamedTuple):
         cls, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int | None, like: Tensor
     ) -> "Reduction":
         """like: (rows,) of the values' dtype."""
-        ignored = None if target.dim() == 2 or ignore_index is None else target == ignore_index
+        ignored = ignored_rows(target, ignore_index)
         if weight is None:
             counts = torch.ones_like(like)
         else:  # a target that is no class has a NaN row already: only never read outside
@@ -78,6 +83,26 @@ class Reduction(NamedTuple):
         return values.sum() if self.divisor is None else values.sum() / self.divisor
 
 
+class RowStatistics(NamedTuple):
+    """What is known of each row of the batch, (rows,) each; 0 and False in ignored rows."""
+
+    log_odds: Tensor | None  # of the target among the target and S; None where the loss is of the logistic family
+    target_logit: Tensor
+    hardest_logit: Tensor  # the largest of S; -inf if S is empty or masked
+    correct: Tensor  # bool, target_logit > hardest_logit: top-1 accuracy is its mean
+
+    @classmethod
+    def of(cls, statistics: Tensor, family: str) -> "RowStatistics":
+        """statistics: (rows, 3), of class-index targets."""
+        m, l_or_neg, z_y = statistics.unbind(1)
+        d = None
+        m = m.detach()
+        if family == "softmax":
+            d = log_odds(statistics)
+            m = m.masked_fill(l_or_neg == -INF, -INF)
+        return cls(d, z_y, m, z_y > m)
+
+
 # --- one row, or many at once -----------------------------------------------------------------------------------------
 
 
@@ -93,7 +118,7 @@ def finish_rows(statistics: Tensor, spec: LossSpec, multi_hot: bool) -> tuple[Te
 def log_odds(statistics: Tensor) -> Tensor:
     """d (rows,) of the target among the target and S. Never via m + l, which loses digits at large offsets."""
     m, l, z_y = statistics.unbind(1)
-    return (z_y - m) - l
+    return (z_y - m.detach()) - l  # m only shifts: the gradient of l is that of m + l
 
 
 def _softmax(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The losses as functions. Shapes, dtypes and arguments are checked here, once; values of targets inside the CPU doors.
+"""The losses as functions.
 
 All six take
 
@@ -12,21 +12,16 @@ once, by the logits; the gradient has the logits' dtype. A row with a NaN logit 
 gradient row.
 """
 
-import math
-import operator
-from numbers import Real
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from . import ops, reference
-from .autograd import LossFromLogits
-from .class_parallel import ClassShard, LossFromShard, width_of_shard
-from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, LossSpec
-
-IGNORE_INDEX = -100
-REDUCTIONS = ("none", "mean", "sum")
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .arguments import IGNORE_INDEX, Options, Rows, check_logits, check_options, rows_of
+from .autograd import Finish, LossFromLogits, StatisticsFromLogits
+from .finish import Reduction
+from .finish import log_odds as log_odds_of
+from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, OwnSoftmax
+from .shard import ClassShard
 
 
 def cross_entropy(
@@ -36,7 +31,7 @@ def cross_entropy(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -52,7 +47,7 @@ def cross_entropy(
             class index first. Default: all negatives.
         ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
         weight: (C,), floating: row i counts weight[target[i]] times, and the mean divides by the sum of these.
-        ignore_index: rows with this target count nothing and get a zero gradient.
+        ignore_index: rows with this target count nothing and get a zero gradient. None: every row counts.
         reduction: "none" | "mean" (over the rows not ignored; NaN if there are none) | "sum".
         check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
             elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
@@ -66,7 +61,8 @@ def cross_entropy(
         IndexError: a class index outside [0, C), see ``check_targets``.
         RuntimeError: tensors on different devices.
     """
-    return apply(CrossEntropy(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    return apply(CrossEntropy(), logits, target, options)
 
 
 def nllr_loss(
@@ -76,7 +72,7 @@ def nllr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -86,7 +82,8 @@ def nllr_loss(
     Unbounded below: the pull on the target's logit is 1 however sure the model is. Arguments, defaults and errors as in
     :func:`cross_entropy`.
     """
-    return apply(NLLR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    return apply(NLLR(), logits, target, options)
 
 
 def crl_loss(
@@ -98,7 +95,7 @@ def crl_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -113,7 +110,8 @@ def crl_loss(
 
     Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for alpha or beta out of range.
     """
-    return apply(CRL(alpha, beta), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    return apply(CRL(alpha, beta), logits, target, options)
 
 
 def lr_loss(
@@ -123,7 +121,7 @@ def lr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -141,7 +139,8 @@ def lr_loss(
     Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for a multi-hot entry other than
     0 and 1 (checked as class indices are).
     """
-    return apply(LR(), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    return apply(LR(), logits, target, options)
 
 
 def hs_lr_loss(
@@ -152,7 +151,7 @@ def hs_lr_loss(
     ratio: float | None = None,
     alpha: float = HSLR.alpha,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -169,7 +168,8 @@ def hs_lr_loss(
 
     Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
     """
-    return apply(HSLR(alpha), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    return apply(HSLR(alpha), logits, target, options)
 
 
 def ss_lr_loss(
@@ -181,7 +181,7 @@ def ss_lr_loss(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
@@ -197,184 +197,67 @@ def ss_lr_loss(
 
     Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
     """
-    return apply(SSLR(alpha, gamma), logits, target, k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    return apply(SSLR(alpha, gamma), logits, target, options)
 
 
-def apply(
-    loss: Loss,
+def softmax_loss(
     logits: Tensor,
     target: Tensor,
-    k: int | None,
-    ratio: float | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    check_targets: bool,
-    shard: ClassShard | None,
+    value: Callable[[Tensor], Tensor],
+    *,
+    k: int | None = None,
+    ratio: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+    reduction: str = "mean",
+    check_targets: bool = False,
+    shard: ClassShard | None = None,
 ) -> Tensor:
+    """A loss of your own: value(d), d the log-odds of the target among the target and S.
+
+    The logits are read and their gradient is written by the same kernels as for the losses here; ``value`` and its
+    slope cost N numbers. With p = sigmoid(d): ``-F.logsigmoid(d)`` is cross-entropy, ``-(1 - p)**2 * F.logsigmoid(d)``
+    the focal loss, ``(1 - p**0.7) / 0.7`` generalised cross-entropy.
+
+    Args:
+        value: any differentiable PyTorch function from d (N,) to the values of the rows (N,), each of its own d. It is
+            also called on ignored rows, at d = 0, and their values are dropped.
+
+    Other arguments, defaults and errors as in :func:`cross_entropy`; TypeError or ValueError for what ``value`` is or
+    returns.
+    """
+    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    return apply(OwnSoftmax(value), logits, target, options)
+
+
+def apply(loss: Loss, logits: Tensor, target: Tensor, options: Options) -> Tensor:
     """The one way from a user's arguments to the autograd functions."""
-    check_options(loss, k, ratio, reduction)
-    num_classes = _check_logits(logits, shard)
-    check_batch(loss, logits.shape, num_classes, logits.device, target, weight, ignore_index)
-    rows, target, k = as_rows(logits, target, num_classes, k, ratio, ignore_index)
-    alpha = loss.alpha if loss.family == "logistic" else None
-    if weight is not None:
-        weight = weight.to(reference.compute_dtype(logits.dtype))
-    if check_here(check_targets, logits.device, shard):
-        reference.check_target(target, num_classes, ignore_index)
-    compact = ops.keeps_picks(logits.device, num_classes, k, target.dim() == 2)
-    spec = LossSpec(loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact)
-    if shard is None:
-        result, _ = LossFromLogits.apply(rows, target, weight, reduction, spec)
+    check_options(loss, options)
+    rows, taken = rows_from_logits(loss, logits, target, options)
+    if options.shard is None and not isinstance(loss, OwnSoftmax):
+        result, _ = LossFromLogits.apply(rows, *taken)
     else:
-        result, _ = LossFromShard.apply(rows, target, weight, reduction, spec, shard)
-    return result.squeeze(0) if logits.dim() == 1 and reduction == "none" else result
+        statistics = StatisticsFromLogits.apply(rows, taken.target, taken.spec, options.shard)
+        result = finished(loss, statistics, taken)
+    return result.squeeze(0) if logits.dim() == 1 and options.reduction == "none" else result
 
 
-def check_here(check_targets: bool, device: torch.device, shard: ClassShard | None) -> bool:
-    """Whether to look at the values of targets: the CPU doors always do, but a shard without classes enters none."""
-    return shard is not None if device.type == "cpu" else check_targets
+def rows_from_logits(loss: Loss, logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Rows]:
+    """Logits (rows, classes) and what the doors take besides."""
+    num_classes = check_logits(logits, options.shard)
+    taken = rows_of(loss, logits.shape, logits.dtype, logits.device, target, options, num_classes)
+    return logits if logits.dim() == 2 else logits.unsqueeze(0), taken
 
 
-def as_rows(
-    x: Tensor, target: Tensor, num_classes: int, k: int | None, ratio: float | None, ignore_index: int
-) -> tuple[Tensor, Tensor, int]:
-    """What the doors take: x and target with a row dimension, int64 class indices, k = 0 for all negatives."""
-    multi_hot = target.dim() == x.dim()
-    if not multi_hot and target.dtype == torch.uint64:  # what int64 cannot hold would come out negative
-        largest = torch.iinfo(torch.int64).max
-        target = target.long()
-        target = target.masked_fill(target < 0, largest if ignore_index != largest else largest - 1)
-    elif not multi_hot:
-        target = target.long()
-    if x.dim() == 1:
-        x, target = x.unsqueeze(0), target.unsqueeze(0)
-    if ratio is not None:
-        k = max(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
-    most_negatives = num_classes if multi_hot else num_classes - 1
-    return x, target, 0 if k is None or k >= most_negatives else operator.index(k)
-
-
-def check_options(loss: Loss, k: int | None, ratio: float | None, reduction: str) -> None:
-    """What can be said of the options before there are logits."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction: expected one of {', '.join(REDUCTIONS)}")
-    if k is not None and ratio is not None:
-        raise ValueError(f"k and ratio exclude each other, got k={k} and ratio={ratio}")
-    if k is None and ratio is None and isinstance(loss, HSLR):
-        raise ValueError("hs_lr_loss needs k or ratio: how many of the most confusing negatives to keep")
-    if k is not None and not hasattr(k, "__index__"):
-        raise TypeError(f"k must be an integer, got {type(k).__name__}")
-    if k is not None and operator.index(k) < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if ratio is not None and not isinstance(ratio, Real):
-        raise TypeError(f"ratio must be a number, got {type(ratio).__name__}")
-    if ratio is not None and not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
-
-
-def _check_logits(logits: Tensor, shard: ClassShard | None) -> int:
-    """The number of classes."""
-    if type(logits) is not Tensor:
-        check_kind("logits", logits)
-    if logits.dtype not in FLOATING:
-        raise TypeError(f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}")
-    if logits.dim() not in (1, 2):
-        hint = ""
-        if logits.dim() > 2:
-            hint = ": move the classes last and flatten the rest, logits.movedim(1, -1).flatten(0, -2)"
-        raise ValueError(f"expected logits of shape (N, C) or (C,), got {tuple(logits.shape)}{hint}")
-    if shard is not None:
-        return width_of_shard(shard, "logits", logits.shape, logits.shape[-1])
-    if logits.shape[-1] == 0:
-        raise ValueError(f"expected at least one class, got logits of shape {tuple(logits.shape)}")
-    return logits.shape[-1]
-
-
-def check_batch(
-    loss: Loss,
-    shape: torch.Size,
-    num_classes: int,
-    device: torch.device,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-) -> None:
-    """Whether target and weight fit logits of this shape on this device; num_classes is that of all shards."""
-    _check_target(loss, shape, device, target)
-    multi_hot = target.dim() == len(shape)
-    if weight is not None:
-        _check_weight(weight, num_classes, device, multi_hot)
-    if multi_hot and ignore_index != IGNORE_INDEX:
-        raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
-
-
-def check_kind(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if hasattr(tensor, "to_local"):
-        raise TypeError(
-            f"{name} must be a plain Tensor, got a DTensor: if it is sharded by classes, give {name}.to_local() and "
-            f"shard=ClassShard.split(num_classes, group); else {name}.full_tensor()"
-        )
-
-
-def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but got {name} on {tensor.device} and others on {device}"
-        )
-
-
-def _check_target(loss: Loss, shape: torch.Size, device: torch.device, target: Tensor) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-    check_device("target", target, device)
-    if target.dim() == len(shape):
-        return _check_same_rank(loss, shape, target)
-    if target.dim() != len(shape) - 1:
-        raise ValueError(f"expected class indices of shape {tuple(shape[:-1])}: {_shapes(shape, target)}")
-    if target.shape != shape[:-1]:
-        raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise TypeError(f"expected class indices of an integer dtype, got {target.dtype}; {_shapes(shape, target)}")
-
-
-def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
-    """A target of the logits' rank: multi-hot, where the loss takes that."""
-    same = target.shape == shape
-    hint = ""
-    if not same and target.shape == (*shape[:-1], 1):
-        hint = "; for class indices, squeeze the target: target.squeeze(-1)"
-    if loss.family == "softmax" and same and target.dtype.is_floating_point:
-        raise TypeError(
-            f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; "
-            f"{_shapes(shape, target)}"
-        )
-    if loss.family == "softmax":
-        raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {_shapes(shape, target)}{hint}")
-    if not same:
-        raise ValueError(f"multi-hot target size must be the same as logits size: {_shapes(shape, target)}{hint}")
-    if target.dtype.is_complex:
-        raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
-
-
-def _shapes(shape: torch.Size, target: Tensor) -> str:
-    return f"got target {tuple(target.shape)} for logits {tuple(shape)}"
-
-
-def _check_weight(weight: Tensor, num_classes: int, device: torch.device, multi_hot: bool) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
-    if multi_hot:
-        raise ValueError("weight works with class-index targets only, got multi-hot targets")
-    if weight.shape != (num_classes,):
-        raise ValueError(
-            f"weight tensor should be defined either for all {num_classes} classes or no classes "
-            f"but got weight tensor of shape: {list(weight.shape)}"
-        )
-    if weight.dtype not in FLOATING:
-        raise TypeError(f"expected a floating-point weight, got {weight.dtype}")
-    check_device("weight", weight, device)
-    if weight.requires_grad:
-        raise ValueError("the losses are not differentiable by weight: pass weight.detach()")
+def finished(loss: Loss, statistics: Tensor, rows: Rows) -> Tensor:
+    """The loss from the statistics of whole rows."""
+    target, weight, reduction, spec = rows
+    if not isinstance(loss, OwnSoftmax):
+        return Finish.apply(statistics, target, weight, reduction, spec)
+    d = log_odds_of(statistics)
+    values = loss.value(d)
+    if not isinstance(values, Tensor) or values.shape != d.shape:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"value must give one number per row, a Tensor of shape {tuple(d.shape)}, got {got}")
+    return Reduction.of(target, weight, reduction, spec.ignore_index, d).loss(values)

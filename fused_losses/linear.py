@@ -1,31 +1,37 @@
 """A linear layer and any loss of the family in one step, without ever holding the logits of the whole batch.
 
-Signatures follow ``torch.nn.functional.linear_cross_entropy``. How it is computed: ``linear_autograd.py``.
+:func:`linear_cross_entropy` follows ``torch.nn.functional.linear_cross_entropy``. How it is computed:
+``linear_autograd.py``, ``linear_rows.py``.
 """
 
 import math
+import operator
 from dataclasses import dataclass
-from numbers import Real
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reference
-from .class_parallel import ClassShard, LinearLossFromShard, gather_batch, move_rows, own_rows_of, width_of_shard
-from .functional import (
+from .arguments import (
     FLOATING,
     IGNORE_INDEX,
-    as_rows,
-    check_batch,
+    Options,
+    as_int64,
     check_device,
-    check_here,
     check_kind,
     check_options,
+    check_target,
+    rows_of,
 )
-from .linear_autograd import LinearRowLoss, class_norms
-from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
+from .finish import RowStatistics, ignored_rows
+from .functional import finished
+from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
+from .linear_rows import MIB
+from .losses import CrossEntropy, Loss, OwnSoftmax
 from .modules import CrossEntropyLoss, RowLoss
+from .shard import ClassShard, gather_batch, move_rows, own_rows_of, width_of_shard
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,12 @@ class LinearLossOptions:
     sparse_grad: bool = False
 
     def __post_init__(self):
-        if self.chunk_bytes is not None and not isinstance(self.chunk_bytes, int):
+        if self.chunk_bytes is None:
+            return
+        if not hasattr(self.chunk_bytes, "__index__"):
             raise TypeError(f"chunk_bytes must be an integer, got {type(self.chunk_bytes).__name__}")
-        if self.chunk_bytes is not None and self.chunk_bytes < 1:
+        object.__setattr__(self, "chunk_bytes", operator.index(self.chunk_bytes))
+        if self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, got {self.chunk_bytes}")
 
 
@@ -62,7 +71,7 @@ def linear_cross_entropy(
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     reduction: str = "mean",
     check_targets: bool = False,
     normalize: bool = False,
@@ -90,9 +99,9 @@ def linear_cross_entropy(
         gather_input: with ``shard``: input and class-index target are this rank's rows, any number of them, and the
             loss is that of the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied
             by the number of ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the
-            network in front, so gives that network what one process with all rows would; the gradient by linear_weight
-            is one process's already, so the classifier stays outside of it. Their numbers of rows are exchanged first,
-            which on CUDA costs a synchronisation.
+            network in front, then gives that network what one process with all rows would. The gradient by
+            linear_weight is one process's already, so the classifier stays outside of it. The ranks' numbers of rows
+            are exchanged first, which on CUDA costs a synchronisation.
         options: :class:`LinearLossOptions`.
 
     Other arguments, defaults and errors as in :func:`fused_losses.cross_entropy`. Differentiable once, by input,
@@ -104,154 +113,48 @@ def linear_cross_entropy(
             ``sparse_grad`` where the gradient is not sparse.
         RuntimeError: also for input and weight of different dtypes.
     """
-    loss = CrossEntropy()
-    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
+    loss_options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    layer = _Layer(linear_bias, normalize, scale, gather_input, options)
+    return apply(CrossEntropy(), loss_options, input, linear_weight, target, layer)[0]
 
 
-def linear_nllr_loss(
+def linear_loss(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
+    loss: RowLoss,
     linear_bias: Tensor | None = None,
-    k: int | None = None,
-    ratio: float | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    reduction: str = "mean",
-    check_targets: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
     shard: ClassShard | None = None,
     gather_input: bool = False,
     options: LinearLossOptions | None = None,
-) -> Tensor:
-    """Negative log likelihood ratio of a linear layer's logits.
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, RowStatistics]:
+    """Any loss of ``F.linear(input, linear_weight, linear_bias)``, whose logits are never held as a whole.
 
-    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
-    :func:`fused_losses.nllr_loss`.
+    ``linear_loss(x, w, y, loss=fl.HSLRLoss(k=100))``. The function twin of :class:`LinearLoss`.
+
+    Args:
+        target: class indices (N,), or what else the loss takes.
+        loss: one of the loss modules of this package, used with its options.
+        return_statistics: also give :class:`fused_losses.RowStatistics`, without gradients: training accuracy from
+            logits that never exist. With ``gather_input`` they are those of the rows of all ranks. Class-index targets
+            only; for a loss of the logistic family ``log_odds`` is None.
+
+    Layer arguments, defaults and errors as in :func:`linear_cross_entropy`; loss options as in the module of the loss.
+
+    Raises:
+        TypeError: a loss that is no loss module of this package.
+        ValueError: a loss with a shard of its own.
     """
-    loss = NLLR()
-    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
-
-
-def linear_crl_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    alpha: float = CRL.alpha,
-    beta: float = CRL.beta,
-    k: int | None = None,
-    ratio: float | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    reduction: str = "mean",
-    check_targets: bool = False,
-    normalize: bool = False,
-    scale: float = 1.0,
-    shard: ClassShard | None = None,
-    gather_input: bool = False,
-    options: LinearLossOptions | None = None,
-) -> Tensor:
-    """Competing ratio loss of a linear layer's logits.
-
-    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
-    :func:`fused_losses.crl_loss`.
-    """
-    loss = CRL(alpha, beta)
-    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
-
-
-def linear_lr_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    k: int | None = None,
-    ratio: float | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    reduction: str = "mean",
-    check_targets: bool = False,
-    normalize: bool = False,
-    scale: float = 1.0,
-    shard: ClassShard | None = None,
-    gather_input: bool = False,
-    options: LinearLossOptions | None = None,
-) -> Tensor:
-    """Vanilla logistic regression, one-vs-rest, of a linear layer's logits.
-
-    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
-    :func:`fused_losses.lr_loss`.
-    """
-    loss = LR()
-    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
-
-
-def linear_hs_lr_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    k: int | None = None,
-    ratio: float | None = None,
-    alpha: float = HSLR.alpha,
-    weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    reduction: str = "mean",
-    check_targets: bool = False,
-    normalize: bool = False,
-    scale: float = 1.0,
-    shard: ClassShard | None = None,
-    gather_input: bool = False,
-    options: LinearLossOptions | None = None,
-) -> Tensor:
-    """Logistic regression with hard selection of a linear layer's logits.
-
-    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
-    :func:`fused_losses.hs_lr_loss`.
-    """
-    loss = HSLR(alpha)
-    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
-
-
-def linear_ss_lr_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    alpha: float = SSLR.alpha,
-    gamma: float = SSLR.gamma,
-    k: int | None = None,
-    ratio: float | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    reduction: str = "mean",
-    check_targets: bool = False,
-    normalize: bool = False,
-    scale: float = 1.0,
-    shard: ClassShard | None = None,
-    gather_input: bool = False,
-    options: LinearLossOptions | None = None,
-) -> Tensor:
-    """Logistic regression with soft selection of a linear layer's logits.
-
-    Layer arguments as in :func:`linear_cross_entropy`; loss arguments, defaults and errors as in
-    :func:`fused_losses.ss_lr_loss`.
-    """
-    loss = SSLR(alpha, gamma)
-    return apply(loss, input, linear_weight, target, linear_bias, k, ratio, weight, ignore_index, reduction,
-                 check_targets, normalize, scale, shard, gather_input, options)  # fmt: skip
+    _check_loss(loss)
+    layer = _Layer(linear_bias, normalize, scale, gather_input, options)
+    result = apply(
+        loss.loss, loss.options._replace(shard=shard), input, linear_weight, target, layer, return_statistics
+    )
+    return result if return_statistics else result[0]
 
 
 class LinearLoss(nn.Module):
@@ -286,12 +189,9 @@ class LinearLoss(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        _check_options(options, bias, normalize, scale)
+        scale = _check_options(options, bias, normalize, scale)
         loss = CrossEntropyLoss() if loss is None else loss
-        if not isinstance(loss, RowLoss):
-            raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}")
-        if loss.shard is not None:
-            raise ValueError("give the shard to LinearLoss, not to its loss")
+        _check_loss(loss)
         classes = num_classes if shard is None else len(shard)
         if shard is not None and shard.num_classes != num_classes:
             raise ValueError(f"the shard is one of {shard.num_classes} classes, expected {num_classes}")
@@ -317,11 +217,14 @@ class LinearLoss(nn.Module):
             bound = 1 / math.sqrt(self.in_features)
             own_rows_of(self.shard, self.bias, lambda rows: rows.uniform_(-bound, bound))
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return apply(
-            self.loss.loss, input, self.weight, target, self.bias, **self.loss.options | {"shard": self.shard},
-            normalize=self.normalize, scale=self.scale, gather_input=self.gather_input, options=self.options,
-        )  # fmt: skip
+    def forward(
+        self, input: Tensor, target: Tensor, return_statistics: bool = False
+    ) -> Tensor | tuple[Tensor, RowStatistics]:
+        """The loss; with ``return_statistics`` also :class:`fused_losses.RowStatistics`, as in :func:`linear_loss`."""
+        layer = _Layer(self.bias, self.normalize, self.scale, self.gather_input, self.options)
+        options = self.loss.options._replace(shard=self.shard)
+        result = apply(self.loss.loss, options, input, self.weight, target, layer, return_statistics)
+        return result if return_statistics else result[0]
 
     def extra_repr(self) -> str:
         cosine = f", normalize=True, scale={self.scale}" if self.normalize else ""
@@ -354,61 +257,83 @@ class LinearLoss(nn.Module):
 
     def logits(self, input: Tensor) -> Tensor:
         """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
+        if hasattr(self.weight, "to_local"):
+            raise TypeError(
+                "logits() met a weight that fully_shard keeps sharded outside of forward: call "
+                "torch.distributed.fsdp.register_fsdp_forward_method(head, 'logits') once, after fully_shard(head)"
+            )
         if not self.normalize:
             return F.linear(input, self.weight, self.bias)
-        logits = F.linear(_direction(input, self.scale).to(input.dtype), self.weight)
-        logits /= class_norms(self.weight)  # no normalised copy of the weight here either
-        return logits
+        input = _direction(input, self.scale).to(input.dtype)
+        pieces = self.weight.split(max(1, MIB // max(1, self.in_features)))  # no normalised copy here either
+        return torch.cat([F.linear(input, _direction(w, 1.0).to(w.dtype)) for w in pieces], dim=1)
+
+
+class _Layer(NamedTuple):
+    """What a user says of the layer, besides input and weight."""
+
+    bias: Tensor | None
+    normalize: bool
+    scale: float
+    gather_input: bool
+    options: LinearLossOptions | None
 
 
 def apply(
-    loss: Loss,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    k: int | None,
-    ratio: float | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    check_targets: bool,
-    normalize: bool,
-    scale: float,
-    shard: ClassShard | None,
-    gather_input: bool,
-    options: LinearLossOptions | None,
-) -> Tensor:
-    """The one way from a user's arguments to the autograd function."""
-    check_options(loss, k, ratio, reduction)
-    _check_options(options, linear_bias is not None, normalize, scale)
-    num_classes = _check_layer(input, linear_weight, linear_bias, shard)
-    dtype = _dtype_of_linear(input, linear_weight, linear_bias)
-    shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
-    check_batch(loss, shape, num_classes, input.device, target, weight, ignore_index)
+    loss: Loss, options: Options, input: Tensor, linear_weight: Tensor, target: Tensor, layer: _Layer,
+    return_statistics: bool = False,
+) -> tuple[Tensor, RowStatistics | None]:  # fmt: skip
+    """The one way from a user's arguments to the autograd functions."""
+    bias, normalize, scale, gather_input, how = layer
+    shard, reduction = options.shard, options.reduction
+    check_options(loss, options)
+    _check_options(how, bias is not None, normalize, scale)
+    how = LinearLossOptions() if how is None else how
+    num_classes = _check_layer(input, linear_weight, bias, shard)
+    dtype = _dtype_of_linear(input, linear_weight, bias)
+    one_row = input.dim() == 1
     if gather_input:
         if shard is None or input.dim() != 2 or target.dim() != 1:
             raise ValueError("gather_input needs shard=, input of shape (N, D) and class-index targets (N,)")
-        input, target = gather_batch(shard, input, target.long())
-    rows, target, k = as_rows(input, target, num_classes, k, ratio, ignore_index)
-    if normalize:
-        rows = _direction(rows, scale)
-    if check_here(check_targets, input.device, shard):
-        reference.check_target(target, num_classes, ignore_index)
-    options = LinearLossOptions() if options is None else options
-    if options.sparse_grad and (k == 0 or target.dim() == 2):
+        check_target(loss, (input.shape[0], linear_weight.shape[0]), input.device, target)
+        input, target = gather_batch(shard, input, as_int64(target, options.ignore_index))
+    shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
+    rows = rows_of(loss, shape, dtype, input.device, target, options, num_classes)
+    target, weight, _, spec = rows
+    if return_statistics and target.dim() == 2:
+        raise ValueError("return_statistics works with class-index targets only, got multi-hot targets")
+    if how.sparse_grad and (spec.k == 0 or target.dim() == 2):
         got = "multi-hot targets" if target.dim() == 2 else f"all {num_classes - 1} negatives"
         raise ValueError(f"sparse_grad needs class-index targets and k (or ratio) below C - 1, got {got}")
-    arguments = (
-        rows, linear_weight, linear_bias, target, weight,
-        loss.family, loss.formula, loss.params, loss.alpha, k, ignore_index, reduction,
-        dtype, normalize, options.chunk_bytes, options.sparse_grad, torch.is_grad_enabled(),
-    )  # fmt: skip
-    if shard is None:
-        result = LinearRowLoss.apply(*arguments)
+    x = input.unsqueeze(0) if one_row else input
+    if normalize:
+        ignored = ignored_rows(target, spec.ignore_index)
+        if ignored is not None:  # what is not finite there would spoil the zeros of its gradient
+            x = x.masked_fill(ignored[:, None], 0)
+        x = _direction(x, scale)
+    wanted = wanted_of(x, linear_weight, bias)
+    layer_spec = LayerSpec(dtype, normalize, how.chunk_bytes or 0, how.sparse_grad, wanted)
+    own = isinstance(loss, OwnSoftmax)
+    if shard is None and not own and gradients_at_once(layer_spec, num_classes, target, reduction, spec):
+        result, statistics = LinearLossAtOnce.apply(x, linear_weight, bias, target, weight, reduction, layer_spec, spec)
     else:
-        result = LinearLossFromShard.apply(*arguments, shard)
-    return result.squeeze(0) if input.dim() == 1 and reduction == "none" else result
+        statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec, shard)
+        result = finished(loss, statistics, rows)
+    found = RowStatistics.of(statistics.detach(), spec.family) if return_statistics else None
+    return result.squeeze(0) if one_row and reduction == "none" else result, found
+
+
+def wanted_of(*parameters: Tensor | None) -> list[bool]:
+    """Which of input, weight and bias get a gradient. Asked before forward, where nobody records any more."""
+    recorded = torch.is_grad_enabled()
+    return [recorded and parameter is not None and parameter.requires_grad for parameter in parameters]
+
+
+def _check_loss(loss: RowLoss) -> None:
+    if not isinstance(loss, RowLoss):
+        raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}")
+    if loss.shard is not None:
+        raise ValueError("give the shard to the linear layer, not to its loss")
 
 
 def _direction(input: Tensor, scale: float) -> Tensor:
@@ -421,7 +346,9 @@ def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torc
 
     def seen(tensor: Tensor) -> torch.dtype:
         device_type = tensor.device.type
-        if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):  # "meta" has none
+            return tensor.dtype
+        if not torch.is_autocast_enabled(device_type):
             return tensor.dtype
         return torch.get_autocast_dtype(device_type)
 
@@ -454,14 +381,18 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, shard: Clas
     return weight.shape[0]
 
 
-def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> None:
+def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> float:
+    """The scale."""
     if options is not None and not isinstance(options, LinearLossOptions):
         raise TypeError(f"options must be LinearLossOptions, got {type(options).__name__}")
     if has_bias and normalize:
         raise ValueError("cosine logits (normalize=True) take no linear_bias")
-    if not isinstance(scale, Real):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):  # to the compiler NumPy's numbers are arrays
+        if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
+            raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+        scale = float(scale)
+    if not 0 < scale < math.inf:  # math.isfinite knows no symbolic numbers
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     if scale != 1 and not normalize:
         raise ValueError("scale belongs to cosine logits: pass normalize=True")
+    return scale

@@ -1,550 +1,239 @@
-"""How a linear layer and a loss are computed together without ever holding the logits of the whole batch.
+"""The ``torch.autograd.Function`` of a linear layer in front of any loss: which way leads to the gradients."""
 
-Never more logits than fit a budget. Three ways lead to the gradients:
-
-- *picks*: over the k hardest, k a small share of the classes. Forward walks blocks of classes, all rows at a time, and
-  keeps (index, logit) pairs; backward touches the k + 1 rows of the weight that each row of the batch has picked, and
-  computes no logits.
-- *at once*: a scalar loss. Chunks of rows, all classes at a time; each chunk's gradient follows its forward (three
-  matmuls instead of four), and backward only multiplies by the upstream scalar, in place.
-- *again*: chunks of rows where that scalar cannot be factored out. Backward computes their logits once more.
-"""
-
-import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
-from . import ops, reference
-from .autograd import once
-from .reductions import reduction_of, term_scales
-
-MIB = 2**20
-LEAST_NORM = 1e-12  # F.normalize divides by nothing smaller either
-# A block of classes is no smaller than this: each pays for k candidates in every row, and for its calls.
-LEAST_BLOCK = 4096
-LEAST_BLOCK_PER_PICK = 32
-
-
-def gathers_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
-    """Whether backward gathers the picked classes; a larger share is cheaper as a dense matmul.
-
-    Measured on two cores with 8192 and 32768 classes, 64 to 512 features: at C / 32 gathering wins by 10 to 27 %, at
-    C / 16 the matmul draws level or wins by up to 13 %.
-    """
-    return 0 < k <= num_classes // 24 and not multi_hot
+from . import ops
+from .autograd import coefficients_of, once
+from .finish import Reduction, ignored_rows
+from .linear_rows import (
+    class_norms,
+    gathers_picks,
+    gradient_shapes,
+    linear_at_once,
+    linear_backward,
+    linear_backward_picks,
+    linear_backward_sparse,
+    linear_forward,
+    linear_forward_picks,
+)
+from .losses import LossSpec
+from .merge import merge, nothing, offered
 
 
-def default_chunk_bytes(weight: Tensor, picks: bool) -> int:
-    """Blocks of classes stay in the cache; chunks of rows each read the whole weight, and want as much work for it."""
-    least = 4 * MIB if weight.device.type == "cpu" else 256 * MIB
-    return least if picks else max(least, weight.nbytes)
+class LayerSpec(NamedTuple):
+    """How the layer is computed, and what is wanted of it."""
 
+    dtype: torch.dtype  # in which the layer computes
+    normalize: bool
+    chunk_bytes: int  # 0 for the default
+    sparse_grad: bool
+    wanted: list[bool]  # which of input, weight and bias get a gradient
 
-def _gradients_at_once(reduction: str, dtype: torch.dtype, scales_known: bool) -> bool:
-    """Not in float16: its gradients would underflow, for the scaler's factor arrives with backward."""
-    return reduction != "none" and dtype != torch.float16 and scales_known
-
-
-def _pieces(total: int, most: int) -> list[slice]:
-    """0 ... total in slices of about equal size, none larger than most."""
-    size = -(-total // max(1, -(-total // most)))
-    return [slice(start, min(start + size, total)) for start in range(0, total, max(1, size))]
-
-
-def _buffer(like: Tensor, rows: int, classes: int) -> Tensor:
-    """Empty (rows, classes) whose rows start at multiples of 64 bytes: a matmul writes them up to 1.7 times as fast."""
-    unit = 64 // like.element_size()
-    return like.new_empty((rows, -(-classes // unit) * unit))[:, :classes]
-
-
-# --- the layer --------------------------------------------------------------------------------------------------------
-
-
-class _Layer(NamedTuple):
-    """z = x w^T + bias, or x w^T / |w| with norms."""
-
-    weight: Tensor  # (classes, features)
-    bias: Tensor | None  # (classes,)
-    norms: Tensor | None  # (classes,)
-
-    def chunks(self, input: Tensor, chunk_elements: int) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their logits, one row or at most so many logits at a time, always in the same memory."""
-        pieces = _pieces(input.shape[0], max(1, chunk_elements // self.weight.shape[0]))
-        buffer = _buffer(input, max((rows.stop - rows.start for rows in pieces), default=0), self.weight.shape[0])
-        for rows in pieces:
-            yield rows, self.logits(input[rows], out=buffer[: rows.stop - rows.start])
-
-    def logits(self, x: Tensor, out: Tensor) -> Tensor:
-        if self.bias is None:
-            torch.mm(x, self.weight.t(), out=out)
+    def layer(self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> tuple:
+        """What the ops take: input, weight, bias, norms, target, chunk_bytes. A weight that is normalised is cast after
+        that."""
+        if self.normalize:
+            layer = input.to(self.dtype), weight, None, class_norms(weight)
         else:
-            torch.addmm(self.bias, x, self.weight.t(), out=out)
-        if self.norms is not None:
-            out /= self.norms
-        return out
-
-    def of(self, classes: slice) -> "_Layer":
-        return _Layer(*(None if tensor is None else tensor[classes] for tensor in self))
+            layer = input.to(self.dtype), weight.to(self.dtype), None if bias is None else bias.to(self.dtype), None
+        return *layer, target, self.chunk_bytes
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in total's dtype."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+# --- the ways ---------------------------------------------------------------------------------------------------------
 
 
-def class_norms(weight: Tensor, chunk_elements: int = MIB) -> Tensor:
-    """|w| of each class, (classes,), in the compute dtype. In pieces: torch copies a 16-bit tensor to reduce it so."""
-    pieces = weight.split(max(1, chunk_elements // max(1, weight.shape[1])))
-    dtype = reference.compute_dtype(weight.dtype)
-    norms = torch.cat([torch.linalg.vector_norm(w, dim=1, dtype=dtype) for w in pieces])
-    return norms.clamp_(min=LEAST_NORM)
+class Again:
+    """Chunks of rows; backward computes their logits once more."""
+
+    @staticmethod
+    def forward(layer: tuple, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+        """Statistics and picks of the rows, as a forward door sees them."""
+        return linear_forward(*layer, *spec)
+
+    @staticmethod
+    def backward(coefficients: Tensor, seen: list, layer: list, wanted: list[bool], spec: LossSpec) -> tuple:
+        """The gradients of input, weight and bias from the rows' coefficients; of no elements where not wanted."""
+        return linear_backward(coefficients, *seen, *layer, wanted, *spec)
 
 
-def _through_norms(dweight: Tensor, weight: Tensor, norms: Tensor, chunk_elements: int) -> None:
-    """From dw at constant |w| to dw: the part along w goes, since the length of w moves no cosine."""
-    classes = max(1, chunk_elements // max(1, weight.shape[1]))
-    for dw, w, norm in zip(dweight.split(classes), weight.split(classes), norms.split(classes), strict=True):
-        w = w.to(dw.dtype)
-        dw.addcmul_(w, ((dw * w).sum(1) / norm**2)[:, None], value=-1)
+class Picks:
+    """Blocks of classes; backward gathers what the rows have picked. Always compact."""
+
+    @staticmethod
+    def forward(layer: tuple, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_forward_picks(*layer, *spec)
+
+    @staticmethod
+    def backward(coefficients: Tensor, seen: list, layer: list, wanted: list[bool], spec: LossSpec) -> tuple:
+        return linear_backward_picks(coefficients, *seen, *layer, wanted, *spec)
 
 
-class _Gradients:
-    """The gradients of a layer, summed chunk by chunk; those of weight and bias in float32 for a 16-bit layer."""
+class SparsePicks(Picks):
+    """The same, with gradients of weight and bias that are coalesced COO tensors."""
 
-    def __init__(self, input: Tensor, layer: _Layer, wanted: list[bool]):
-        self.x, self.layer, self.wanted = input, layer, wanted
-        self.input, self.weight, self.bias = gradient_shapes(input, layer.weight, wanted)
-        self.weight.zero_()
-        self.bias.zero_()
+    @staticmethod
+    @torch.no_grad()  # under create_graph=True the graph is recorded here, where no op hides it
+    def backward(coefficients: Tensor, seen: list, layer: list, wanted: list[bool], spec: LossSpec) -> tuple:
+        dinput, *of_picked, picked = linear_backward_sparse(coefficients, *seen, *layer, wanted, *spec)
+        num_classes = layer[1].shape[0]
 
-    def add(self, rows: slice, dz: Tensor) -> None:
-        """dz: the gradient of a chunk's logits, free to be overwritten."""
-        want_input, want_weight, want_bias = self.wanted
-        if want_bias:
-            self.bias += dz.sum(0, dtype=self.bias.dtype)
-        if self.layer.norms is not None:
-            dz /= self.layer.norms
-        if want_input:
-            torch.mm(dz, self.layer.weight, out=self.input[rows])
-        if want_weight:
-            _add_product(self.weight, dz.t(), self.x[rows])
+        def scattered(values: Tensor) -> Tensor:
+            size = (num_classes, *values.shape[1:])
+            return torch.sparse_coo_tensor(picked[None], values, size, is_coalesced=True, check_invariants=False)
 
-    def result(self, chunk_elements: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self.layer.norms is not None and self.wanted[1]:
-            _through_norms(self.weight, self.layer.weight, self.layer.norms, chunk_elements)
-        return self.input, self.weight, self.bias
+        return dinput, *(
+            scattered(values) if want else values for values, want in zip(of_picked, wanted[1:], strict=True)
+        )
 
 
-# --- chunks of rows through the doors ---------------------------------------------------------------------------------
-
-_DOORS = {
-    "softmax": (ops.softmax_forward, ops.softmax_backward),
-    "logistic": (ops.logistic_forward, ops.logistic_backward),
-}
+def way_of(num_classes: int, k: int, multi_hot: bool, sparse_grad: bool) -> type[Again | Picks]:
+    if sparse_grad:
+        return SparsePicks
+    return Picks if gathers_picks(num_classes, k, multi_hot) else Again
 
 
-def _linear_forward(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index,
-    compact=False, first_class=0, all_classes=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The forward door of the family over all rows: *again*."""
-    forward, _ = _DOORS[family]
-    all_classes = _check_target(input, weight, target, ignore_index, first_class, all_classes)
-    outputs = _forward_shapes(
-        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, compact
-    )
-    for rows, z in _Layer(weight, bias, norms).chunks(input, chunk_elements):
-        parts = forward(z, target[rows], loss, params, k, ignore_index, compact, first_class, all_classes)
-        for whole, part in zip(outputs, parts, strict=True):
-            whole[rows] = part
-    return outputs
+def gradients_at_once(layer: LayerSpec, num_classes: int, target: Tensor, reduction: str, spec: LossSpec) -> bool:
+    """Whether the gradients may follow each chunk's forward: what a row counts must be known from the targets alone.
 
-
-def _linear_backward(
-    grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
-    compact=False, first_class=0, all_classes=None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight and bias from grad of the rows: *again*."""
-    _, backward = _DOORS[family]
-    layer = _Layer(weight, bias, norms)
-    gradients = _Gradients(input, layer, wanted)
-    for rows, z in layer.chunks(input, chunk_elements):
-        saved = z, target[rows], state[rows], pick_index[rows], pick_logit[rows]
-        options = loss, params, k, ignore_index, z.shape[1], compact, first_class, all_classes
-        gradients.add(rows, backward(grad[rows], *saved, *options))
-    return gradients.result(chunk_elements)
-
-
-def _linear_at_once(
-    grad, input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The values or sums of the rows, and the gradients of input, weight and bias for grad of the rows."""
-    forward, backward = _DOORS[family]
-    _check_target(input, weight, target, ignore_index)
-    layer = _Layer(weight, bias, norms)
-    gradients = _Gradients(input, layer, wanted)
-    values = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    for rows, z in layer.chunks(input, chunk_elements):
-        values[rows], *saved = forward(z, target[rows], loss, params, k, ignore_index, False)
-        saved = z, target[rows], *saved
-        # not named here: two chunks' gradients would be alive at a time
-        gradients.add(rows, backward(grad[rows], *saved, loss, params, k, ignore_index, z.shape[1], False))
-    return values, *gradients.result(chunk_elements)
-
-
-def _check_target(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    first_class: int = 0,
-    all_classes: int | None = None,
-) -> int:
-    """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here.
-    -> the number of all classes"""
-    all_classes = reference.count_classes(weight.shape[0], first_class, all_classes)
-    if input.device.type == "cpu" and target.dim() == 1:
-        reference.check_target(target, all_classes, ignore_index)
-    return all_classes
-
-
-# --- picks alone ------------------------------------------------------------------------------------------------------
-
-
-def _linear_forward_picks(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index,
-    first_class=0, all_classes=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The forward door of the family over all rows, compact: *picks*.
-
-    The k hardest of the layer are among the k hardest of each block of classes: these are the candidates. A matmul is
-    cheaper for many rows and few classes at a time than the other way round, and its logits stay in the cache.
+    Not in float16: its gradients would underflow, for the scaler's factor arrives with backward. Not for the means over
+    a multi-hot batch, whose terms are counted first.
     """
-    all_classes = _check_target(input, weight, target, ignore_index, first_class, all_classes)
-    outputs = _picks_shapes(input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index)
-    least = max(LEAST_BLOCK, LEAST_BLOCK_PER_PICK * k)
-    blocks = _pieces(weight.shape[0], max(least, chunk_elements // max(1, input.shape[0])))
-    most_rows = max(1, chunk_elements // blocks[0].stop)
-    buffer = _buffer(input, min(most_rows, input.shape[0]), blocks[0].stop)
-    layer = _Layer(weight, bias, norms)
-    options = family, loss, params, k, ignore_index, first_class, all_classes
-    for rows in _pieces(input.shape[0], most_rows):
-        parts = _hardest_of_blocks(layer, blocks, buffer, input[rows], target[rows], *options)
-        for whole, part in zip(outputs, parts, strict=True):
-            whole[rows] = part
-    return outputs
-
-
-def _hardest_of_blocks(
-    layer: _Layer, blocks: list[slice], buffer: Tensor, x: Tensor, target: Tensor,
-    family, loss, params, k, ignore_index, first_class, all_classes,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The compact door over the classes of all blocks, lowest class first among equals."""
-    forward, _ = _DOORS[family]
-    num_rows, width = x.shape[0], 1 + len(blocks) * k
-    index = x.new_empty((num_rows, width), dtype=torch.int32)  # column 0 is the target's
-    logit = x.new_empty(index.shape)
-    states = []
-    for number, classes in enumerate(blocks):
-        z = layer.of(classes).logits(x, out=buffer[:num_rows, : classes.stop - classes.start])
-        part = first_class + classes.start, all_classes
-        _, state, picked, picked_logit = forward(z, target, loss, params, k, ignore_index, True, *part)
-        if z.device.type != "cpu":  # where the doors keep the picks in the order of the classes
-            picked, order = picked.sort(dim=1)
-            picked_logit = picked_logit.gather(1, order)
-        columns = slice(1 + number * k, 1 + (number + 1) * k)
-        index[:, columns] = picked + classes.start
-        logit[:, columns] = picked_logit
-        states.append(state)
-
-    states = torch.stack(states)  # (blocks, rows, values); without the target, z_y is -inf or 0
-    z_y = states[..., 2].amax(0) if family == "softmax" else states[..., 0].sum(0)
-    # Among the candidates the target is class 0, or one behind them where the layer does not hold it: column 0 is then
-    # no class, but an empty slot.
-    ignored = target == ignore_index
-    bad = (target < 0) | (target >= all_classes)
-    elsewhere = (target < first_class) | (target >= first_class + layer.weight.shape[0])
-    index[:, 0] = -1
-    z_y = z_y.masked_fill(elsewhere, -math.inf)
-    logit[:, 0] = z_y.masked_fill(states.isnan().any(dim=(0, 2)), math.nan)
-    label = (width * elsewhere.long()).masked_fill_(bad, width + 1).masked_fill_(ignored, -1)
-    *rows, chosen, chosen_logit = forward(logit, label, loss, params, k, -1, True, 0, width + 1)
-    return *rows, index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1), chosen_logit
-
-
-class _ByClass:
-    """The entries of a (rows, slots) matrix of classes, sorted by class and, within a class, in the order of the batch.
-
-    A bag holds the entries of one class: of every class, or only of those that occur. Entries of class num_classes
-    belong nowhere.
-    """
-
-    def __init__(self, classes: Tensor, num_classes: int, only_picked: bool):
-        sorted_classes, self.order = classes.flatten().sort(stable=True)
-        self.row = self.order // classes.shape[1]
-        self.picked = None
-        if only_picked:
-            bags, counts = sorted_classes.unique_consecutive(return_counts=True)
-            self.picked = bags[bags < num_classes]
-            self.num_bags = self.picked.shape[0]
-        else:
-            counts = classes.new_zeros(num_classes + 1).scatter_add_(0, sorted_classes, torch.ones_like(sorted_classes))
-            self.num_bags = num_classes
-        self.starts = counts.cumsum(0) - counts
-
-    def of(self, rows: Tensor) -> Tensor:
-        """The rows of a (classes, ...) tensor, one a bag."""
-        return rows if self.picked is None else rows[self.picked]
-
-    def sum_rows(self, factors: Tensor, x: Tensor) -> Tensor:
-        """Sum of factor * x[row] over each bag, (bags, features), from factors (rows, slots) and x (rows, features)."""
-        factors = factors.flatten()[self.order]
-        return F.embedding_bag(self.row, x, self.starts, mode="sum", per_sample_weights=factors)[: self.num_bags]
-
-
-def _pick_gradients(
-    grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, first_class,
-    only_picked,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of input, weight and bias through the target and the k picks of each row alone: O(rows * k * features).
-
-    With only_picked, those of weight and bias are of the classes that come last. No float atomics: the same bits in
-    every run.
-    """
-    num_classes = weight.shape[0]
-    z = pick_logit.to(state.dtype)  # (rows, k)
-    if family == "softmax":
-        dz_y, dz = reference.softmax_gradient(grad, state, z, loss, params)
-        dz_y = dz_y[:, None]
-    else:
-        dz_y, dz = reference.logistic_gradient(grad, state[:, :1], z, loss, params)
-    classes = torch.cat((target[:, None] - first_class, pick_index), dim=1)  # (rows, 1 + k)
-    ignored = (target == ignore_index)[:, None]
-    nowhere = (classes < 0) | (classes >= num_classes) | ignored
-    dz = torch.cat((dz_y, dz), dim=1).masked_fill(nowhere, 0)
-    inside = classes.masked_fill(nowhere, 0)
-    dz_by_norm = dz if norms is None else dz / norms[inside]
-
-    want_input, want_weight, want_bias = wanted
-    dinput = input.new_empty((0, input.shape[1]) if want_input else (0,))  # of no rows
-    dweight, dbias = state.new_empty((0,)), state.new_empty((0,))  # results of an op must not share memory
-    by_class = None
-    if want_input and input.shape[0] > 0:
-        dinput = F.embedding_bag(inside, weight, mode="sum", per_sample_weights=dz_by_norm.to(weight.dtype))
-        poisoned = dz_y.isnan() | state.isnan().any(1, keepdim=True)
-        dinput = dinput.masked_fill(poisoned, math.nan).masked_fill(ignored, 0)
-    if want_weight or want_bias:
-        by_class = _ByClass(classes.masked_fill(nowhere, num_classes), num_classes, only_picked)
-    if want_weight:
-        dweight = by_class.sum_rows(dz_by_norm, input.to(dz.dtype))
-        if norms is not None:
-            _through_norms(dweight, by_class.of(weight), by_class.of(norms), chunk_elements)
-    if want_bias:
-        dbias = by_class.sum_rows(dz, dz.new_ones((dz.shape[0], 1))).squeeze(1)
-    return dinput, dweight, dbias, None if by_class is None else by_class.picked
-
-
-def _linear_backward_picks(
-    grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
-    first_class=0, all_classes=None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight and bias from grad of the rows: *picks*, dense."""
-    *gradients, _ = _pick_gradients(
-        grad, state, pick_index, pick_logit,
-        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, first_class,
-        False,
-    )  # fmt: skip
-    return tuple(gradients)
-
-
-@torch.no_grad()  # under create_graph=True the graph is recorded here, where no op hides it
-def sparse_gradients(
-    grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
-    first_class=0, all_classes=None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight and bias from grad of the rows: *picks*, coalesced COO for weight and bias."""
-    dinput, *of_picked, picked = _pick_gradients(
-        grad, state, pick_index, pick_logit,
-        input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted, first_class,
-        True,
-    )  # fmt: skip
-
-    def scattered(values: Tensor) -> Tensor:
-        size = (weight.shape[0], *values.shape[1:])
-        return torch.sparse_coo_tensor(picked[None], values, size, is_coalesced=True, check_invariants=False)
-
-    return dinput, *(scattered(values) if want else values for values, want in zip(of_picked, wanted[1:], strict=True))
-
-
-# --- the same as ops: opaque to the compiler, which would unroll the loop over chunks ---------------------------------
-
-_LAYER = "Tensor input, Tensor weight, Tensor? bias, Tensor? norms, Tensor target, int chunk_elements, "
-_LOSS = "str family, str loss, float[] params, int k, int ignore_index"
-_SAVED = "Tensor state, Tensor pick_index, Tensor pick_logit"
-_GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias)"
-
-
-def _row_shapes(input, family):
-    rows = input.shape[0]
-    dtype = reference.compute_dtype(input.dtype)
-    values = input.new_empty((rows,) if family == "softmax" else (rows, 2), dtype=dtype)
-    return values, input.new_empty((rows, 3 if family == "softmax" else 2), dtype=dtype)
-
-
-def _forward_shapes(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index,
-    compact=False, first_class=0, all_classes=None,
-):  # fmt: skip
-    return *_row_shapes(input, family), *ops.empty_picks(input, k, compact)
-
-
-def _picks_shapes(
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index,
-    first_class=0, all_classes=None,
-):  # fmt: skip
-    return *_row_shapes(input, family), *ops.empty_picks(input, k, compact=True)
-
-
-def gradient_shapes(input, weight, wanted):
-    want_input, want_weight, want_bias = wanted
-    dtype = reference.compute_dtype(input.dtype)
+    multi_hot = target.dim() == 2
+    way = way_of(num_classes, spec.k, multi_hot, layer.sparse_grad)
+    counts_terms = spec.family == "logistic" and multi_hot and spec.alpha is not None
     return (
-        input.new_empty(input.shape if want_input else (0,)),
-        input.new_empty(weight.shape if want_weight else (0,), dtype=dtype),
-        input.new_empty(weight.shape[:1] if want_bias else (0,), dtype=dtype),
+        way is Again and any(layer.wanted) and reduction != "none" and layer.dtype != torch.float16 and not counts_terms
     )
-
-
-def _backward_shapes(
-    grad, state, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted,
-    *_,
-):  # fmt: skip
-    return gradient_shapes(input, weight, wanted)
-
-
-def _at_once_shapes(
-    grad, input, weight, bias, norms, target, chunk_elements, family, loss, params, k, ignore_index, wanted
-):
-    return grad.new_empty(grad.shape), *gradient_shapes(input, weight, wanted)
-
-
-linear_forward = ops.define(
-    f"linear_forward({_LAYER}{_LOSS}, bool compact=False, {ops.PART}) -> (Tensor values, {_SAVED})",
-    _linear_forward,
-    _forward_shapes,
-)
-linear_forward_picks = ops.define(
-    f"linear_forward_picks({_LAYER}{_LOSS}, {ops.PART}) -> (Tensor values, {_SAVED})",
-    _linear_forward_picks,
-    _picks_shapes,
-)
-linear_at_once = ops.define(
-    f"linear_at_once(Tensor grad, {_LAYER}{_LOSS}, bool[] wanted) -> (Tensor values, {_GRADIENTS}",
-    _linear_at_once,
-    _at_once_shapes,
-)
-linear_backward = ops.define(
-    f"linear_backward(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted, bool compact=False, {ops.PART}) "
-    f"-> ({_GRADIENTS}",
-    _linear_backward,
-    _backward_shapes,
-)
-linear_backward_picks = ops.define(
-    f"linear_backward_picks(Tensor grad, {_SAVED}, {_LAYER}{_LOSS}, bool[] wanted, {ops.PART}) -> ({_GRADIENTS}",
-    _linear_backward_picks,
-    _backward_shapes,
-)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-class LinearRowLoss(torch.autograd.Function):
-    """input (rows, features), weight (classes, features), target -> loss.
+class LinearStatistics(torch.autograd.Function):
+    """``StatisticsFromLogits`` of a linear layer's logits, by *picks* or *again*: input (rows, features), weight
+    (classes, features) of the shard if there is one -> statistics (rows, 3 | 4) of whole rows.
 
-    The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias. Those of the last two
-    are rounded from the sums (at once: and once more by the upstream gradient, unless that is 1).
+    The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias, those of the last two
+    rounded once, from the sums. With a shard the gradient of input is the sum of the ranks', one all-reduce; those of
+    weight and bias stay where the classes are.
     """
 
     @staticmethod
-    def forward(
-        ctx, input, weight, bias, target, class_weight, family, formula, params, alpha, k, ignore_index, reduction,
-        dtype, normalize, chunk_bytes, sparse_grad, grad_enabled,
-    ):  # fmt: skip
-        num_classes = weight.shape[0]
-        multi_hot = target.dim() == 2
-        compute_dtype = reference.compute_dtype(dtype)
-        x, w, b = (None if tensor is None else tensor.to(dtype) for tensor in (input, weight, bias))
-        ctx.picks = sparse_grad or gathers_picks(num_classes, k, multi_hot)
-        chunk_elements = max(1, (chunk_bytes or default_chunk_bytes(w, ctx.picks)) // dtype.itemsize)
-        layer = x, w, b, class_norms(w, chunk_elements) if normalize else None, target
-        ctx.arguments = arguments = chunk_elements, family, formula, params, k, ignore_index
-        ctx.wanted = [grad_enabled and wanted for wanted in ctx.needs_input_grad[:3]]
-        ctx.sparse_grad = sparse_grad
-        ctx.reduction = reduction_of(target, class_weight, ignore_index, reduction, compute_dtype)
-        ctx.scales = None
-        # means over the terms of a multi-hot batch: forward counts them, and nothing of the target's size is made here
-        counted = family == "logistic" and multi_hot and alpha is not None
-        if family == "logistic" and not counted:
-            ctx.scales = term_scales(alpha, None, num_classes, k)
-
-        ctx.at_once = any(ctx.wanted) and not ctx.picks and _gradients_at_once(reduction, dtype, not counted)
-        if ctx.at_once:
-            values, *gradients = _at_once(ctx, layer)
-            gradients = in_dtypes_of((input, weight, bias), gradients, ctx.wanted)
-            # a compiled graph keeps them; otherwise backward takes them over, and no step holds the weight's twice
-            ctx.gradients = None if torch.compiler.is_compiling() else gradients
-            saved = gradients if torch.compiler.is_compiling() else ()
+    def forward(ctx, input, weight, bias, target, layer_spec, spec, shard):
+        layer = layer_spec.layer(input, weight, bias, target)
+        if shard is None:
+            mine = spec._replace(compact=False)
         else:
-            values, *saved = (linear_forward_picks if ctx.picks else linear_forward)(*layer, *arguments)
-            if counted:
-                ctx.scales = term_scales(alpha, saved[0][:, 1], num_classes, k)
-        ctx.save_for_backward(input, weight, bias, *layer, *saved)
-        return ctx.reduction.loss(values if ctx.scales is None else ctx.scales.values(values))
+            mine = offered(shard, spec)
+        way = way_of(weight.shape[0], mine.k, target.dim() == 2, layer_spec.sparse_grad)
+        if way is not Again:
+            mine = mine._replace(compact=True)
+        if weight.shape[0] == 0:
+            seen = nothing(input.shape[0], layer[0], target, mine)
+        else:
+            seen = way.forward(layer, mine)
+        if shard is not None:
+            seen = merge(shard, seen, target, spec)
+        ctx.way, ctx.layer_spec, ctx.spec, ctx.shard = way, layer_spec, mine, shard
+        ctx.save_for_backward(input, weight, bias, *layer[:-1], *seen)
+        return seen[0]
 
     @staticmethod
     def backward(ctx, grad):
-        parameters, layer, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:8], ctx.saved_tensors[8:]
-        if ctx.at_once and torch.compiler.is_compiling():
-            gradients = [None if gradient is None else gradient * grad for gradient in saved]
-        elif ctx.at_once:
-            gradients, ctx.gradients = ctx.gradients, None
-            if gradients is None:  # retain_graph=True: they went with the first pass
-                gradients = in_dtypes_of(parameters, _at_once(ctx, layer)[1:], ctx.wanted)
-            with torch.no_grad():
-                gradients = [None if gradient is None else gradient.mul_(grad) for gradient in gradients]
+        input, weight, bias, *saved = ctx.saved_tensors
+        layer, seen = (*saved[:5], ctx.layer_spec.chunk_bytes), saved[5:]
+        wanted, target = ctx.layer_spec.wanted, saved[4]
+        if weight.shape[0] == 0:
+            gradients = [part.zero_() for part in gradient_shapes(layer[0], layer[1], wanted)]
+            if ctx.way is SparsePicks:
+                gradients[1:] = (part.to_sparse(1) for part in gradients[1:])
         else:
-            grad_rows = _grad_of_rows(ctx, grad, layer[0].shape[0])
-            if ctx.sparse_grad:
-                backward = sparse_gradients
-            else:
-                backward = linear_backward_picks if ctx.picks else linear_backward
-            gradients = backward(grad_rows, *saved, *layer, *ctx.arguments, ctx.wanted)
-            gradients = in_dtypes_of(parameters, gradients, ctx.wanted)
-        leads_back = [tensor for tensor in parameters if tensor is not None]
-        gradients = [None if gradient is None else once(gradient, *leads_back, grad) for gradient in gradients]
-        return *gradients, *(None,) * 14
+            gradients = ctx.way.backward(coefficients_of(grad, target), seen, layer, wanted, ctx.spec)
+        if ctx.shard is not None and wanted[0]:
+            dist.all_reduce(gradients[0], group=ctx.shard.group)
+        return *gradients_of((input, weight, bias), gradients, wanted, grad), None, None, None, None
 
 
-def _at_once(ctx, layer: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The values or sums of the rows, and the gradients of the layer for an upstream gradient of 1."""
-    x = layer[0]
-    one = x.new_ones((), dtype=reference.compute_dtype(x.dtype))
-    return linear_at_once(_grad_of_rows(ctx, one, x.shape[0]), *layer, *ctx.arguments, ctx.wanted)
+class LinearLossAtOnce(torch.autograd.Function):
+    """*at once*: forward gives the gradients too, for an upstream gradient of 1; backward multiplies them.
+
+    -> loss, statistics. The gradients of weight and bias are rounded once more by the upstream gradient, unless that is
+    1.
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, target, class_weight, reduction, layer_spec, spec):
+        layer = layer_spec.layer(input, weight, bias, target)
+        rows = ops.empty_statistics(layer[0], multi_hot=False)[:, 0]
+        reduced = Reduction.of(target, class_weight, reduction, spec.ignore_index, rows)
+        share = reduced.without_ignored(reduced.share)
+        values, statistics, *gradients = linear_at_once(share, *layer, layer_spec.wanted, *spec)
+        gradients = in_dtypes_of((input, weight, bias), gradients, layer_spec.wanted)
+        if torch.compiler.is_compiling():  # a compiled graph keeps what backward needs by itself
+            ctx.prepared = None
+        else:
+            ctx.prepared, gradients = _Prepared(gradients), ()
+        ctx.layer_spec, ctx.spec = layer_spec, spec
+        ctx.save_for_backward(input, weight, bias, share, *layer[:-1], *gradients)
+        ctx.mark_non_differentiable(statistics)
+        return reduced.loss(values), statistics
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        input, weight, bias, share, *saved = ctx.saved_tensors
+        layer, gradients = (*saved[:5], ctx.layer_spec.chunk_bytes), saved[5:]
+        wanted, target = ctx.layer_spec.wanted, saved[4]
+        in_place = ctx.prepared is not None
+        if in_place:
+            gradients = ctx.prepared.take()
+            if gradients is None:  # retain_graph=True: an earlier pass has them
+                _, _, *gradients = linear_at_once(share, *layer, wanted, *ctx.spec)
+                gradients = in_dtypes_of((input, weight, bias), gradients, wanted)
+        gradients = _times(gradients, grad, ignored_rows(target, ctx.spec.ignore_index), in_place)
+        return *leading_back(gradients, (input, weight, bias), grad), *(None,) * 5
+
+
+class _Prepared:
+    """Gradients for the first backward pass, which overwrites them: no step holds the weight's twice."""
+
+    def __init__(self, gradients: list[Tensor | None]):
+        self._left = [gradients]
+
+    def take(self) -> list[Tensor | None] | None:
+        try:
+            return self._left.pop()  # in one step: other threads may ask at the same time
+        except IndexError:
+            return None
+
+
+@torch.no_grad()
+def _times(gradients: list[Tensor | None], grad: Tensor, ignored: Tensor | None, in_place: bool) -> list[Tensor | None]:
+    """The gradients of input, weight and bias, times the upstream gradient.
+
+    An upstream gradient that is not finite makes no zero of an ignored row something else.
+    """
+    if ignored is not None:
+        grad = grad.masked_fill(ignored.all(), 0)  # nothing counts
+    if in_place and _can_overwrite(grad):
+        gradients = [None if gradient is None else gradient.mul_(grad) for gradient in gradients]
+    else:
+        gradients = [None if gradient is None else gradient * grad for gradient in gradients]
+    if gradients[0] is not None and ignored is not None:
+        gradients[0] = gradients[0].masked_fill_(ignored[:, None], 0)
+    return gradients
+
+
+def _can_overwrite(grad: Tensor) -> bool:
+    """Whether one gradient may be overwritten by its product with grad. Under vmap and ``is_grads_batched=True`` grad
+    stands for many; a trace (compiled autograd) knows no memory to save. The product is the same."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = torch._C._functorch
+    return not (kinds.is_legacy_batchedtensor(grad) or kinds.is_batchedtensor(grad))
 
 
 def in_dtypes_of(tensors, gradients, wanted: list[bool]) -> list[Tensor | None]:
@@ -553,9 +242,12 @@ def in_dtypes_of(tensors, gradients, wanted: list[bool]) -> list[Tensor | None]:
     return [gradient.to(tensor.dtype) if want else None for tensor, gradient, want in triples]
 
 
-def _grad_of_rows(ctx, grad: Tensor, num_rows: int) -> Tensor:
-    """What the backward doors take, (rows,) or (rows, 2)."""
-    grad = ctx.reduction.grad_of_values(grad)
-    if ctx.scales is None:
-        return grad.expand(num_rows)
-    return ctx.scales.grad_of_sums(grad).expand(num_rows, 2)
+def leading_back(gradients: list[Tensor | None], parameters: tuple, grad: Tensor) -> list[Tensor | None]:
+    """The gradients, for a backward of a loss of these parameters that may be asked to record itself."""
+    through = [parameter for parameter in parameters if parameter is not None]
+    return [None if gradient is None else once(gradient, *through, grad) for gradient in gradients]
+
+
+def gradients_of(parameters: tuple, gradients, wanted: list[bool], grad: Tensor) -> list[Tensor | None]:
+    """What backward answers for input, weight and bias."""
+    return leading_back(in_dtypes_of(parameters, gradients, wanted), parameters, grad)

@@ -10,29 +10,32 @@ per backend: ``formulas.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar, NamedTuple
+
+from torch import Tensor
 
 from .formulas import FORMULAS
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Base of the six losses; their fields are the hyper-parameters, each a finite number >= 0."""
+    """Base of all losses. Fields are hyper-parameters, each a finite number >= 0."""
 
     name: ClassVar[str]
     formula: ClassVar[str]  # the name in formulas.py; HS-LR is LR's formula over the k hardest
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is float and 0 <= value < math.inf:  # the usual case, at a tenth of the price of Real
-                continue
-            if not isinstance(value, Real):
-                raise TypeError(f"{self.name}: {name} must be a number, got {type(value).__name__}")
-            if not (math.isfinite(value) and value >= 0):
+        for name in self.__match_args__:  # the names of the fields; older compilers cannot trace vars(self)
+            value = getattr(self, name)
+            if type(value) is not float:  # the usual case saves itself the price of Real
+                if not isinstance(value, Real) or isinstance(value, bool):
+                    raise TypeError(f"{self.name}: {name} must be a number, got {type(value).__name__}")
+                object.__setattr__(self, name, float(value))
+            if not 0 <= value < math.inf:  # not math.isfinite: the compiler knows it of no symbolic number
                 raise ValueError(f"{self.name}: {name} must be finite and >= 0, got {value}")
-            object.__setattr__(self, name, float(value))
 
     @property
     def family(self) -> str:
@@ -127,6 +130,27 @@ class SSLR(Loss):
         return self.alpha
 
 
+@dataclass(frozen=True)
+class LogOdds(Loss):
+    """d itself, the log-odds of the target among {y} + S: what every softmax loss is a function of."""
+
+    name = "log_odds"
+    formula = "log_odds"
+
+
+@dataclass(frozen=True)
+class OwnSoftmax(Loss):
+    """A function of the user's own: value(d), with autograd's slope."""
+
+    name = "softmax_loss"
+    formula = "log_odds"
+    value: Callable[[Tensor], Tensor]
+
+    def __post_init__(self):
+        if not callable(self.value):
+            raise TypeError(f"value must be a function of the log-odds (N,), got {type(self.value).__name__}")
+
+
 class LossSpec(NamedTuple):
     """What is done with a row: one value through all floors, and the last arguments of every op, in this order.
 
@@ -150,7 +174,7 @@ class LossSpec(NamedTuple):
     @property
     def slots(self) -> int:
         """Picks that are kept of a row."""
-        return self.k if self.compact else min(self.k, 1)
+        return self.k if self.compact or self.k == 0 else 1
 
     @property
     def weight_of_negatives(self) -> float:

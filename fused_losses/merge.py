@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .finish import ignored_rows
 from .formulas import FORMULAS
 from .losses import LossSpec
 from .shard import ClassShard, exchange, gather, rows_of_ranks, with_rows
@@ -59,8 +60,9 @@ def merge(shard: ClassShard, seen: Seen, target: Tensor, spec: LossSpec) -> Seen
         taken = (pick_logit > edge_logit) | ((pick_logit == edge_logit) & (index <= edge))
         pick_index = pick_index.masked_fill(~taken, -1)
         pick_logit = pick_logit.masked_fill(~taken, -torch.inf)
-    if not multi_hot and spec.ignore_index is not None:
-        statistics = statistics.masked_fill((target == spec.ignore_index)[:, None], 0)
+    ignored = ignored_rows(target, spec.ignore_index)
+    if ignored is not None:
+        statistics = statistics.masked_fill(ignored[:, None], 0)
     return statistics, pick_index, pick_logit
 
 

@@ -1,160 +1,146 @@
 """The losses as ``nn.Module``: the arguments of the function twin, given once.
 
 ``forward(logits, target)`` is the twin's. ``weight`` is a buffer: it moves with ``.to(device)`` and stands in the state
-dict. Options are checked when the module is made.
+dict. Every argument is an attribute and may be assigned anew, ``criterion.alpha = 2.0``; it is checked then, as it is
+when the module is made. An assigned ``k`` takes the place of ``ratio``, and the other way round.
 """
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from . import functional
-from .class_parallel import ClassShard
-from .functional import IGNORE_INDEX
-from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss
+from .arguments import IGNORE_INDEX, LossOptions, Options, check_options
+from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, OwnSoftmax
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+PLAIN = {"k": operator.index, "ratio": float, "ignore_index": operator.index}
+RIVALS = {"k": "ratio", "ratio": "k"}
 
 
 class RowLoss(nn.Module):
-    """A loss and its options."""
+    """A loss and its options. Base of the loss modules.
+
+    Args:
+        options: ``k``, ``ratio``, ``weight``, ``ignore_index``, ``reduction``, ``check_targets`` and ``shard``, with
+            meaning, defaults and errors as in :func:`fused_losses.cross_entropy`.
+    """
 
     weight: Tensor | None
 
-    def __init__(self, loss: Loss, k, ratio, weight, ignore_index, reduction, check_targets, shard):
+    def __init__(self, loss: Loss, **options: Unpack[LossOptions]):
         super().__init__()
-        functional.check_options(loss, k, ratio, reduction)
-        self.loss = loss
-        self.k = k
-        self.ratio = ratio
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.check_targets = check_targets
-        self.shard = shard
-        self.register_buffer("weight", weight)
+        unknown = [name for name in options if name not in Options._fields]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}")
+        self.register_buffer("weight", None)
+        self._take(loss, Options(**options))
+
+    def _take(self, loss: Loss, options: Options) -> None:
+        """Checks all of them, then sets them."""
+        check_options(loss, options)
+        super().__setattr__("loss", loss)
+        for name, value in zip(Options._fields, options, strict=True):
+            # NumPy's numbers become Python's: the compiler would take them for tensors
+            plain = PLAIN.get(name) if value is not None else None
+            super().__setattr__(name, plain(value) if plain else value)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in Options._fields:
+            other = {RIVALS[name]: None} if value is not None and name in RIVALS else {}
+            self._take(self.loss, self.options._replace(**{name: value}, **other))
+        elif isinstance(getattr(type(self), name, None), _HyperParameter):
+            self._take(replace(self.loss, **{name: value}), self.options)
+        else:
+            super().__setattr__(name, value)
 
     @property
-    def options(self) -> dict:
+    def options(self) -> Options:
         """The arguments that the function twins of all losses share."""
-        return {
-            "k": self.k,
-            "ratio": self.ratio,
-            "weight": self.weight,
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-            "check_targets": self.check_targets,
-            "shard": self.shard,
-        }
+        return Options(*(getattr(self, name) for name in Options._fields))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return functional.apply(self.loss, logits, target, **self.options)
+        return functional.apply(self.loss, logits, target, self.options)
 
     def extra_repr(self) -> str:
-        settings = vars(self.loss) | self.options
+        settings = vars(self.loss) | self.options._asdict()
         if self.weight is not None:
             settings["weight"] = f"<{self.weight.shape[0]} classes>"
         usual = {"ignore_index": IGNORE_INDEX, "check_targets": False}
         return ", ".join(f"{name}={value}" for name, value in settings.items() if value != usual.get(name))
 
 
+class _HyperParameter:
+    """A field of the module's frozen loss, to be read; assigned, it makes another loss (``RowLoss.__setattr__``)."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: RowLoss | None, owner: type):
+        return self if module is None else getattr(module.loss, self.name)
+
+
 class CrossEntropyLoss(RowLoss):
     """Module twin of :func:`fused_losses.cross_entropy`: softmax cross-entropy, over all or the k hardest negatives."""
 
-    def __init__(
-        self,
-        *,
-        k: int | None = None,
-        ratio: float | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        reduction: str = "mean",
-        check_targets: bool = False,
-        shard: ClassShard | None = None,
-    ):
-        super().__init__(CrossEntropy(), k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    def __init__(self, **options: Unpack[LossOptions]):
+        super().__init__(CrossEntropy(), **options)
 
 
 class NLLRLoss(RowLoss):
     """Module twin of :func:`fused_losses.nllr_loss`: negative log likelihood ratio."""
 
-    def __init__(
-        self,
-        *,
-        k: int | None = None,
-        ratio: float | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        reduction: str = "mean",
-        check_targets: bool = False,
-        shard: ClassShard | None = None,
-    ):
-        super().__init__(NLLR(), k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    def __init__(self, **options: Unpack[LossOptions]):
+        super().__init__(NLLR(), **options)
 
 
 class CRLLoss(RowLoss):
     """Module twin of :func:`fused_losses.crl_loss`: competing ratio loss."""
 
-    def __init__(
-        self,
-        *,
-        alpha: float = CRL.alpha,
-        beta: float = CRL.beta,
-        k: int | None = None,
-        ratio: float | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        reduction: str = "mean",
-        check_targets: bool = False,
-        shard: ClassShard | None = None,
-    ):
-        super().__init__(CRL(alpha, beta), k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    alpha = _HyperParameter()
+    beta = _HyperParameter()
+
+    def __init__(self, *, alpha: float = CRL.alpha, beta: float = CRL.beta, **options: Unpack[LossOptions]):
+        super().__init__(CRL(alpha, beta), **options)
 
 
 class LRLoss(RowLoss):
     """Module twin of :func:`fused_losses.lr_loss`: vanilla logistic regression, one-vs-rest."""
 
-    def __init__(
-        self,
-        *,
-        k: int | None = None,
-        ratio: float | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        reduction: str = "mean",
-        check_targets: bool = False,
-        shard: ClassShard | None = None,
-    ):
-        super().__init__(LR(), k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    def __init__(self, **options: Unpack[LossOptions]):
+        super().__init__(LR(), **options)
 
 
 class HSLRLoss(RowLoss):
     """Module twin of :func:`fused_losses.hs_lr_loss`: hard selection; ``k`` or ``ratio`` is required."""
 
-    def __init__(
-        self,
-        *,
-        k: int | None = None,
-        ratio: float | None = None,
-        alpha: float = HSLR.alpha,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        reduction: str = "mean",
-        check_targets: bool = False,
-        shard: ClassShard | None = None,
-    ):
-        super().__init__(HSLR(alpha), k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    alpha = _HyperParameter()
+
+    def __init__(self, *, alpha: float = HSLR.alpha, **options: Unpack[LossOptions]):
+        super().__init__(HSLR(alpha), **options)
 
 
 class SSLRLoss(RowLoss):
     """Module twin of :func:`fused_losses.ss_lr_loss`: logistic regression with soft selection."""
 
-    def __init__(
-        self,
-        *,
-        alpha: float = SSLR.alpha,
-        gamma: float = SSLR.gamma,
-        k: int | None = None,
-        ratio: float | None = None,
-        weight: Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        reduction: str = "mean",
-        check_targets: bool = False,
-        shard: ClassShard | None = None,
-    ):
-        super().__init__(SSLR(alpha, gamma), k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    alpha = _HyperParameter()
+    gamma = _HyperParameter()
+
+    def __init__(self, *, alpha: float = SSLR.alpha, gamma: float = SSLR.gamma, **options: Unpack[LossOptions]):
+        super().__init__(SSLR(alpha, gamma), **options)
+
+
+class SoftmaxLoss(RowLoss):
+    """Module twin of :func:`fused_losses.softmax_loss`: value(log-odds), a loss of your own."""
+
+    value = _HyperParameter()
+
+    def __init__(self, value: Callable[[Tensor], Tensor], **options: Unpack[LossOptions]):
+        super().__init__(OwnSoftmax(value), **options)

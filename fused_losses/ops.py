@@ -38,7 +38,8 @@ def define(schema: str, implementation: Callable, fake: Callable):
 
 # What every op takes last, in the order of LossSpec.
 SPEC = (
-    "str loss, float[] params, float? alpha, int k, int? ignore_index, int first_class, int all_classes, bool compact"
+    "str loss, float[] params, float? alpha, SymInt k, SymInt? ignore_index, SymInt first_class, SymInt all_classes, "
+    "bool compact"
 )
 
 
@@ -90,7 +91,7 @@ finish = define(
 )
 backward = define(
     "backward(Tensor grad, Tensor coefficients, Tensor? logits, Tensor target, Tensor statistics, Tensor pick_index, "
-    f"Tensor pick_logit, int num_classes, {SPEC}) -> Tensor",
+    f"Tensor pick_logit, SymInt num_classes, {SPEC}) -> Tensor",
     reference.backward,
     _backward_shapes,
 )
@@ -104,7 +105,16 @@ def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool)
     more as soon as the picks are no small share of the classes. With multi-hot targets backward reads the positives'
     logits anyway.
     """
-    return 0 < k <= num_classes // (2 if device.type == "cpu" else 32) and not multi_hot
+    return k > 0 and not multi_hot and always(k <= num_classes // (2 if device.type == "cpu" else 32))
+
+
+def always(condition: bool) -> bool:
+    """condition; in a program exported for any number of classes, whether it holds for all of them."""
+    if not torch.compiler.is_exporting():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 # --- who serves CUDA --------------------------------------------------------------------------------------------------
@@ -120,11 +130,16 @@ def _import_triton_backend() -> tuple[ModuleType | None, str]:
     return doors, ""
 
 
-@functools.cache
 def _triton_backend(device: torch.device, dtype: torch.dtype, num_classes: int) -> ModuleType | None:
     """The one decision between Triton and the reference; a reason for the reference is given once."""
     if device.type != "cuda":
         return None
+    # A number that a compiler keeps open cannot be a key: it stands for more classes than one only, not for too many.
+    return _decided(device, dtype, num_classes if isinstance(num_classes, int) else 2)
+
+
+@functools.cache
+def _decided(device: torch.device, dtype: torch.dtype, num_classes: int) -> ModuleType | None:
     backend, why = _import_triton_backend()
     if backend is not None:
         why = backend.unserved(device, dtype, num_classes)

@@ -28,7 +28,6 @@ from .finish import finish
 from .formulas import FORMULAS, INF, softplus
 from .losses import LossSpec
 
-
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 

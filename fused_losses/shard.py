@@ -99,10 +99,14 @@ class ClassShard:
         return DTensor.from_local(mine.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
-def width_of_shard(shard: ClassShard, name: str, shape: torch.Size, width: int) -> int:
-    """The number of classes of all ranks, if a tensor of this shape holds those of this one."""
+def check_shard(shard: ClassShard) -> None:
     if not isinstance(shard, ClassShard):
         raise TypeError(f"shard must be a ClassShard, got {type(shard).__name__}")
+
+
+def width_of_shard(shard: ClassShard, name: str, shape: torch.Size, width: int) -> int:
+    """The number of classes of all ranks, if a tensor of this shape holds those of this one."""
+    check_shard(shard)
     if width != len(shard):
         raise ValueError(
             f"expected {name} of this rank's {len(shard)} classes [{shard.start}, {shard.stop}) of "

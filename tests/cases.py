@@ -11,6 +11,9 @@ import fused_losses as fl
 import paper
 
 
+LAYER_OPTIONS = ("linear_bias", "normalize", "scale", "shard", "gather_input", "options", "return_statistics")
+
+
 @dataclass(frozen=True)
 class Loss:
     name: str  # of the function
@@ -25,6 +28,11 @@ class Loss:
 
     def __call__(self, *args, **kwargs) -> Tensor:
         return getattr(fl, self.name)(*args, **kwargs)
+
+    def linear(self, *args, **kwargs) -> Tensor:
+        """``fl.linear_loss`` with this loss, the layer's options apart from the loss's own."""
+        layer = {name: kwargs.pop(name) for name in LAYER_OPTIONS if name in kwargs}
+        return fl.linear_loss(*args, loss=self.module_class()(**kwargs), **layer)
 
     @property
     def paper(self):

@@ -25,7 +25,7 @@ from cases import (
     make_target,
     value_and_grad,
 )
-from fused_losses.class_parallel import ClassShard, gather, merge
+from fused_losses.shard import ClassShard, gather, merge
 from ranks import Ranks, refusal
 
 ROWS = 12
@@ -338,8 +338,8 @@ def refused_labels(group) -> list[str]:
         for said in (
             refusal(fl.cross_entropy, logits, target, shard=shard),
             refusal(fl.hs_lr_loss, logits, target, k=2, shard=shard),
-            refusal(fl.linear_lr_loss, x, weight, target, shard=shard),
-            refusal(fl.linear_crl_loss, x, weight, target, k=2, shard=shard, options=sparse),
+            refusal(LR.linear, x, weight, target, shard=shard),
+            refusal(CRL.linear, x, weight, target, k=2, shard=shard, options=sparse),
         )
     ]
 

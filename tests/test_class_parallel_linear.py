@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
 import fused_losses as fl
-from cases import LOGISTIC, LOSSES, make_index, make_logits, make_target
-from fused_losses.class_parallel import ClassShard
+from cases import LOGISTIC, LOSSES, LR, make_index, make_logits, make_target
+from fused_losses.shard import ClassShard
 from ranks import Ranks, refusal
 
 ROWS, FEATURES = 12, 8
@@ -35,14 +35,10 @@ def make_layer(classes, dtype=torch.float32) -> list:
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def linear(loss):
-    return getattr(fl, f"linear_{loss.name}")
-
-
 def loss_and_gradients(loss, layer, target, options) -> list:
     """The loss and the gradients by input, weight and, if there is one, bias, dense."""
     layer = [tensor.detach().clone().requires_grad_() for tensor in layer]
-    value = linear(loss)(*layer[:2], target, linear_bias=layer[2] if len(layer) > 2 else None, **options)
+    value = loss.linear(*layer[:2], target, linear_bias=layer[2] if len(layer) > 2 else None, **options)
     value.backward(torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape))
     return [value.detach(), *(t.grad.to_dense() if t.grad.is_sparse else t.grad for t in layer)]
 
@@ -289,8 +285,8 @@ def errors(group) -> list[str]:
     return [
         refusal(fl.linear_cross_entropy, x, torch.zeros(9, 4), target, shard=shard),
         refusal(fl.linear_cross_entropy, x, weight, target, shard=shard),
-        refusal(fl.linear_lr_loss, x, weight, torch.zeros(3, len(shard)), shard=shard, gather_input=True),
-        refusal(fl.linear_lr_loss, x, torch.zeros(10, 4), target, gather_input=True),
+        refusal(LR.linear, x, weight, torch.zeros(3, len(shard)), shard=shard, gather_input=True),
+        refusal(LR.linear, x, torch.zeros(10, 4), target, gather_input=True),
         refusal(fl.LinearLoss, 4, 10, loss=fl.LRLoss(shard=shard)),
         refusal(fl.LinearLoss, 4, 11, shard=shard),
     ]

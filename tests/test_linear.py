@@ -31,7 +31,7 @@ from cases import (
     make_index,
     make_target,
 )
-from fused_losses import linear_autograd
+from fused_losses import linear_autograd, linear_rows
 
 ROWS, FEATURES, CLASSES = 7, 8, 100
 WAYS = {"all": None, "picks": 3, "dense": 50}  # how the gradients of 100 classes are computed for k of them
@@ -46,10 +46,6 @@ each_gradient = pytest.mark.parametrize(
 each_chunk = pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS.keys())
 each_reduction = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 each_layer = pytest.mark.parametrize("normalize", [False, True], ids=["linear", "cosine"])
-
-
-def linear(loss):
-    return getattr(fl, f"linear_{loss.name}")
 
 
 def k_of(loss, k, classes=CLASSES):
@@ -120,7 +116,7 @@ def glass_house(monkeypatch):
         "linear_backward",
         "linear_backward_picks",
     ):
-        monkeypatch.setattr(linear_autograd, name, getattr(linear_autograd, f"_{name}"))
+        monkeypatch.setattr(linear_autograd, name, getattr(linear_rows, f"_{name}"))
 
 
 # --- the same as linear and the loss from logits ----------------------------------------------------------------------
@@ -136,7 +132,7 @@ def test_equals_the_loss_from_logits(loss, form, k, reduction, chunk_bytes):
     options = fl.LinearLossOptions(chunk_bytes=chunk_bytes)
 
     def ours(x, w, b):
-        return linear(loss)(x, w, target, linear_bias=b, k=k, reduction=reduction, options=options)
+        return loss.linear(x, w, target, linear_bias=b, k=k, reduction=reduction, options=options)
 
     def theirs(x, w, b):
         return loss(F.linear(x, w, b), target, k=k, reduction=reduction)
@@ -162,7 +158,7 @@ def test_cosine_logits(loss, form, k, reduction, chunk_bytes):
     layer[1][5] *= 1e3
     layer[1][6] *= 1e-3
     got = value_and_grads(
-        lambda x, w: linear(loss)(x, w, target, normalize=True, scale=16.0, options=options, **shared),
+        lambda x, w: loss.linear(x, w, target, normalize=True, scale=16.0, options=options, **shared),
         *layer,
         upstream=upstream,
     )
@@ -176,7 +172,7 @@ def test_cosine_of_nothing_is_nothing(k):
     (x, w, _), target = make_layer(), make_index(ROWS, CLASSES)
     x[2] = 0
     w[4] = w[target[1]] = 0
-    got = value_and_grads(lambda x, w: fl.linear_crl_loss(x, w, target, k=k, normalize=True, scale=16.0), x, w)
+    got = value_and_grads(lambda x, w: CRL.linear(x, w, target, k=k, normalize=True, scale=16.0), x, w)
     assert_same(got, value_and_grads(lambda x, w: fl.crl_loss(cosines(x, w, 16.0), target, k=k), x, w))
 
 
@@ -185,7 +181,7 @@ def test_cosine_of_nothing_is_nothing(k):
 def test_hyper_parameters(loss, k):
     layer, target, k = make_layer(), make_index(ROWS, CLASSES), k_of(loss, k)
     for hyper in loss.hypers:
-        got = value_and_grads(lambda x, w, b, h=hyper: linear(loss)(x, w, target, linear_bias=b, k=k, **h), *layer)
+        got = value_and_grads(lambda x, w, b, h=hyper: loss.linear(x, w, target, linear_bias=b, k=k, **h), *layer)
         assert_same(got, value_and_grads(lambda x, w, b, h=hyper: loss(F.linear(x, w, b), target, k=k, **h), *layer))
 
 
@@ -200,7 +196,7 @@ def test_class_weight_and_ignored_rows(loss, k, reduction, chunk_bytes):
     how = fl.LinearLossOptions(chunk_bytes=chunk_bytes)
     upstream = make_upstream() if reduction == "none" else None
     got = value_and_grads(
-        lambda x, w, b: linear(loss)(x, w, target, linear_bias=b, options=how, **options), *layer, upstream=upstream
+        lambda x, w, b: loss.linear(x, w, target, linear_bias=b, options=how, **options), *layer, upstream=upstream
     )
     expected = value_and_grads(lambda x, w, b: loss(F.linear(x, w, b), target, **options), *layer, upstream=upstream)
     assert_same(got, expected)
@@ -210,7 +206,7 @@ def test_class_weight_and_ignored_rows(loss, k, reduction, chunk_bytes):
 @each(LOSSES)
 def test_ratio_is_a_share_of_all_classes(loss):
     (x, w, _), target = make_layer(), make_index(ROWS, CLASSES)
-    assert torch.equal(linear(loss)(x, w, target, ratio=0.05), linear(loss)(x, w, target, k=5))
+    assert torch.equal(loss.linear(x, w, target, ratio=0.05), loss.linear(x, w, target, k=5))
 
 
 @pytest.mark.parametrize("k", [None, 7, 5000, 9998], ids=str)
@@ -220,7 +216,7 @@ def test_many_classes_in_float32(loss, k):
     target[3] = target[0]
     (hyper, *_), upstream = loss.hypers, make_upstream()
     got = value_and_grads(
-        lambda x, w, b: linear(loss)(x, w, target, linear_bias=b, k=k, reduction="none"), *layer, upstream=upstream
+        lambda x, w, b: loss.linear(x, w, target, linear_bias=b, k=k, reduction="none"), *layer, upstream=upstream
     )
     eager = value_and_grads(
         lambda x, w, b: loss.eager(F.linear(x, w, b), target, k, **hyper), *layer, upstream=upstream
@@ -239,8 +235,8 @@ def test_many_classes_in_float32(loss, k):
 @pytest.fixture(params=[8, 13, 40], ids=lambda least: f"blocks of {least}")
 def small_blocks(request, monkeypatch):
     """Over the k hardest of 100 classes, several blocks of them, in chunks of two rows."""
-    monkeypatch.setattr(linear_autograd, "LEAST_BLOCK", request.param)
-    monkeypatch.setattr(linear_autograd, "LEAST_BLOCK_PER_PICK", 2)
+    monkeypatch.setattr(linear_rows, "LEAST_BLOCK", request.param)
+    monkeypatch.setattr(linear_rows, "LEAST_BLOCK_PER_PICK", 2)
     return fl.LinearLossOptions(chunk_bytes=2 * request.param * 8)
 
 
@@ -257,7 +253,7 @@ def test_blocks_of_classes_change_nothing(small_blocks, loss, k, normalize, redu
     upstream = make_upstream() if reduction == "none" else None
     options = {"k": k, "reduction": reduction, "ignore_index": 9, "weight": torch.linspace(0.1, 3, CLASSES)}
     got = value_and_grads(
-        lambda x, w: linear(loss)(x, w, target, normalize=normalize, options=small_blocks, **options),
+        lambda x, w: loss.linear(x, w, target, normalize=normalize, options=small_blocks, **options),
         *(x, w),
         upstream=upstream,
     )
@@ -280,7 +276,7 @@ def test_blocks_of_classes_pick_the_lowest_class_among_equals(small_blocks, loss
     upstream = make_upstream()
     shared = {"k": k, "reduction": "none"}
     got = value_and_grads(
-        lambda x, w: linear(loss)(x, w, target, options=small_blocks, **shared), x, w, upstream=upstream
+        lambda x, w: loss.linear(x, w, target, options=small_blocks, **shared), x, w, upstream=upstream
     )
     assert_same(got, value_and_grads(lambda x, w: loss(F.linear(x, w), target, **shared), x, w, upstream=upstream))
 
@@ -303,7 +299,7 @@ def test_blocks_of_classes_with_logits_that_are_not_finite(small_blocks, loss, e
     for column, value in entries:
         w[column] = value
     x = torch.ones(1, 1, dtype=torch.float64)  # the logits are the weight
-    ours = linear(loss)(x, w, target, k=3, reduction="none", options=small_blocks)
+    ours = loss.linear(x, w, target, k=3, reduction="none", options=small_blocks)
     torch.testing.assert_close(ours, loss(w.t(), target, k=3, reduction="none"), equal_nan=True)
 
 
@@ -311,7 +307,7 @@ def test_blocks_of_classes_with_logits_that_are_not_finite(small_blocks, loss, e
 def test_blocks_of_classes_keep_to_their_budget(glass_house, small_blocks, normalize):
     x, w, _ = make_layer(64)
     with Watch() as watch, torch.no_grad():
-        fl.linear_crl_loss(x, w, make_index(64, CLASSES), k=2, normalize=normalize, options=small_blocks)
+        CRL.linear(x, w, make_index(64, CLASSES), k=2, normalize=normalize, options=small_blocks)
     candidates = 2 * (1 + 2 * -(-CLASSES // (small_blocks.chunk_bytes // 16)))
     assert watch.largest <= max(small_blocks.chunk_bytes // 8, candidates, 64 * FEATURES, CLASSES * FEATURES)
     assert watch.ops.count("mm") >= 64 // 2 * 3
@@ -336,7 +332,7 @@ def test_precision(loss, form, k, reduction, dtype):
     for chunk_bytes in (1, None):
         options = fl.LinearLossOptions(chunk_bytes=chunk_bytes)
         got = value_and_grads(
-            lambda x, w, b, o=options: linear(loss)(x, w, target, linear_bias=b, k=k, reduction=reduction, options=o),
+            lambda x, w, b, o=options: loss.linear(x, w, target, linear_bias=b, k=k, reduction=reduction, options=o),
             *layer,
             upstream=upstream,
         )
@@ -361,7 +357,7 @@ def test_precision_of_cosines(k, dtype):
     (x, w, _), target, upstream = make_layer(dtype=dtype), make_index(ROWS, CLASSES), make_upstream()
     (hyper, *_) = CRL.hypers
     options = {"k": k, "normalize": True, "scale": 8.0, "reduction": "none"}
-    got = value_and_grads(lambda x, w: fl.linear_crl_loss(x, w, target, **options), x, w, upstream=upstream)
+    got = value_and_grads(lambda x, w: CRL.linear(x, w, target, **options), x, w, upstream=upstream)
     eager = value_and_grads(lambda x, w: CRL.eager(cosines(x, w, 8.0), target, k, **hyper), x, w, upstream=upstream)
     double = x.double(), w.double()
     true = value_and_grads(
@@ -401,7 +397,7 @@ def test_autocast(k, dtype, reduction):
     options, upstream = {"k": k, "reduction": reduction}, make_upstream().float()
 
     def step(x, w, b):
-        return fl.linear_crl_loss(x, w, target, linear_bias=b, **options)
+        return CRL.linear(x, w, target, linear_bias=b, **options)
 
     def inside(*leaves):
         with torch.autocast("cpu", dtype=dtype):
@@ -423,9 +419,9 @@ def test_autocast(k, dtype, reduction):
 def test_autocast_of_cosines(k):
     """Normalised in float32, cast for the product."""
     (x, w, _), target = make_layer(dtype=torch.float32), make_index(ROWS, CLASSES)
-    expected = fl.linear_crl_loss(F.normalize(x) * 8, F.normalize(w), target)
+    expected = CRL.linear(F.normalize(x) * 8, F.normalize(w), target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = fl.linear_crl_loss(x, w, target, normalize=True, scale=8.0)
+        value = CRL.linear(x, w, target, normalize=True, scale=8.0)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-2)
 
@@ -433,11 +429,11 @@ def test_autocast_of_cosines(k):
 def test_autocast_leaves_float64_alone():
     """As F.linear: float64 is not eligible for autocast."""
     (x, w, b), target = make_layer(), make_index(ROWS, CLASSES)
-    expected = fl.linear_crl_loss(x, w, target, linear_bias=b)
+    expected = CRL.linear(x, w, target, linear_bias=b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(fl.linear_crl_loss(x, w, target, linear_bias=b), expected)
+        assert torch.equal(CRL.linear(x, w, target, linear_bias=b), expected)
         with pytest.raises(RuntimeError, match=r"one dtype, but got torch\.float64 and torch\.bfloat16"):
-            fl.linear_crl_loss(x, w.float(), target)
+            CRL.linear(x, w.float(), target)
 
 
 @each_way
@@ -445,11 +441,9 @@ def test_gradscaler_in_float16(k):
     """Gradients of logits that float16 cannot hold before the scaler's factor reaches them, but holds after."""
     (x, w, _), target = make_exact_layer(dtype=torch.float16), make_index(ROWS, CLASSES)
     small, factor = 2.0**-20, torch.tensor(2.0**20)
-    _, dx, dw = value_and_grads(lambda x, w: small * fl.linear_crl_loss(x, w, target, k=k), x, w, upstream=factor)
+    _, dx, dw = value_and_grads(lambda x, w: small * CRL.linear(x, w, target, k=k), x, w, upstream=factor)
     double = x.double(), w.double()
-    _, true_dx, true_dw = value_and_grads(
-        lambda x, w: fl.linear_crl_loss(x, w, target, k=k), *double, upstream=factor / 2**20
-    )
+    _, true_dx, true_dw = value_and_grads(lambda x, w: CRL.linear(x, w, target, k=k), *double, upstream=factor / 2**20)
     torch.testing.assert_close(dx.double(), true_dx, rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(dw.double(), true_dw, rtol=2e-3, atol=1e-3)
 
@@ -466,7 +460,7 @@ def test_only_what_asks_for_a_gradient_gets_one(loss, k, reduction):
 
     def grads(wanted):
         x, w, b = (tensor.clone().requires_grad_(want) for tensor, want in zip(layer, wanted, strict=True))
-        linear(loss)(x, w, target, linear_bias=b, k=k, reduction=reduction).backward(upstream)
+        loss.linear(x, w, target, linear_bias=b, k=k, reduction=reduction).backward(upstream)
         return x.grad, w.grad, b.grad
 
     full = grads((True, True, True))
@@ -485,7 +479,7 @@ def test_a_gradient_nobody_wants_is_not_computed(glass_house, k):
     for frozen, spared in ((1, "addmm_"), (0, "mm")):
         x, w = (tensor.clone().requires_grad_(i != frozen) for i, tensor in enumerate(layer[:2]))
         with Watch() as watch:
-            fl.linear_crl_loss(x, w, target, k=k).backward()
+            CRL.linear(x, w, target, k=k).backward()
         forward = [op for op in watch.ops if op == "mm"]
         assert len(forward) <= (1 if frozen == 0 else 2)
         if spared == "addmm_":
@@ -499,9 +493,9 @@ def test_evaluation_computes_no_gradient(glass_house, loss, k, mode):
     (x, w, _), target, k = make_layer(), make_index(ROWS, CLASSES), k_of(loss, k)
     w.requires_grad_()
     with mode(), Watch() as watch:
-        value = linear(loss)(x, w, target, k=k)
+        value = loss.linear(x, w, target, k=k)
     assert not value.requires_grad
-    torch.testing.assert_close(value, linear(loss)(x, w, target, k=k).detach())
+    torch.testing.assert_close(value, loss.linear(x, w, target, k=k).detach())
     assert watch.ops.count("mm") == 1
     assert not {"addmm_", "softmax_backward", "logistic_backward", "_embedding_bag"} & set(watch.ops)
 
@@ -536,7 +530,7 @@ def check_sizes(loss, form, normalize, k, sparse_grad, reduction, dtype):
     x.requires_grad_()
     w.requires_grad_()
     with Watch() as watch:
-        value = linear(loss)(x, w, target, k=k, reduction=reduction, normalize=normalize, options=options)
+        value = loss.linear(x, w, target, k=k, reduction=reduction, normalize=normalize, options=options)
         value.sum().backward()
     largest = max(chunk, (classes + 1) * features)
     assert watch.largest <= largest < rows * classes / 12
@@ -552,7 +546,7 @@ def test_a_sparse_gradient_makes_none_of_the_size_of_the_weight(glass_house, nor
     x, w, _ = make_layer(rows, features, classes)
     w.requires_grad_()
     options = fl.LinearLossOptions(sparse_grad=True)
-    value = fl.linear_crl_loss(x, w, make_index(rows, classes), k=k, normalize=normalize, options=options)
+    value = CRL.linear(x, w, make_index(rows, classes), k=k, normalize=normalize, options=options)
     with Watch() as watch:
         value.backward()
     assert watch.largest <= rows * (k + 1) * features
@@ -561,7 +555,7 @@ def test_a_sparse_gradient_makes_none_of_the_size_of_the_weight(glass_house, nor
 @pytest.mark.parametrize("elements, most_rows", [(1, 1), (2 * CLASSES - 1, 1), (2 * CLASSES, 2), (10**9, 7)])
 def test_chunks_of_rows_keep_to_their_budget(elements, most_rows):
     x, w, _ = make_layer()
-    chunks = [(rows, len(z)) for rows, z in linear_autograd._Layer(w, None, None).chunks(x, elements)]
+    chunks = [(rows, len(z)) for rows, z in linear_rows._Layer(w, None, None).chunks(x, elements)]
     assert max(length for _, length in chunks) == most_rows
     assert [row for rows, _ in chunks for row in range(ROWS)[rows]] == list(range(ROWS))
     assert len(chunks) == -(-ROWS // most_rows)
@@ -571,7 +565,7 @@ def test_chunks_of_rows_keep_to_their_budget(elements, most_rows):
 def test_the_graph_holds_nothing_of_the_size_of_all_logits(k):
     rows, classes = 64, 2000
     x, w, _ = make_layer(rows, 4, classes)
-    value = fl.linear_crl_loss(x.requires_grad_(), w.requires_grad_(), make_index(rows, classes), k=k)
+    value = CRL.linear(x.requires_grad_(), w.requires_grad_(), make_index(rows, classes), k=k)
     held = [tensor for tensor in value.grad_fn.saved_tensors if tensor is not None]
     assert max(tensor.numel() for tensor in held) < rows * classes / 12
 
@@ -598,7 +592,7 @@ def test_sparse_gradient_equals_the_dense_one(loss, k, normalize, reduction):
 
     def ours(x, w, b=None, sparse_grad=True):
         options = fl.LinearLossOptions(sparse_grad=sparse_grad)
-        return linear(loss)(x, w, target, linear_bias=b, k=k, reduction=reduction, normalize=normalize, options=options)
+        return loss.linear(x, w, target, linear_bias=b, k=k, reduction=reduction, normalize=normalize, options=options)
 
     sparse = value_and_grads(ours, *layer, upstream=upstream)
     dense = value_and_grads(lambda *tensors: ours(*tensors, sparse_grad=False), *layer, upstream=upstream)
@@ -628,7 +622,7 @@ def test_optimizers_take_sparse_gradients_and_touch_picked_rows_alone(optimizer,
     picked = picked_classes(logits, target, 3)
     losses = []
     for _ in range(3):
-        value = fl.linear_hs_lr_loss(
+        value = HS_LR.linear(
             x,
             parameters[0],
             target,
@@ -652,7 +646,7 @@ def test_sparse_gradient_comes_coalesced():
     """Sorted, each class once. (AccumulateGrad forgets that it is so when it makes the gradient .grad.)"""
     (x, w, b), target = make_layer(), torch.full((ROWS,), 4)
     leaves = [w.requires_grad_(), b.requires_grad_()]
-    value = fl.linear_crl_loss(x, w, target, linear_bias=b, k=3, options=fl.LinearLossOptions(sparse_grad=True))
+    value = CRL.linear(x, w, target, linear_bias=b, k=3, options=fl.LinearLossOptions(sparse_grad=True))
     for gradient in torch.autograd.grad(value, leaves):
         assert gradient.is_coalesced()
         classes = gradient.indices()[0]
@@ -663,11 +657,11 @@ def test_sparse_gradients_accumulate():
     (x, w, _), target = make_layer(), make_index(ROWS, CLASSES)
     w.requires_grad_()
     for rows in (slice(0, 4), slice(4, 7)):
-        fl.linear_crl_loss(
+        CRL.linear(
             x[rows], w, target[rows], k=3, reduction="sum", options=fl.LinearLossOptions(sparse_grad=True)
         ).backward()
     _, _, expected = value_and_grads(
-        lambda x, w: fl.linear_crl_loss(x, w, target, k=3, reduction="sum"), x, w.detach(), upstream=torch.tensor(1.0)
+        lambda x, w: CRL.linear(x, w, target, k=3, reduction="sum"), x, w.detach(), upstream=torch.tensor(1.0)
     )
     torch.testing.assert_close(w.grad.to_dense(), expected)
 
@@ -677,7 +671,7 @@ def test_sparse_gradients_under_autocast():
     for leaf in (w, b):
         leaf.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = fl.linear_crl_loss(x, w, target, linear_bias=b, k=3, options=fl.LinearLossOptions(sparse_grad=True))
+        value = CRL.linear(x, w, target, linear_bias=b, k=3, options=fl.LinearLossOptions(sparse_grad=True))
     value.backward()
     for leaf in (w, b):
         assert leaf.grad.is_sparse
@@ -698,7 +692,7 @@ def test_sparse_gradients_under_autocast():
 def test_sparse_grad_where_the_gradient_is_dense(options, target, got):
     x, w, _ = make_layer()
     with pytest.raises(ValueError, match=f"sparse_grad needs class-index targets .* got {got}"):
-        fl.linear_ss_lr_loss(x, w, target, options=fl.LinearLossOptions(sparse_grad=True), **options)
+        SS_LR.linear(x, w, target, options=fl.LinearLossOptions(sparse_grad=True), **options)
 
 
 # --- several passes, second derivatives -------------------------------------------------------------------------------
@@ -709,9 +703,7 @@ def test_sparse_grad_where_the_gradient_is_dense(options, target, got):
 def test_retain_graph_and_gradients_that_are_the_callers_own(k, reduction, sparse_grad):
     x, w, b = (tensor.requires_grad_() for tensor in make_layer())
     options = fl.LinearLossOptions(sparse_grad=sparse_grad)
-    value = fl.linear_crl_loss(
-        x, w, make_index(ROWS, CLASSES), linear_bias=b, k=k, reduction=reduction, options=options
-    )
+    value = CRL.linear(x, w, make_index(ROWS, CLASSES), linear_bias=b, k=k, reduction=reduction, options=options)
     value = value.sum()
     first = torch.autograd.grad(value, (x, w, b), retain_graph=True)
     kept = [grad.clone() for grad in first]
@@ -730,7 +722,7 @@ def test_retain_graph_and_gradients_that_are_the_callers_own(k, reduction, spars
 def test_a_weight_changed_between_forward_and_backward_is_noticed(k):
     (x, w, _), target = make_layer(), make_index(ROWS, CLASSES)
     w.requires_grad_()
-    value = fl.linear_crl_loss(x, w, target, k=k)
+    value = CRL.linear(x, w, target, k=k)
     with torch.no_grad():
         w += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -744,7 +736,7 @@ def test_second_derivative_raises(k, normalize, reduction, sparse_grad):
     target, options = make_index(ROWS, CLASSES), fl.LinearLossOptions(sparse_grad=sparse_grad)
     for wanted in ((0,), (1,), (0, 1)):
         leaves = [tensor.requires_grad_(i in wanted) for i, tensor in enumerate(make_layer()[:2])]
-        loss = fl.linear_crl_loss(*leaves, target, k=k, reduction=reduction, normalize=normalize, options=options).sum()
+        loss = CRL.linear(*leaves, target, k=k, reduction=reduction, normalize=normalize, options=options).sum()
         asked = [leaves[i] for i in wanted]
         grads = torch.autograd.grad(loss, asked, create_graph=True)
         for grad, plain in zip(grads, torch.autograd.grad(loss, asked, retain_graph=True), strict=True):
@@ -768,9 +760,7 @@ def test_weight_gradient_has_the_same_bits_in_every_run_and_on_any_number_of_thr
     threads = torch.get_num_threads()
 
     def grads():
-        found = value_and_grads(
-            lambda x, w: fl.linear_crl_loss(x, w, target, k=5, normalize=normalize, options=options), x, w
-        )
+        found = value_and_grads(lambda x, w: CRL.linear(x, w, target, k=5, normalize=normalize, options=options), x, w)
         return [tensor.to_dense() for tensor in found[1:]]
 
     expected = grads()
@@ -794,7 +784,7 @@ def test_no_rows(loss, form, k, reduction):
     layer, target = (layer[0][:0], *layer[1:]), make_target(form, ROWS, CLASSES)[:0]
     upstream = torch.ones(0 if reduction == "none" else ())
     got = value_and_grads(
-        lambda x, w, b: linear(loss)(x, w, target, linear_bias=b, k=k, reduction=reduction), *layer, upstream=upstream
+        lambda x, w, b: loss.linear(x, w, target, linear_bias=b, k=k, reduction=reduction), *layer, upstream=upstream
     )
     expected = loss(torch.empty(0, CLASSES, dtype=torch.float64), target, k=k, reduction=reduction)
     torch.testing.assert_close(got[0], expected, equal_nan=True)
@@ -805,7 +795,7 @@ def test_no_rows(loss, form, k, reduction):
 def test_no_rows_sparse():
     (x, w, _), options = make_layer(), fl.LinearLossOptions(sparse_grad=True)
     w.requires_grad_()
-    fl.linear_crl_loss(x[:0], w, torch.empty(0, dtype=torch.long), k=3, options=options).backward()
+    CRL.linear(x[:0], w, torch.empty(0, dtype=torch.long), k=3, options=options).backward()
     assert w.grad._nnz() == 0
 
 
@@ -813,7 +803,7 @@ def test_no_rows_sparse():
 @each(LOSSES)
 def test_every_row_ignored(loss, k):
     layer, target = make_layer(), torch.full((ROWS,), -100)
-    got = value_and_grads(lambda x, w, b: linear(loss)(x, w, target, linear_bias=b, k=k_of(loss, k)), *layer)
+    got = value_and_grads(lambda x, w, b: loss.linear(x, w, target, linear_bias=b, k=k_of(loss, k)), *layer)
     assert got[0].isnan()
     assert all((grad == 0).all() for grad in got[1:])
 
@@ -825,7 +815,7 @@ def test_a_single_row_without_a_batch(loss, form, k, reduction):
     (x, w, b), target, k = make_layer(), make_target(form, ROWS, CLASSES)[3], k_of(loss, k)
     upstream = torch.tensor(-1.7)
     got = value_and_grads(
-        lambda x, w, b: linear(loss)(x, w, target, linear_bias=b, k=k, reduction=reduction),
+        lambda x, w, b: loss.linear(x, w, target, linear_bias=b, k=k, reduction=reduction),
         x[3],
         w,
         b,
@@ -843,7 +833,7 @@ def test_a_single_row_without_a_batch(loss, form, k, reduction):
 @each((*SOFTMAX, LR, SS_LR))
 def test_few_classes(loss, classes):
     layer, target = make_layer(classes=classes), make_index(ROWS, classes)
-    got = value_and_grads(lambda x, w, b: linear(loss)(x, w, target, linear_bias=b, reduction="sum"), *layer)
+    got = value_and_grads(lambda x, w, b: loss.linear(x, w, target, linear_bias=b, reduction="sum"), *layer)
     if loss is NLLR and classes == 1:  # -inf, and no gradient to speak of
         assert got[0] == -torch.inf
         return
@@ -854,19 +844,17 @@ def test_few_classes(loss, classes):
 @each_layer
 def test_strides_of_input_and_weight(normalize, k):
     (x, w, _), target = make_layer(), make_index(ROWS, CLASSES)
-    expected = value_and_grads(lambda x, w: fl.linear_crl_loss(x, w, target, k=k, normalize=normalize), x, w)
+    expected = value_and_grads(lambda x, w: CRL.linear(x, w, target, k=k, normalize=normalize), x, w)
 
     def apart(tensor):
         return torch.stack((tensor, torch.full_like(tensor, torch.nan)), dim=-1)[..., 0]
 
     for lay_out in (lambda t: t.t().contiguous().t(), apart, lambda t: torch.cat((t, t), dim=1)[:, FEATURES:]):
         leaves = [lay_out(tensor).requires_grad_() for tensor in (x, w)]
-        value = fl.linear_crl_loss(*leaves, target, k=k, normalize=normalize)
+        value = CRL.linear(*leaves, target, k=k, normalize=normalize)
         assert_same([value.detach(), *torch.autograd.grad(-1.7 * value, leaves)], expected)
     expanded = x[:1].expand(ROWS, FEATURES)
-    assert_same(
-        [fl.linear_crl_loss(expanded, w, target, k=k)], [fl.linear_crl_loss(expanded.contiguous(), w, target, k=k)]
-    )
+    assert_same([CRL.linear(expanded, w, target, k=k)], [CRL.linear(expanded.contiguous(), w, target, k=k)])
 
 
 @each_way
@@ -876,7 +864,7 @@ def test_arguments_are_never_modified(loss, form, k):
     target = make_target(form, ROWS, CLASSES)
     tensors = x, w, b, target
     before = [(tensor.detach().clone(), tensor._version) for tensor in tensors]
-    linear(loss)(x, w, target, linear_bias=b, k=k_of(loss, k)).backward()
+    loss.linear(x, w, target, linear_bias=b, k=k_of(loss, k)).backward()
     for tensor, (kept, version) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, kept)
         assert tensor._version == version
@@ -887,9 +875,9 @@ def test_arguments_are_never_modified(loss, form, k):
 @each(LOSSES)
 def test_a_row_with_nan_is_nan_and_spoils_no_other(loss, k, reduction):
     (x, w, _), target, k = make_layer(), make_index(ROWS, CLASSES), k_of(loss, k)
-    _, clean, _ = value_and_grads(lambda x, w: linear(loss)(x, w, target, k=k, reduction="none"), x, w)
+    _, clean, _ = value_and_grads(lambda x, w: loss.linear(x, w, target, k=k, reduction="none"), x, w)
     x[2] = torch.nan
-    value, dx, dw = value_and_grads(lambda x, w: linear(loss)(x, w, target, k=k, reduction=reduction), x, w)
+    value, dx, dw = value_and_grads(lambda x, w: loss.linear(x, w, target, k=k, reduction=reduction), x, w)
     others = torch.arange(ROWS) != 2
     assert dx[2].isnan().all()
     assert dx[others].isfinite().all()
@@ -907,20 +895,20 @@ def test_an_ignored_row_gives_literal_zeros_over_the_hardest(loss):
     """Even where its input, or the weight of a class that it might have picked, is not finite."""
     (x, w, _), target = make_layer(), make_index(ROWS, CLASSES)
     target[2] = -100
-    expected = value_and_grads(lambda x, w: linear(loss)(x, w, target, k=3), x, w)
+    expected = value_and_grads(lambda x, w: loss.linear(x, w, target, k=3), x, w)
     x[2] = torch.nan
-    assert_same(value_and_grads(lambda x, w: linear(loss)(x, w, target, k=3), x, w), expected)
+    assert_same(value_and_grads(lambda x, w: loss.linear(x, w, target, k=3), x, w), expected)
     w[0] = -torch.inf
     x[:] = x.abs().clamp(min=0.1)
     target[target == 0] = 1
-    _, dx, _ = value_and_grads(lambda x, w: linear(loss)(x, w, target, k=3), x, w)
+    _, dx, _ = value_and_grads(lambda x, w: loss.linear(x, w, target, k=3), x, w)
     assert (dx[2] == 0).all()
 
 
 def test_index_targets_of_any_integer_dtype():
     (x, w, _), target = make_layer(), make_index(ROWS, CLASSES)
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
-        assert torch.equal(fl.linear_crl_loss(x, w, target.to(dtype), k=3), fl.linear_crl_loss(x, w, target, k=3))
+        assert torch.equal(CRL.linear(x, w, target.to(dtype), k=3), CRL.linear(x, w, target, k=3))
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
@@ -942,7 +930,7 @@ def test_fullgraph_gives_the_same_numbers(loss, form, k, reduction):
     upstream = make_upstream() if reduction == "none" else None
 
     def step(x, w, b):
-        return linear(loss)(2 * x, w, target, linear_bias=b, k=k, reduction=reduction)
+        return loss.linear(2 * x, w, target, linear_bias=b, k=k, reduction=reduction)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert_same(value_and_grads(compiled, *layer, upstream=upstream), value_and_grads(step, *layer, upstream=upstream))
@@ -989,7 +977,7 @@ def test_inductor():
 
     def step(x, w):
         options = {"normalize": True, "scale": 8.0}
-        return fl.linear_hs_lr_loss(x, w, target, k=3, **options) + fl.linear_crl_loss(x, w, target, **options)
+        return HS_LR.linear(x, w, target, k=3, **options) + CRL.linear(x, w, target, **options)
 
     assert_same(value_and_grads(torch.compile(step, fullgraph=True), x, w), value_and_grads(step, x, w))
 
@@ -1100,7 +1088,7 @@ def test_module_is_the_function_with_the_options_of_its_loss(loss, normalize):
         FEATURES, CLASSES, loss=loss.module_class()(**arguments), bias=not normalize, dtype=torch.float64, **layer
     )
     value = module(x, target)
-    expected = linear(loss)(x, module.weight, target, linear_bias=module.bias, **arguments, **layer)
+    expected = loss.linear(x, module.weight, target, linear_bias=module.bias, **arguments, **layer)
     assert torch.equal(value, expected)
     torch.testing.assert_close(value, loss(module.logits(x), target, **arguments))
     assert set(module.state_dict()) == {"weight", "loss.weight"} | ({"bias"} if not normalize else set())
@@ -1142,18 +1130,22 @@ def test_a_training_step_of_the_module_is_that_of_nn_linear_and_the_loss():
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-@each(LOSSES)
-def test_signatures(loss):
+def test_signatures():
     """Those of F.linear_cross_entropy in front, those of the loss from logits with their defaults behind."""
-    ours = inspect.signature(linear(loss)).parameters
-    theirs = inspect.signature(getattr(fl, loss.name)).parameters
-    assert list(ours)[:4] == ["input", "linear_weight", "target", "linear_bias"]
-    assert [p for p in ours if ours[p].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == list(ours)[:3]
-    for name in set(theirs) - {"logits", "target"}:
-        assert ours[name].default == theirs[name].default
-        assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY
+    ours = inspect.signature(fl.linear_cross_entropy).parameters
+    theirs = inspect.signature(fl.cross_entropy).parameters
     layer = {"input", "linear_weight", "target", "linear_bias", "normalize", "scale", "gather_input", "options"}
     assert set(ours) == layer | (set(theirs) - {"logits"})
+    for name in set(theirs) - {"logits", "target"}:
+        assert ours[name].default == theirs[name].default
+    of_any = inspect.signature(fl.linear_loss).parameters
+    assert set(of_any) == layer | {"loss", "shard", "return_statistics"}
+    for parameters in (ours, of_any):
+        assert [p for p in parameters if parameters[p].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == [
+            "input", "linear_weight", "target",
+        ]  # fmt: skip
+    for name in layer & set(of_any):
+        assert of_any[name].default == ours[name].default
 
 
 @each_chunk
@@ -1164,7 +1156,7 @@ def test_a_class_out_of_range_is_named_with_its_row_in_the_batch(loss, k, chunk_
     target[5] = CLASSES
     w.requires_grad_()
     with pytest.raises(IndexError, match=r"Target 100 is out of bounds.*row 5"):
-        linear(loss)(x, w, target, k=k_of(loss, k), options=fl.LinearLossOptions(chunk_bytes=chunk_bytes))
+        loss.linear(x, w, target, k=k_of(loss, k), options=fl.LinearLossOptions(chunk_bytes=chunk_bytes))
 
 
 @each_chunk
@@ -1173,7 +1165,7 @@ def test_multihot_entries_other_than_0_and_1(loss, chunk_bytes):
     (x, w, _), target = make_layer(), make_target("multihot", ROWS, CLASSES).float()
     target[5, 7] = 0.5
     with pytest.raises(ValueError, match="multi-hot targets must be 0 or 1"):
-        linear(loss)(x, w, target, k=3, options=fl.LinearLossOptions(chunk_bytes=chunk_bytes))
+        loss.linear(x, w, target, k=3, options=fl.LinearLossOptions(chunk_bytes=chunk_bytes))
 
 
 X, W, B = make_layer()
@@ -1183,40 +1175,40 @@ Y = make_index(ROWS, CLASSES)
 @pytest.mark.parametrize(
     "error, match, call",
     [
-        (TypeError, "input must be a Tensor, got list", lambda: fl.linear_crl_loss([1.0], W, Y)),
-        (TypeError, "linear_weight must be a Tensor, got NoneType", lambda: fl.linear_crl_loss(X, None, Y)),
-        (TypeError, "linear_bias must be a Tensor, got float", lambda: fl.linear_crl_loss(X, W, Y, linear_bias=1.0)),
-        (TypeError, "floating-point input, got torch.int64", lambda: fl.linear_crl_loss(X.long(), W, Y)),
-        (TypeError, "floating-point linear_weight, got torch.complex128", lambda: fl.linear_crl_loss(X, W + 0j, Y)),
-        (RuntimeError, "input and linear_weight of one dtype", lambda: fl.linear_crl_loss(X, W.float(), Y)),
-        (RuntimeError, "input and linear_bias of one dtype", lambda: fl.linear_crl_loss(X, W, Y, linear_bias=B.half())),
-        (RuntimeError, "linear_weight on meta", lambda: fl.linear_crl_loss(X, W.to("meta"), Y)),
-        (RuntimeError, "target on meta", lambda: fl.linear_crl_loss(X, W, Y.to("meta"))),
-        (ValueError, r"got \(7, 8\) and \(100, 7\)", lambda: fl.linear_crl_loss(X, W[:, :7], Y)),
-        (ValueError, r"got \(1, 7, 8\) and \(100, 8\)", lambda: fl.linear_crl_loss(X[None], W, Y)),
-        (ValueError, r"got \(7, 8\) and \(8,\)", lambda: fl.linear_crl_loss(X, W[0], Y)),
-        (ValueError, r"got \(\) and \(100, 8\)", lambda: fl.linear_crl_loss(X[0, 0], W, Y)),
-        (ValueError, "at least one class", lambda: fl.linear_crl_loss(X, W[:0], Y)),
+        (TypeError, "input must be a Tensor, got list", lambda: CRL.linear([1.0], W, Y)),
+        (TypeError, "linear_weight must be a Tensor, got NoneType", lambda: CRL.linear(X, None, Y)),
+        (TypeError, "linear_bias must be a Tensor, got float", lambda: CRL.linear(X, W, Y, linear_bias=1.0)),
+        (TypeError, "floating-point input, got torch.int64", lambda: CRL.linear(X.long(), W, Y)),
+        (TypeError, "floating-point linear_weight, got torch.complex128", lambda: CRL.linear(X, W + 0j, Y)),
+        (RuntimeError, "input and linear_weight of one dtype", lambda: CRL.linear(X, W.float(), Y)),
+        (RuntimeError, "input and linear_bias of one dtype", lambda: CRL.linear(X, W, Y, linear_bias=B.half())),
+        (RuntimeError, "linear_weight on meta", lambda: CRL.linear(X, W.to("meta"), Y)),
+        (RuntimeError, "target on meta", lambda: CRL.linear(X, W, Y.to("meta"))),
+        (ValueError, r"got \(7, 8\) and \(100, 7\)", lambda: CRL.linear(X, W[:, :7], Y)),
+        (ValueError, r"got \(1, 7, 8\) and \(100, 8\)", lambda: CRL.linear(X[None], W, Y)),
+        (ValueError, r"got \(7, 8\) and \(8,\)", lambda: CRL.linear(X, W[0], Y)),
+        (ValueError, r"got \(\) and \(100, 8\)", lambda: CRL.linear(X[0, 0], W, Y)),
+        (ValueError, "at least one class", lambda: CRL.linear(X, W[:0], Y)),
         (
             ValueError,
             r"linear_bias of shape \(100,\), got \(99,\)",
-            lambda: fl.linear_crl_loss(X, W, Y, linear_bias=B[1:]),
+            lambda: CRL.linear(X, W, Y, linear_bias=B[1:]),
         ),
-        (ValueError, r"batch_size \(7\) to match target batch_size \(6\)", lambda: fl.linear_crl_loss(X, W, Y[1:])),
-        (ValueError, "multi-target not supported", lambda: fl.linear_crl_loss(X, W, Y[:, None])),
-        (ValueError, "multi-hot target size", lambda: fl.linear_lr_loss(X, W, X)),
-        (TypeError, "integer dtype, got torch.float32", lambda: fl.linear_crl_loss(X, W, Y.float())),
-        (ValueError, "no linear_bias", lambda: fl.linear_crl_loss(X, W, Y, linear_bias=B, normalize=True)),
+        (ValueError, r"batch_size \(7\) to match target batch_size \(6\)", lambda: CRL.linear(X, W, Y[1:])),
+        (ValueError, "multi-target not supported", lambda: CRL.linear(X, W, Y[:, None])),
+        (ValueError, "multi-hot target size", lambda: LR.linear(X, W, X)),
+        (TypeError, "integer dtype, got torch.float32", lambda: CRL.linear(X, W, Y.float())),
+        (ValueError, "no linear_bias", lambda: CRL.linear(X, W, Y, linear_bias=B, normalize=True)),
         (ValueError, "no linear_bias", lambda: fl.LinearLoss(8, 100, bias=True, normalize=True)),
-        (ValueError, "pass normalize=True", lambda: fl.linear_crl_loss(X, W, Y, scale=2.0)),
+        (ValueError, "pass normalize=True", lambda: CRL.linear(X, W, Y, scale=2.0)),
         (
             ValueError,
             "scale must be finite and > 0, got 0",
-            lambda: fl.linear_crl_loss(X, W, Y, normalize=True, scale=0),
+            lambda: CRL.linear(X, W, Y, normalize=True, scale=0),
         ),
         (ValueError, "scale must be finite", lambda: fl.LinearLoss(8, 100, normalize=True, scale=torch.inf)),
         (TypeError, "scale must be a number, got str", lambda: fl.LinearLoss(8, 100, normalize=True, scale="64")),
-        (TypeError, "options must be LinearLossOptions, got dict", lambda: fl.linear_crl_loss(X, W, Y, options={})),
+        (TypeError, "options must be LinearLossOptions, got dict", lambda: CRL.linear(X, W, Y, options={})),
         (TypeError, "options must be LinearLossOptions, got dict", lambda: fl.LinearLoss(8, 100, options={})),
         (ValueError, "chunk_bytes must be at least 1, got 0", lambda: fl.LinearLossOptions(chunk_bytes=0)),
         (TypeError, "chunk_bytes must be an integer, got float", lambda: fl.LinearLossOptions(chunk_bytes=1e6)),
@@ -1225,14 +1217,14 @@ Y = make_index(ROWS, CLASSES)
             "loss module of fused_losses, got CrossEntropyLoss",
             lambda: fl.LinearLoss(8, 100, loss=nn.CrossEntropyLoss()),
         ),
-        (ValueError, "hs_lr_loss needs k or ratio", lambda: fl.linear_hs_lr_loss(X, W, Y)),
-        (ValueError, "k must be at least 1, got 0", lambda: fl.linear_crl_loss(X, W, Y, k=0)),
+        (ValueError, "hs_lr_loss needs k or ratio", lambda: HS_LR.linear(X, W, Y)),
+        (ValueError, "k must be at least 1, got 0", lambda: CRL.linear(X, W, Y, k=0)),
         (
             ValueError,
             "median is not a valid value for reduction",
-            lambda: fl.linear_crl_loss(X, W, Y, reduction="median"),
+            lambda: CRL.linear(X, W, Y, reduction="median"),
         ),
-        (ValueError, "alpha must be finite and >= 0", lambda: fl.linear_crl_loss(X, W, Y, alpha=-1)),
+        (ValueError, "alpha must be finite and >= 0", lambda: CRL.linear(X, W, Y, alpha=-1)),
         (TypeError, "label_smoothing", lambda: fl.linear_cross_entropy(X, W, Y, label_smoothing=0.1)),
     ],
     ids=itertools.count(),
@@ -1244,7 +1236,7 @@ def test_errors(error, match, call):
 
 @pytest.mark.parametrize("check_targets", [False, True])
 def test_check_targets_changes_no_value(check_targets):
-    assert torch.equal(fl.linear_crl_loss(X, W, Y, check_targets=check_targets), fl.linear_crl_loss(X, W, Y))
+    assert torch.equal(CRL.linear(X, W, Y, check_targets=check_targets), CRL.linear(X, W, Y))
 
 
 def test_a_million_classes():
