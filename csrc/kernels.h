@@ -13,6 +13,8 @@
 #include <new>
 #include <type_traits>
 
+#include "sums.h"
+
 // For what must not become a call: vectors and sums have to stay in registers. (A call passes the two registers of an
 // AVX2 vector through memory, at five times the cost of exp itself.)
 #if defined(__GNUC__)

@@ -13,7 +13,7 @@ class LogisticForward {
   using T = Compute<S>;
 
   struct Partial {
-    double sum = 0;
+    CompensatedSum sum;
   };
 
   LogisticForward(const Forward& door, Phi phi) : door_(door), phi_(phi) {}
@@ -21,25 +21,26 @@ class LogisticForward {
   // phi(-inf) = 0, and a NaN stays one.
   template <class X>
   Partial over(const X* row, int64_t begin, int64_t end, Positives positives) const {
-    using V = VecOf<X>;
-    V sum(0);
-    for_each_negative(row, begin, end, positives, [&](V z) { sum = sum + phi_.value(z); });
-    return {sum_lanes(sum)};
+    return {CompensatedSum(sum_negatives(row, begin, end, positives, [&](VecOf<X> z) { return phi_.value(z); }))};
   }
 
-  static Partial merge(Partial a, Partial b) { return {a.sum + b.sum}; }
+  static Partial merge(Partial a, Partial b) {
+    a.sum.add(b.sum);
+    return a;
+  }
 
   void finish(int64_t row, const S* logits, Positives positives, Partial negatives) const {
     using V = VecOf<S>;
     T z[V::lanes];
-    double sum = 0;
+    CompensatedSum positive_sum;
     for_each_group<V::lanes>(positives, [&](const int32_t* index, int64_t n) {
       for (int64_t i = 0; i < n; ++i) z[i] = to_compute(logits[index[i]]);
-      sum += sum_lanes(softplus(V(0) - load_first<V>(z, n, kInfinity<T>)));
+      positive_sum.add(sum_lanes(softplus(V(0) - load_first<V>(z, n, kInfinity<T>))));
     });
-    if (sum != sum || negatives.sum != negatives.sum) return spoil(row, positives);
+    const double sum = positive_sum.total(), negative_sum = negatives.sum.total();
+    if (sum != sum || negative_sum != negative_sum) return spoil(row, positives);
     const bool one = !door_.problem.multi_hot && positives.count > 0;
-    write(row, T(sum), T(negatives.sum), one ? z[0] : T(0), T(positives.count));
+    write(row, T(sum), T(negative_sum), one ? z[0] : T(0), T(positives.count));
   }
 
   void ignore(int64_t row) const { write(row, 0, 0, 0, 0); }

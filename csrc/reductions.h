@@ -1,8 +1,9 @@
 // From the terms of the rows to the loss, and what every term weighs in it. N numbers each: no vectors, no threads.
-// What is computed here stands in fused_losses/reductions.py; sums are in double.
+// What is computed here stands in fused_losses/reductions.py; sums are in double, and compensated.
 #pragma once
 
 #include "kernels.h"
+#include "sums.h"
 
 namespace fused_losses {
 
@@ -55,11 +56,12 @@ void reduce_terms(const ReductionProblem& p, const T* row_terms, Column<const T>
   };
   double divisor = 1;
   if (p.kind == ReductionKind::mean) {
-    divisor = 0;
-    for (int64_t i = 0; i < p.rows; ++i) divisor += weight_of(i);
+    CompensatedSum weights;
+    for (int64_t i = 0; i < p.rows; ++i) weights.add(weight_of(i));
+    divisor = weights.total();
   }
 
-  double total = 0;
+  CompensatedSum total;
   for (int64_t i = 0; i < p.rows; ++i) {
     const double w = weight.data == nullptr ? 1 : weight_of(i);
     double value = 0;
@@ -68,9 +70,9 @@ void reduce_terms(const ReductionProblem& p, const T* row_terms, Column<const T>
       slopes[i * p.columns + c] = static_cast<T>(w * scale[c] / divisor);
     }
     if (p.kind == ReductionKind::none) loss[i] = static_cast<T>(w * value);
-    total += w * value;
+    total.add(w * value);
   }
-  if (p.kind != ReductionKind::none) *loss = static_cast<T>(total / divisor);
+  if (p.kind != ReductionKind::none) *loss = static_cast<T>(total.total() / divisor);
 }
 
 }  // namespace fused_losses

@@ -34,7 +34,7 @@ class SoftmaxForward {
 
   struct Partial {
     T max = -kInfinity<T>;
-    double sum = 0;  // of exp(z - max)
+    CompensatedSum sum;  // of exp(z - max)
   };
 
   SoftmaxForward(const Forward& door, Loss loss) : door_(door), loss_(loss) {}
@@ -44,36 +44,27 @@ class SoftmaxForward {
   Partial over(const X* row, int64_t begin, int64_t end, Positives positives) const {
     using V = VecOf<X>;
     Partial partial;
-    V largest(partial.max), run(0);
+    V largest(partial.max);
     for_each_negative(row, begin, end, positives, [&](V z) { largest = max(largest, z); });
     partial.max = max_lane(largest);
     const V shift(partial.max == -kInfinity<T> ? T(0) : partial.max);
-    // Lanes go on in double before long: where one term is nearly the whole sum, every small one added to it is rounded
-    // to a unit of it.
-    Sum<V> sum;
-    for_each_negative<kPiece>(
-        row, begin, end, positives,
-        [&](V z) { run = run + exp_nonpositive(z - shift); },
-        [&] {
-          sum.add(run);
-          run = V(0);
-        });
-    partial.sum = sum.total();
+    partial.sum = CompensatedSum(
+        sum_negatives<kPiece>(row, begin, end, positives, [&](V z) { return exp_nonpositive(z - shift); }));
     return partial;
   }
 
   static Partial merge(Partial a, Partial b) {
     if (a.max < b.max) return merge(b, a);
-    if (b.sum == 0) return a;
-    const T shift = b.max == a.max ? T(0) : b.max - a.max;
-    a.sum += shift == 0 ? b.sum : b.sum * std::exp(static_cast<double>(shift));
+    if (b.sum.total() == 0) return a;
+    a.sum.add(b.sum, b.max == a.max ? 1 : std::exp(static_cast<double>(b.max - a.max)));
     return a;
   }
 
   void finish(int64_t row, const S* logits, Positives positives, Partial partial) const {
-    SoftmaxState<T> state{partial.max, T(std::log(partial.sum)), -kInfinity<T>};
-    if (partial.max == -kInfinity<T> && partial.sum == 0) state.max = 0;
-    if (partial.sum != partial.sum) state.max = state.log_sum = kNaN<T>;
+    const double sum = partial.sum.total();
+    SoftmaxState<T> state{partial.max, T(std::log(sum)), -kInfinity<T>};
+    if (partial.max == -kInfinity<T> && sum == 0) state.max = 0;
+    if (sum != sum) state.max = state.log_sum = kNaN<T>;
     if (positives.count > 0) state.target = to_compute(logits[positives.index[0]]);
     if (state.target == kInfinity<T>) state.target = kNaN<T>;
     states()[row] = state;

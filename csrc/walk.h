@@ -14,7 +14,7 @@ namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
 constexpr int64_t kPiece =
-    4096;  // classes: 16 KB of float32 stay in the first cache, and no lane adds up over 256 terms
+    4096;  // classes: 16 KB of float32 stay in the first cache
 constexpr int64_t kGrain = 16384;  // logits: less than this is not worth waking a thread
 
 FUSED_LOSSES_INLINE void prefetch(const void* p) {
@@ -27,34 +27,27 @@ FUSED_LOSSES_INLINE void prefetch(const void* p) {
 
 // Calls visit(vector) for the negatives among row[begin, end). Lanes of positives and past the end hold -inf, a masked
 // class, which adds nothing to any statistic.
-// kAhead: fetch what lies that many classes ahead, for a second look at a piece while the next one is still in memory.
-// pause(), if there is one, is called after every kRun vectors at most, and after the last.
+// visit_run(address), if there is one, is called for kRun vectors that lie one behind the other and hold nothing else,
+// as long as there are so many; pause() after the last of the others, and before there are more than kRun of them.
 constexpr int kRun = 8;
 
-struct NoPause {
+struct Nothing {
   void operator()() const {}
 };
 
-template <int64_t kAhead = 0, class S, class Visit, class Pause = NoPause>
+template <class S, class Visit, class VisitRun = Nothing, class Pause = Nothing>
 FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t end, Positives positives,
-                                           const Visit& visit, const Pause& pause = {}) {
+                                           const Visit& visit, const VisitRun& visit_run = {},
+                                           const Pause& pause = {}) {
   using V = VecOf<S>;
-  constexpr bool pauses = !std::is_same_v<Pause, NoPause>;
   int64_t p = 0, i = begin;
   while (p < positives.count && positives.index[p] < begin) ++p;
   while (i < end) {
     const int64_t stop = p < positives.count && positives.index[p] < end ? positives.index[p] : end;
-    for (; pauses && i + kRun * V::lanes <= stop; i += kRun * V::lanes) {
-      for (int j = 0; j < kRun; ++j) {
-        if (kAhead > 0) prefetch(row + i + j * V::lanes + kAhead);
-        visit(V::load(row + i + j * V::lanes));
-      }
-      pause();
+    if constexpr (!std::is_same_v<VisitRun, Nothing>) {
+      for (; i + kRun * V::lanes <= stop; i += kRun * V::lanes) visit_run(row + i);
     }
-    for (; i + V::lanes <= stop; i += V::lanes) {
-      if (kAhead > 0) prefetch(row + i + kAhead);
-      visit(V::load(row + i));
-    }
+    for (; i + V::lanes <= stop; i += V::lanes) visit(V::load(row + i));
     if (i >= end) break;
     // A vector with a positive or with the end in it
     constexpr auto masked_class = -kInfinity<typename V::Scalar>;
@@ -67,6 +60,39 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
     pause();
   }
   pause();
+}
+
+// The sum of term(vector) over the same vectors. Lanes hand over to double after kRun terms, which are added in halves:
+// one term beside a large sum is rounded to a unit of it, and many equal ones all in the same direction. (A sum of four
+// equal numbers is exact.)
+// kAhead: fetch what lies that many classes ahead, for a second look at a piece while the next one is still in memory.
+template <int64_t kAhead = 0, class S, class Term>
+FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t end, Positives positives,
+                                         const Term& term) {
+  using V = VecOf<S>;
+  constexpr int half = kRun / 2;
+  Sum<V> sum;
+  V rest(0);
+  const auto sum_half = [&](const S* p) {
+    if (kAhead > 0) prefetch(p + kAhead);
+    V run = term(V::load(p));
+    for (int j = 1; j < half; ++j) {
+      if (kAhead > 0) prefetch(p + j * V::lanes + kAhead);
+      run = run + term(V::load(p + j * V::lanes));
+    }
+    return run;
+  };
+  for_each_negative(
+      row, begin, end, positives, [&](V z) { rest = rest + term(z); },
+      [&](const S* p) {
+        const V first = sum_half(p);
+        sum.add(first + sum_half(p + half * V::lanes));
+      },
+      [&] {
+        sum.add(rest);
+        rest = V(0);
+      });
+  return sum.total();
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward
@@ -150,8 +176,8 @@ class ForwardWalk {
 
   template <class X>
   Partial over_pieces(const X* logits, int64_t n, Positives positives) const {
-    Partial total;
-    for (int64_t begin = 0; begin < n; begin += kPiece) {
+    Partial total = family_.over(logits, 0, n < kPiece ? n : kPiece, positives);
+    for (int64_t begin = kPiece; begin < n; begin += kPiece) {
       const int64_t end = begin + kPiece < n ? begin + kPiece : n;
       total = Family::merge(total, family_.over(logits, begin, end, positives));
     }

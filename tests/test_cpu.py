@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import doors
+from cases import assert_as_accurate
 from fused_losses import ops, reference
 
 cpp = torch.ops.fused_losses
@@ -112,6 +113,20 @@ def test_every_instruction_set_agrees_with_the_reference(isa, formula, dtype):
             assert torch.equal(kept[2].sort(1).values, truth[2].sort(1).values)
             tolerance["rtol"] += step
             torch.testing.assert_close(dlogits.double(), truth_grad, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("formula", doors.LOGISTIC, ids=str)
+def test_many_equal_terms_on_every_instruction_set(isa, formula, dtype):
+    """Where training begins: C - 1 times the same number."""
+    weight = 0.5 ** (formula.params[0] if formula.params else 0)
+    for classes in (4097, 21841, 1_000_003):
+        logits, target = torch.zeros(1, classes, dtype=dtype), torch.tensor([1])
+        truth = torch.tensor([(classes - 1) * weight * math.log(2)], dtype=torch.float64)
+        plain = doors.forward(reference, formula, logits, target).statistics[:, 1]
+        for k, compact in ((0, False), (classes - 1, True), (classes - 1, False)):
+            ours = doors.forward(cpp, formula, logits, target, k, compact).statistics[:, 1]
+            assert_as_accurate(ours, plain, truth, f"{classes} classes, k = {k}")
 
 
 # --- exp and log1p ----------------------------------------------------------------------------------------------------

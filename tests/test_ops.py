@@ -1,15 +1,16 @@
 """The raw ops: registered as torch wants them, and with fake kernels that tell the truth."""
 
 import itertools
+import math
 import warnings
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cases import make_index, make_logits, make_multihot
+from cases import assert_as_accurate, make_index, make_logits, make_multihot
 from doors import CRL, LR, SS_LR, Kept, backward, forward, grad_like
-from fused_losses import ops, reductions
+from fused_losses import finish, ops, reductions
 
 OPS = torch.ops.fused_losses
 FORMS = [(0, False), (1, True), (3, False), (3, True), (99, False), (99, True)]
@@ -261,6 +262,21 @@ def test_a_whole_loss_is_a_door_and_the_reduction(dtype, formula, form, weighted
     of_terms = reductions.grad_of_terms(grad, expected_slopes.to(dtype))
     expected = backward(OPS, formula, of_terms, logits, target, door, k, compact)
     torch.testing.assert_close(ours, expected, rtol=8 * torch.finfo(dtype).eps, atol=1e-30)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_equal_rows(dtype, reduction, weighted):
+    """A plain sum of them rounds every time in the same direction."""
+    rows = 1_000_003
+    logits, target = torch.zeros(1, 2, dtype=dtype).expand(rows, 2), torch.zeros(rows, dtype=torch.int64)
+    weight = torch.full((2,), 0.7, dtype=dtype) if weighted else None
+    ours, *_ = OPS.forward(logits, target, weight, reduction, *LR.spec(2))
+    values = torch.full((rows,), 2 * math.log(2), dtype=dtype)
+    plain = finish.Reduction.of(target, weight, reduction, -100, values).loss(values)
+    truth = 2 * math.log(2) * (1 if reduction == "mean" else rows * (weight[0].item() if weighted else 1))
+    assert_as_accurate(ours, plain, torch.tensor(truth, dtype=torch.float64), reduction)
 
 
 @each_reduction

@@ -9,6 +9,7 @@ import torch
 
 import paper
 from cases import (
+    assert_as_accurate,
     assert_elementwise,
     compute_dtype,
     make_index,
@@ -18,6 +19,7 @@ from cases import (
     signed_nan,
 )
 from doors import CE, CRL, FORMS, LOGISTIC, LR, NLLR, SOFTMAX, SS_LR, backward, forward, grad_like, paper_rows_and_grad
+from fused_losses import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -41,12 +43,36 @@ def roundtrip(wing, formula, logits, target, k=0, compact=False, ignore_index=-1
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("k, compact", [(0, False), (200_000, False), (200_000, True)])
+@pytest.mark.parametrize("offset", [0.0, -1.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formula", [*SOFTMAX, *LOGISTIC], ids=str)
+def test_many_equal_terms(wing, formula, dtype, offset, k, compact):
+    """A plain sum of them rounds every time in the same direction. Training begins at equal logits."""
+    logits, target = torch.full((1, 300_007), offset, dtype=dtype), torch.tensor([4])
+    logits[0, 9] += 0.4  # the other terms of a softmax are no powers of two
+    grad = grad_like(logits)
+    kept, dlogits = roundtrip(wing, formula, logits, target, k, compact, grad=grad)
+    plain, plain_dlogits = roundtrip(reference, formula, logits, target, k, compact, grad=grad)
+    rows, gradient = paper_rows_and_grad(formula, logits, target, k, grad)
+    assert_as_accurate(kept.loss, plain.loss, rows, "rows")
+    assert_as_accurate(dlogits, plain_dlogits, gradient, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_many_equal_positives(wing, dtype):
+    logits, target = torch.zeros(1, 1_000_003, dtype=dtype), torch.ones(1, 1_000_003, dtype=torch.bool)
+    positive_sum = forward(wing, LR, logits, target).statistics[:, 2]
+    plain = -torch.nn.functional.logsigmoid(logits).sum(1)
+    assert_as_accurate(positive_sum, plain, torch.tensor([1_000_003 * math.log(2)], dtype=torch.float64), "sum")
+
+
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("formula", SOFTMAX, ids=str)
 def test_softmax_doors_agree_with_paper(wing, formula, dtype, k, compact):
     logits, target = make_logits(5, 33, dtype), make_index(5, 33)
-    grad = grad_like(formula, logits)
+    grad = grad_like(logits)
     kept, dlogits = roundtrip(wing, formula, logits, target, k, compact, grad=grad)
     value, gradient = paper_rows_and_grad(formula, logits, target, k, grad)
     assert kept.rows.dtype == kept.state.dtype == compute_dtype(dtype)
@@ -62,7 +88,7 @@ def test_softmax_doors_agree_with_paper(wing, formula, dtype, k, compact):
 @pytest.mark.parametrize("formula", LOGISTIC, ids=str)
 def test_logistic_doors_agree_with_paper(wing, formula, dtype, form, k, compact):
     logits, target = make_logits(5, 33, dtype), make_target(form, 5, 33)
-    grad = grad_like(formula, logits)
+    grad = grad_like(logits)
     kept, dlogits = roundtrip(wing, formula, logits, target, k, compact, grad=grad)
     sums, gradient = paper_rows_and_grad(formula, logits, target, k, grad)
     assert kept.rows.dtype == kept.state.dtype == compute_dtype(dtype)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .select import load_groups, open_rim, picked, rank_rim
+from .sums import add, sum_of
 
 _INF = tl.constexpr(float("inf"))
 
@@ -91,13 +92,14 @@ def emit_compact(
     rim_picked = rim_allowed & picked(rim, rim_position, cut)
     in_tail = rim_position >= 0
     sums = tl.zeros((GROUPS,), tl.float32)
+    rest = sums
     in_head = tl.sum((rim_picked & ~in_tail).to(tl.int32), axis=0)
     taken = in_head
     for tile in range(tl.cdiv(array.body, GROUPS * (rim.shape[0] // 2))):
         x, positions, inside = load_groups(array, tile, GROUPS)
         classes, allowed = VIEW(info, array, positions, inside)
         chosen = allowed & picked(x, positions, cut)
-        sums += tl.sum(tl.where(chosen, TERM(x, p, q, FAST), 0.0), axis=1)
+        sums, rest = add(sums, rest, tl.sum(tl.where(chosen, TERM(x, p, q, FAST), 0.0), axis=1))
         chosen_columns, ranks, number = rank_columns(chosen)
         store_columns(picks.index_ptr + taken, ranks, chosen_columns, picks.wanted - taken, classes)
         store_columns(picks.logit_ptr + taken, ranks, chosen_columns, picks.wanted - taken, x.to(element))
@@ -112,7 +114,7 @@ def emit_compact(
         tl.store(picks.index_ptr + slot, -1, mask=slot < picks.slots)
         nothing = tl.full((GROUPS,), -_INF, tl.float32).to(element)
         tl.store(picks.logit_ptr + slot, nothing, mask=slot < picks.slots)
-    return tl.sum(sums, axis=0) + tl.sum(tl.where(rim_picked, TERM(rim, p, q, FAST), 0.0), axis=0)
+    return sum_of(sums, rest) + tl.sum(tl.where(rim_picked, TERM(rim, p, q, FAST), 0.0), axis=0)
 
 
 @triton.jit
@@ -126,13 +128,14 @@ def emit_threshold(
     total = tl.sum(tl.where(rim_picked, TERM(rim, p, q, FAST), 0.0), axis=0)
     VECTOR: tl.constexpr = rim.shape[0] // 2
     sums = tl.zeros((GROUPS,), tl.float32)
+    rest = sums
     lowest = tl.full((GROUPS, VECTOR), _INF, tl.float32)  # of every lane, and its highest class
     lowest_class = tl.full((GROUPS, VECTOR), -1, tl.int32)
     for tile in range(tl.cdiv(array.body, GROUPS * VECTOR)):
         x, positions, inside = load_groups(array, tile, GROUPS)
         classes, allowed = VIEW(info, array, positions, inside)
         chosen = allowed & picked(x, positions, cut)
-        sums += tl.sum(tl.where(chosen, TERM(x, p, q, FAST), 0.0), axis=1)
+        sums, rest = add(sums, rest, tl.sum(tl.where(chosen, TERM(x, p, q, FAST), 0.0), axis=1))
         lower = chosen & (x <= lowest)
         lowest = tl.where(lower, x, lowest)
         lowest_class = tl.where(lower, classes, lowest_class)
@@ -143,4 +146,4 @@ def emit_threshold(
     edge_class = tl.maximum(edge_class, tl.max(tl.where(rim_picked & (rim == bottom), rim_classes, -1), axis=0))
     tl.store(picks.index_ptr, edge_class)
     tl.store(picks.logit_ptr, tl.load(picks.row_ptr + edge_class, mask=edge_class >= 0, other=-_INF))
-    return total + tl.sum(sums, axis=0)
+    return total + sum_of(sums, rest)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..losses import LossSpec
 from . import device, logistic, softmax
 from .formulas import formulas, sigmoid, softplus
+from .sums import add, sum_of
 
 _MOST_WARPS = 8
 _NAN = tl.constexpr(float("nan"))
@@ -181,17 +182,17 @@ def finish_kernel(
     divisor = 1.0
     if REDUCTION != "none":
         total = tl.zeros((BLOCK,), tl.float32)
-        counted = tl.zeros((BLOCK,), tl.float32)
+        rest, counted, rest_counted = total, total, total
         for begin in range(0, num_rows, BLOCK):
             row = (begin + tl.arange(0, BLOCK)).to(tl.int64)
             inside = row < num_rows
             value, _, _ = _finished(statistics_ptr, row, inside, p, q, COLUMNS, FINISH, VALUE, SLOPE)
             counts, ignored = _counts(target_ptr, target_stride, weight_ptr, row, inside, ignore_index, all_classes)
-            total += tl.where(ignored, 0.0, value) * counts
-            counted += counts
+            total, rest = add(total, rest, tl.where(ignored, 0.0, value) * counts)
+            counted, rest_counted = add(counted, rest_counted, counts)
         if REDUCTION == "mean":
-            divisor = tl.sum(counted, axis=0)
-        tl.store(loss_ptr, tl.sum(total, axis=0) / divisor)
+            divisor = sum_of(counted, rest_counted)
+        tl.store(loss_ptr, sum_of(total, rest) / divisor)
     for begin in range(tl.program_id(0) * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
         row = (begin + tl.arange(0, BLOCK)).to(tl.int64)
         inside = row < num_rows

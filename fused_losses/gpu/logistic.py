@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .formulas import softplus
 from .rows import is_positive, last_tile, load_tile, logit_of_target, part_of, rim_positions, tile_lanes
+from .sums import add, fold, sum_of
 
 _INF = tl.constexpr(float("inf"))
 
@@ -17,26 +18,28 @@ def walk_index(
     row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """This program's part of a row -> (maximum of the negatives, neg, z_y, 0)"""
+    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
     TILE: tl.constexpr = ROWS * LANES
     first, behind = part_of(row, TILE)
     position = target.column - row.head
     last = last_tile(first, behind, position, TILE)
 
     tops = tl.full((LANES,), -_INF, tl.float32)
-    sums = tl.zeros((LANES,), tl.float32)
+    sums = tl.zeros((LANES // VECTOR,), tl.float32)
+    rest = sums
     for i in range(first, behind - 1):
         z = load_tile(row, i + (i >= last).to(tl.int32), ROWS, LANES)
         tops = tl.maximum(tops, tl.max(z, axis=0))
-        sums += tl.sum(PHI(z, a, b, FAST), axis=0)
+        sums, rest = add(sums, rest, fold(PHI(z, a, b, FAST), VECTOR))
     z = load_tile(row, last, ROWS, LANES)
     z = tl.where(tile_lanes(ROWS, LANES) == position - last * TILE, -_INF, z)
     tops = tl.maximum(tops, tl.max(z, axis=0))
-    sums += tl.sum(PHI(z, a, b, FAST), axis=0)
+    sums, rest = add(sums, rest, fold(PHI(z, a, b, FAST), VECTOR))
 
     rim, inside = rim_positions(row)
     z = tl.load(row.ptr + rim, mask=inside & (rim != position), other=-_INF).to(tl.float32)
     top = tl.maximum(tl.max(tops, axis=0), tl.max(z, axis=0))
-    neg = tl.sum(sums, axis=0) + tl.sum(PHI(z, a, b, FAST), axis=0)
+    neg = sum_of(sums, rest) + tl.sum(PHI(z, a, b, FAST), axis=0)
     alone = tl.program_id(1) == 0
     return top, neg, tl.where(alone, logit_of_target(row, target, alone), 0.0), 0.0
 
@@ -46,21 +49,21 @@ def walk_multi_hot(
     row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """This program's part of a row -> (maximum of the negatives, neg, pos, number of positives)"""
+    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
     TILE: tl.constexpr = ROWS * LANES
     first, behind = part_of(row, TILE)
     tops = tl.full((LANES,), -_INF, tl.float32)
-    pos = tl.zeros((LANES,), tl.float32)
-    neg = tl.zeros((LANES,), tl.float32)
-    count = tl.zeros((LANES,), tl.float32)
+    zeros = tl.zeros((LANES // VECTOR,), tl.float32)
+    pos, pos_rest, neg, neg_rest, count = zeros, zeros, zeros, zeros, zeros
     for tile in range(first, behind):
         z = load_tile(row, tile, ROWS, LANES)
         positions = tile * TILE + tile_lanes(ROWS, LANES)
         positive = is_positive(target, positions, positions < row.body)
-        pos += tl.sum(tl.where(positive, softplus(-z, FAST), 0.0), axis=0)
+        pos, pos_rest = add(pos, pos_rest, fold(tl.where(positive, softplus(-z, FAST), 0.0), VECTOR))
         z = tl.where(positive, -_INF, z)
         tops = tl.maximum(tops, tl.max(z, axis=0))
-        neg += tl.sum(PHI(z, a, b, FAST), axis=0)
-        count += tl.sum(positive.to(tl.float32), axis=0)
+        neg, neg_rest = add(neg, neg_rest, fold(PHI(z, a, b, FAST), VECTOR))
+        count += fold(positive.to(tl.float32), VECTOR)
 
     rim, inside = rim_positions(row)
     z = tl.load(row.ptr + rim, mask=inside, other=-_INF).to(tl.float32)
@@ -69,8 +72,8 @@ def walk_multi_hot(
     z = tl.where(positive, -_INF, z)
     return (
         tl.maximum(tl.max(tops, axis=0), tl.max(z, axis=0)),
-        tl.sum(neg, axis=0) + tl.sum(PHI(z, a, b, FAST), axis=0),
-        tl.sum(pos, axis=0) + of_rim,
+        sum_of(neg, neg_rest) + tl.sum(PHI(z, a, b, FAST), axis=0),
+        sum_of(pos, pos_rest) + of_rim,
         tl.sum(count, axis=0) + tl.sum(positive.to(tl.float32), axis=0),
     )
 

@@ -48,6 +48,7 @@ from .select import (
     survey,
     survey_held,
 )
+from .sums import add, fold, sum_of
 
 _INF = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
@@ -67,19 +68,21 @@ def index_positives(row, target, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: 
 @triton.jit
 def multi_hot_positives(row, target, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
     """-> (sum of softplus(-z) over the positives, their number), from one walk over the row's target"""
-    pos = tl.zeros((LANES,), tl.float32)
+    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
+    pos = tl.zeros((LANES // VECTOR,), tl.float32)
+    rest = pos
     count = tl.zeros((LANES,), tl.int32)
     for tile in range(tl.cdiv(row.body, ROWS * LANES)):
         positions = tile * (ROWS * LANES) + tile_lanes(ROWS, LANES)
         positive = is_positive(target, positions, positions < row.body)
         z = tl.where(positive, load_tile(row, tile, ROWS, LANES), _INF)  # softplus(-inf) = 0
-        pos += tl.sum(softplus(-z, FAST), axis=0)
+        pos, rest = add(pos, rest, fold(softplus(-z, FAST), VECTOR))
         count += tl.sum(positive.to(tl.int32), axis=0)
     _, rim_position, rim_inside = open_rim(row)
     rim_positive = is_positive(target, rim_position, rim_inside)
     rim = tl.load(row.ptr + rim_position, mask=rim_positive, other=_INF).to(tl.float32)
     number = tl.sum(count, axis=0) + tl.sum(rim_positive.to(tl.int32), axis=0)
-    return tl.sum(pos, axis=0) + tl.sum(softplus(-rim, FAST), axis=0), number
+    return sum_of(pos, rest) + tl.sum(softplus(-rim, FAST), axis=0), number
 
 
 # --- a row searched as a whole ----------------------------------------------------------------------------------------
@@ -279,6 +282,7 @@ def candidates(
         number, highest = _list_candidates(
             scratch, number, row, target, winners, at_least, at_most, WIDTH, GROUPS
         )  # fmt: skip
+        tl.debug_barrier()  # the next listing, or the padding, overwrites this one
         if turns == 3:
             top = highest
             turns = number * 0

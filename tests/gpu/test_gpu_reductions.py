@@ -1,9 +1,12 @@
 """The reduction's kernel against the plain one. Rows below, at and above one block of the kernel."""
 
+import math
+
 import pytest
 import torch
 from gpu_doors import IGNORED
 
+from cases import assert_as_accurate
 from fused_losses import reductions
 from fused_losses.gpu import doors
 
@@ -22,6 +25,16 @@ def test_loss_and_slopes(rows, columns, alpha, reduction, device):
     expected, expected_slopes = reductions.reduce_terms(terms.double(), target, *rest)
     torch.testing.assert_close(loss.cpu(), expected.float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(slopes.cpu(), expected_slopes.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_many_equal_rows(reduction, device):
+    terms, target = torch.full((1_000_003,), math.log(2)), torch.zeros(1_000_003, dtype=torch.int64)
+    rest = None, None, None, 50, 0, IGNORED, reduction
+    loss, _ = doors.reduce_terms(terms.to(device), target.to(device), *rest)
+    same, _ = reductions.reduce_terms(terms, target, *rest)
+    truth, _ = reductions.reduce_terms(terms.double(), target, *rest)
+    assert_as_accurate(loss.cpu(), same, truth, reduction)
 
 
 @pytest.mark.parametrize("rows", [0, 3])
