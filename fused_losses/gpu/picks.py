@@ -346,6 +346,7 @@ def _select_from_blocks(
             class_ptr, logit_ptr, number, capacity, body_ptr, head, body, length, target, blocks_ptr, num_blocks,
             at_least, at_most, WIDTH, GROUPS, VECTOR,
         )  # fmt: skip
+        tl.debug_barrier()  # the next listing, or the padding, overwrites this one
         if turns == 3:
             top = highest
             turns = number * 0
