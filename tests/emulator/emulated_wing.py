@@ -11,6 +11,8 @@ from bench.machine_code import TARGETS
 from fused_losses import linear_autograd, ops
 from fused_losses.gpu import doors, launch
 
+FAMILIES = ("softmax", "logistic")
+
 
 class Wing:
     """``fused_losses.gpu.doors`` on an emulated device. Every call raises what the device found, a result that was not
@@ -57,6 +59,3 @@ class Wing:
             patches.setattr(ops, "_triton_wing", lambda *_: self)
             patches.setattr(ops, "keeps_picks", lambda _, *shape: keeps_picks(cuda, *shape))
             yield
-
-
-FAMILIES = ("softmax", "logistic")

@@ -14,7 +14,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,28 +32,27 @@ _SPECIAL = {
         ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z", "%ntid.x", "%laneid")
     )
 }
-FAULTS = {  # in the order of machine.cpp, and whether it fails a test
-    "out of bounds": True,
-    "misaligned": True,
-    "outside of the view": True,
-    "race between warps": True,
-    "race between programs": True,
-    "race between lanes of a warp": True,
-    "lanes ordered by a shuffle only": True,
-    "unordered writes of the same value": False,  # of Triton, where several threads hold a value
-    "lanes of one store disagree": True,
-    "undefined address": True,
-    "undefined predicate of an access": True,
-    "undefined branch": True,
-    "barrier reached by a part of a warp": True,
-    "warps meet at different barriers": True,
-    "barrier after other warps have ended": True,
-    "deadlock": True,
-    "does not end": True,
-    "shuffle of an inactive lane": True,
-    "read-only load of what this launch wrote": True,
-}
-COUNTERS = ("instructions", "shuffles", "barriers")  # of warps
+FAULTS = (  # in the order of machine.cpp
+    "out of bounds",
+    "misaligned",
+    "outside of the view",
+    "race between warps",
+    "race between programs",
+    "race between lanes of a warp",
+    "lanes ordered by a shuffle only",
+    (HARMLESS := "unordered writes of the same value"),  # Triton's, where several threads hold a value
+    "lanes of one store disagree",
+    "undefined address",
+    "undefined predicate of an access",
+    "undefined branch",
+    "barrier reached by a part of a warp",
+    "warps meet at different barriers",
+    "barrier after other warps have ended",
+    "deadlock",
+    "does not end",
+    "shuffle of an inactive lane",
+    "read-only load of what this launch wrote",
+)
 
 
 class UnknownInstruction(Exception):
@@ -96,7 +95,7 @@ class _Launch(ctypes.Structure):
         ("faults", ctypes.c_void_p),
         ("max_faults", ctypes.c_int64),
         ("num_faults", ctypes.c_int64),
-        ("counters", ctypes.c_uint64 * len(COUNTERS)),
+        ("instructions", ctypes.c_uint64),
     ]
 
 
@@ -128,7 +127,6 @@ def compiler() -> str | None:
 @dataclass
 class Fault:
     kind: str
-    hard: bool
     kernel: str
     instruction: str
     other: str
@@ -152,8 +150,8 @@ class Memory:
 
 @dataclass
 class Run:
-    faults: list[Fault] = field(default_factory=list)
-    counters: dict[str, int] = field(default_factory=dict)
+    faults: list[Fault]
+    instructions: int  # executed by warps
 
 
 class Kernel:
@@ -373,14 +371,14 @@ class Kernel:
             ctypes.addressof(faults),
             len(faults),
             0,
-            (ctypes.c_uint64 * len(COUNTERS))(),
+            0,
         )
         library.run_launch(ctypes.byref(launch))
         found = [self._fault(fault, grid, memories) for fault in faults[: launch.num_faults]]
-        return Run(found, dict(zip(COUNTERS, launch.counters, strict=True)))
+        return Run([fault for fault in found if fault.kind != HARMLESS], launch.instructions)
 
     def _fault(self, fault: _Fault, grid: tuple[int, int, int], memories: list[Memory]) -> Fault:
-        kind, hard = list(FAULTS.items())[fault.kind]
+        kind = FAULTS[fault.kind]
         place = lambda program: (program % grid[0], program // grid[0] % grid[1])  # noqa: E731
         where = f"program {place(fault.program)} thread {fault.thread}"
         if fault.other_thread >= 0:
@@ -388,7 +386,7 @@ class Kernel:
         if fault.address:
             where += f", {describe(fault.address, memories)}"
         other = self.text[fault.other_pc] if fault.other_pc >= 0 else ""
-        return Fault(kind, hard, self.name, self.text[fault.pc], other, where, fault.count)
+        return Fault(kind, self.name, self.text[fault.pc], other, where, fault.count)
 
 
 def describe(address: int, memories: list[Memory]) -> str:

@@ -53,8 +53,6 @@ struct Fault {
   u64 address, count;
 };
 
-enum Counter { INSTRUCTIONS, SHUFFLES, BARRIERS, COUNTERS };
-
 struct Launch {
   const Instruction* code;
   s64 num_instructions, num_registers;
@@ -70,7 +68,7 @@ struct Launch {
   s64 noise, limit;
   Fault* faults;
   s64 max_faults, num_faults;
-  u64 counters[COUNTERS];
+  u64 instructions;  // executed by warps
 };
 
 // --------------------------------------------------------------------------------------------------------- the machine
@@ -498,7 +496,6 @@ struct Machine {
       }
     taint(w, i, m, undefined);
     w.soft++;
-    L.counters[SHUFFLES]++;
   }
 
   // Runs a warp until it waits at a barrier, has ended or has had its turn.
@@ -526,7 +523,7 @@ struct Machine {
       }
       switch (i.op) {  // what moves or gathers lanes
         case OP_bra:
-          L.counters[INSTRUCTIONS]++;
+          L.instructions++;
           if (holds == m)
             go(w, i.target);
           else if (!holds)
@@ -538,7 +535,7 @@ struct Machine {
           }
           continue;
         case OP_ret:
-          L.counters[INSTRUCTIONS]++;
+          L.instructions++;
           w.alive &= ~holds;
           w.mask &= ~holds;
           if (w.mask) {
@@ -555,7 +552,7 @@ struct Machine {
         case OP_bar_sync:
           if (m != w.alive) fault(DIVERGED_BARRIER, pc, w.number * LANES + __builtin_ctz(m));
           if (!together(w, ~0u)) continue;
-          L.counters[INSTRUCTIONS]++;
+          L.instructions++;
           w.at_barrier = true;
           continue;
         case OP_ldmatrix:
@@ -592,7 +589,7 @@ struct Machine {
           m = holds = w.mask;
           break;
       }
-      L.counters[INSTRUCTIONS]++;
+      L.instructions++;
       if (holds) execute(w, i, holds);
       if (i.pred >= 0 && i.op != OP_st) taint_by_predicate(w, i, m);
       go(w, pc + 1);
@@ -789,7 +786,6 @@ struct Machine {
       for (Warp& w : warps)
         if (w.at_barrier && w.pc != waiting->pc) fault(DIFFERENT_BARRIERS, w.pc, w.number * LANES, waiting->pc);
       epoch++;
-      L.counters[BARRIERS]++;
       for (Warp& w : warps)
         if (w.at_barrier) {
           w.at_barrier = false;

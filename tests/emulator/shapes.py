@@ -11,6 +11,6 @@ def part(cases, every: int) -> list:
     """All cases, of which one in ``every`` is run every time, the others with -m slow."""
     marked = []
     for place, case in enumerate(cases):
-        values = case if isinstance(case, tuple) else (case,)
+        values = case if type(case) is tuple else (case,)  # a Formula is one value
         marked.append(pytest.param(*values, marks=pytest.mark.slow if place % every else ()))
     return marked

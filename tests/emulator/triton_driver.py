@@ -62,8 +62,7 @@ def _unchanged(ptx: str) -> str:
 
 
 class Emulator(DriverBase, TorchDispatchMode):
-    """The device. ``faults`` holds what was found, ``weak`` what Triton does on purpose. ``edit`` may put other PTX
-    in the place of the compiler's.
+    """The device. ``faults`` holds what was found. ``edit`` may put other PTX in the place of the compiler's.
 
     Outside of ``with emulator:`` every byte counts as written. Inside, what torch.empty and its like return counts as
     undefined until a kernel or an operator writes it.
@@ -76,8 +75,7 @@ class Emulator(DriverBase, TorchDispatchMode):
         self.edit = _unchanged
         self.utils, self.launcher_cls = _Utils(), _Launcher
         self.faults: list[emulator.Fault] = []
-        self.weak: Counter = Counter()
-        self.counters: Counter = Counter()
+        self.instructions = 0
         self.launches: Counter = Counter()  # by kernel
         self.binaries: set[emulator.Kernel] = set()
         self._states: dict[int, tuple[torch.UntypedStorage, np.ndarray]] = {}
@@ -178,12 +176,8 @@ class Emulator(DriverBase, TorchDispatchMode):
         params += [0] * (len(kernel.params) - len(params))  # scratch memory of the compiler: none
         self.seed = self.seed and self.seed + 1
         run = kernel.run(grid, params, list(memories.values()), self.seed, self.noise)
-        for fault in run.faults:
-            if fault.hard:
-                self.faults.append(fault)
-            else:
-                self.weak[(fault.kind, kernel.name, fault.instruction, fault.other)] += fault.count
-        self.counters.update(run.counters)
+        self.faults += run.faults
+        self.instructions += run.instructions
         self.launches[kernel.name] += 1
         self.binaries.add(kernel)
 
@@ -195,7 +189,7 @@ class Emulator(DriverBase, TorchDispatchMode):
 
 
 def _fault(kind: str, name: str, where: str) -> emulator.Fault:
-    return emulator.Fault(kind, True, name, "the end of the door", "", where, 1)
+    return emulator.Fault(kind, name, "the end of the door", "", where, 1)
 
 
 def bytes_of(tensor: torch.Tensor, states: np.ndarray) -> np.ndarray:

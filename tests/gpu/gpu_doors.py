@@ -9,28 +9,13 @@ import os
 import torch
 from torch import Tensor
 
-from doors import CE, CRL, LR, NLLR, SS_LR, Formula, backward, forward
+from doors import LOGISTIC, SOFTMAX, SS_LR, Formula, Kept, grad_like
 from fused_losses import reference
-from fused_losses.gpu import doors as gpu_wing
+from fused_losses.gpu import doors as gpu_backend
 from fused_losses.gpu.layout import gradient_row_stride
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SOFTMAX = {
-    "cross_entropy": CE,
-    "nllr": NLLR,
-    "crl": CRL,
-    "crl, alpha 0": CRL._replace(params=[0.0, 1.0]),
-    "crl, alpha 0.3": CRL._replace(params=[0.3, 2.5]),
-    "crl, beta 0": CRL._replace(params=[0.0, 0.0]),
-}
-LOGISTIC = {
-    "lr": LR,
-    "ss_lr": SS_LR,
-    "ss_lr, gamma 0": SS_LR._replace(params=[0.0]),
-    "ss_lr, gamma 1": SS_LR._replace(params=[1.0]),
-    "ss_lr, gamma 0.5": SS_LR._replace(params=[0.5]),
-}
-FORMULAS = SOFTMAX | LOGISTIC
+FORMULAS = (*SOFTMAX, *LOGISTIC, SS_LR._replace(params=[1.0]))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TINY = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 2.0**-24}  # what a gradient may lose anywhere
 IGNORED = -100
@@ -43,15 +28,21 @@ def make(rows: int, classes: int, dtype: torch.dtype, seed: int = 0, spread: flo
     return logits.to(dtype), torch.randint(classes, (rows,), generator=generator)
 
 
-def make_grad(formula: Formula, rows: int, seed: int = 0) -> Tensor:
-    shape = (rows,) if formula.family == "softmax" else (rows, 2)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
-def step(wing, formula: Formula, logits, target, grad, k=0, compact=False, ignore_index=IGNORED) -> tuple[Tensor, ...]:
-    """rows (rows,) or (rows, 2), state, pick_index, pick_logit, and dlogits."""
-    kept = forward(wing, formula, logits, target, k, compact, ignore_index)
-    return *kept, backward(wing, formula, grad, logits, target, kept, k, compact, ignore_index)
+def step(
+    backend, formula: Formula, logits: Tensor, target: Tensor, k=0, compact=False, *, grad=None, ignore_index=IGNORED,
+    part=(0, None), weight=None, reduction="none",
+) -> tuple[Kept, Tensor]:  # fmt: skip
+    """Forward and backward through the doors: what forward gives, and dlogits. part: first_class and all_classes."""
+    spec = formula.spec(logits.shape[1], k, compact, ignore_index)
+    spec = spec._replace(first_class=part[0], all_classes=part[1] or logits.shape[1])
+    weight = None if weight is None else weight.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    kept = Kept(*backend.forward(logits, target, weight, reduction, *spec))
+    if grad is None:
+        grad = grad_like(logits) if reduction == "none" else torch.tensor(0.7)
+    given = None if compact and target.dim() == 1 else logits
+    _, coefficients, *rest = kept
+    grad = grad.to(kept.loss)
+    return kept, backend.backward(grad, coefficients, given, target, *rest, logits.shape[1], *spec)
 
 
 class Unchecked:
@@ -71,38 +62,30 @@ class Unchecked:
 
 
 def compare(
-    formula: Formula,
-    logits: Tensor,
-    target: Tensor,
-    k: int = 0,
-    compact: bool = False,
-    *,
-    grad: Tensor | None = None,
-    ignore_index: int = IGNORED,
-    wing=gpu_wing,
-) -> Tensor:
+    formula: Formula, logits: Tensor, target: Tensor, k: int = 0, compact: bool = False, *, backend=gpu_backend,
+    grad: Tensor | None = None, weight: Tensor | None = None, **options,
+) -> Tensor:  # fmt: skip
     """One step through the GPU doors: the picks are the reference's, bit for bit; the rest is held against the
-    reference in the same precision and in float64. Gives dlogits."""
-    grad = make_grad(formula, logits.shape[0]).to(logits.device) if grad is None else grad
-    before = logits.clone(), target.clone(), grad.clone()
-    ours = step(wing, formula, logits, target, grad, k, compact, ignore_index)
-    for mine, kept in zip((logits, target, grad), before, strict=True):
+    reference in the same precision and in float64. options: of ``step``. Gives dlogits."""
+    given = [x for x in (logits, target, grad, weight) if x is not None]
+    before = [x.clone() for x in given]
+    options |= {"grad": grad, "weight": weight}
+    ours, dlogits = step(backend, formula, logits, target, k, compact, **options)
+    for mine, kept in zip(given, before, strict=True):
         torch.testing.assert_close(mine, kept, rtol=0, atol=0, equal_nan=True)
-    theirs = step(Unchecked(), formula, logits, target, grad, k, compact, ignore_index)
-    truth = step(Unchecked(), formula, logits.double(), target, grad.double(), k, compact, ignore_index)
+    theirs, same = step(Unchecked(), formula, logits, target, k, compact, **options)
+    truth, exact = step(Unchecked(), formula, logits.double(), target, k, compact, **options)
 
-    rows, state, index, logit, dlogits = ours
-    assert rows.dtype == state.dtype == torch.float32 and dlogits.dtype == logits.dtype
-    assert dlogits.shape == logits.shape
+    for name in ("loss", "coefficients", "statistics"):
+        assert getattr(ours, name).dtype == torch.float32 and getattr(ours, name).shape == getattr(theirs, name).shape
+    assert dlogits.dtype == logits.dtype and dlogits.shape == logits.shape
     stride = gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size())
     assert dlogits.stride() == (logits.shape[1] if compact and target.dim() == 1 else stride, 1)
-    _assert_same_picks(logits, (index, logit), theirs[2:4])
-
-    states = [poisoned(formula, outputs[1]) for outputs in (ours, theirs, truth)]
-    for name, *of in (
-        ("rows", rows, theirs[0], truth[0]), ("state", *states), ("dlogits", dlogits, theirs[4], truth[4])
-    ):  # fmt: skip
-        assert_as_accurate(*of, f"{formula}: {name}")
+    _assert_same_picks(logits, ours[3:], theirs[3:])
+    assert_as_accurate(*(poisoned(of.statistics) for of in (ours, theirs, truth)), f"{formula}: statistics")
+    assert_as_accurate(ours.coefficients, theirs.coefficients, truth.coefficients, f"{formula}: coefficients")
+    assert_as_accurate(ours.loss, theirs.loss, truth.loss, f"{formula}: loss")
+    assert_as_accurate(dlogits, same, exact, f"{formula}: dlogits")
     return dlogits
 
 
@@ -125,20 +108,18 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
-def poisoned(formula: Formula, state: Tensor) -> Tensor:
-    """Which entry of a poisoned row's state is NaN is the wing's own affair."""
-    if formula.family == "softmax":
-        doubtful = ((state[:, 2] - state[:, 0]) - state[:, 1]).isnan()
-    else:
-        doubtful = state[:, 0].isnan()
-    return state.masked_fill(doubtful[:, None], float("nan"))
+def poisoned(statistics: Tensor) -> Tensor:
+    """Which of a bad row's statistics is NaN is the backend's own affair."""
+    return statistics.masked_fill(statistics.isnan().any(1, keepdim=True), float("nan"))
 
 
 def assert_as_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, what: str) -> None:
     """Row by row: NaN and infinities where the reference has them, and an error against float64 within twice PyTorch's
     own in the same precision plus a few rounding units of the row's scale: an exponential by exp2 rounds its argument
     once more."""
-    ours, theirs, truth = (x.detach().cpu().reshape(-1, *x.shape[1:] or (1,)) for x in (ours, theirs, truth))
+    ours, theirs, truth = (
+        x.detach().cpu().reshape(x.shape if x.dim() == 2 else (-1, 1)) for x in (ours, theirs, truth)
+    )
     assert ours.shape == theirs.shape
     special = ~theirs.isfinite()
     assert torch.equal(ours.isnan(), theirs.isnan()), f"{what}: NaN elsewhere than in the reference"

@@ -1,4 +1,6 @@
-"""Values, state and gradients of the GPU doors against the reference and float64. A row is a case."""
+"""Losses, statistics, coefficients, gradients of the GPU doors against the reference and float64. A row is a case."""
+
+import math
 
 import pytest
 import torch
@@ -7,21 +9,21 @@ from gpu_doors import (
     FORMULAS,
     IGNORED,
     INTERPRETED,
-    LOGISTIC,
     assert_as_accurate,
     compare,
-    gpu_wing,
+    gpu_backend,
     make,
-    make_grad,
     step,
 )
 from gpu_rows import INF, NAN, special_rows
 
-from doors import CE, CRL, LR, NLLR, SS_LR
+import cases
+from doors import CE, CRL, LOGISTIC, LR, NLLR, SS_LR, grad_like
 from fused_losses import reference
-from fused_losses.gpu import launch
+from fused_losses.formulas import FORMULAS as KNOWN
+from fused_losses.gpu import device as gpu
 
-each_formula = pytest.mark.parametrize("formula", FORMULAS.values(), ids=str)
+each_formula = pytest.mark.parametrize("formula", FORMULAS, ids=str)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 one_of_each = pytest.mark.parametrize("formula", [CRL, SS_LR], ids=str)
 
@@ -33,11 +35,9 @@ def test_formulas(formula, dtype, device):
     compare(formula, logits.to(device), target.to(device))
 
 
-@pytest.mark.parametrize("formula", LOGISTIC.values(), ids=str)
+@pytest.mark.parametrize("formula", LOGISTIC, ids=str)
 def test_without_instructions_of_nvidia(formula, device, monkeypatch):
-    monkeypatch.setattr(
-        launch, "profile", lambda _: launch.Device("generic", 1, 4 if INTERPRETED else 32, nvidia=False)
-    )
+    monkeypatch.setattr(gpu, "profile", lambda _: gpu.Device(1, 4 if INTERPRETED else 32, nvidia=False))
     logits, target = make(5, 75, torch.float32)
     compare(formula, logits.to(device), target.to(device))
     compare(formula, *(x.to(device) for x in special_rows(torch.float32, 75)))
@@ -81,21 +81,86 @@ def test_soft_selection_is_as_accurate_as_torch(gamma, device):
     centres = torch.tensor([0.0, 0.0, -3.0, -7.0, -12.0, -20.0, 5.0, 30.0]).repeat(6)
     logits = (torch.randn((48, 99), generator=torch.Generator().manual_seed(1)) + centres[:, None]).to(device)
     target = torch.arange(48, device=device)
-    grad = torch.tensor([1.0, 1 / 98], device=device).expand(
-        48, 2
-    )  # of the mean over positives plus the mean over negatives
+    formula = SS_LR._replace(params=[gamma], alpha=1.0)
 
-    def step_of(wing, dtype):
-        rows, *_, dlogits = step(wing, SS_LR._replace(params=[gamma]), logits.to(dtype), target, grad.to(dtype))
-        return (rows * grad).sum(1, keepdim=True), dlogits
+    def step_of(backend, dtype):
+        kept, dlogits = step(backend, formula, logits.to(dtype), target, grad=torch.ones(48, device=device))
+        return kept.loss[:, None], dlogits
 
     truth = step_of(reference, torch.float64)
-    for name, ours, theirs, exact in zip(
-        ("loss", "gradient"), step_of(gpu_wing, torch.float32), step_of(reference, torch.float32), truth, strict=True
-    ):
+    of_backends = step_of(gpu_backend, torch.float32), step_of(reference, torch.float32), truth
+    for name, ours, theirs, exact in zip(("loss", "gradient"), *of_backends, strict=True):
         scale = exact.abs().amax(1, keepdim=True)
         error, torchs = (((x.double() - exact) / scale).abs().max() for x in (ours, theirs))
         assert error <= 2 * torchs, f"{name}: {error:.2e}, torch's own {torchs:.2e}"
+
+
+# --- reductions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@one_of_each
+def test_reductions(formula, reduction, weighted, device):
+    """Ignored rows and bad ones; the reduced loss of the others without the bad."""
+    logits, target = make(6, 75, torch.float32)
+    target[2] = IGNORED
+    weight = (0.5 + torch.rand(75)).to(device) if weighted else None
+    for k, compact in ((0, False), (3, True), (3, False)):
+        compare(formula, logits.to(device), target.to(device), k, compact, reduction=reduction, weight=weight)
+    target[4] = 75
+    dlogits = compare(formula, logits.to(device), target.to(device), reduction=reduction, weight=weight)
+    assert dlogits[4].isnan().all() and not dlogits[2].any()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_every_row_is_ignored(reduction, device):
+    logits, target = make(3, 20, torch.float32)
+    for formula in (CRL, SS_LR):
+        dlogits = compare(formula, logits.to(device), torch.full_like(target, IGNORED).to(device), reduction=reduction)
+        assert not dlogits.any()
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formula", [LR, SS_LR, CRL], ids=str)
+def test_many_equal_terms(formula, dtype, split, device, request):
+    """A plain sum of them rounds every time in the same direction. The row has a thousand tiles."""
+    if split:
+        request.getfixturevalue("split_rows")
+    logits, target = torch.zeros((1, 65541), dtype=dtype), torch.tensor([3])
+    if formula is CRL:
+        logits[:, :64] = 0.3  # the largest of every thread: the other terms are no powers of two
+    kept, dlogits = step(gpu_backend, formula, logits.to(device), target.to(device))
+    (same, gradient), (truth, exact) = (step(reference, formula, z, target) for z in (logits, logits.double()))
+    for name in ("loss", "statistics"):
+        cases.assert_as_accurate(getattr(kept, name).cpu(), getattr(same, name), getattr(truth, name), name)
+    cases.assert_as_accurate(dlogits.cpu(), gradient, exact, "dlogits")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_equal_positives(dtype, device):
+    logits, target = torch.zeros((1, 65541), dtype=dtype), torch.ones((1, 65541), dtype=torch.bool)
+    target[0, 40000:] = False
+    ours, same = (
+        step(backend, LR, logits.to(on), target.to(on))[0].statistics.cpu()
+        for backend, on in ((gpu_backend, device), (reference, "cpu"))
+    )
+    truth = math.log(2) * torch.tensor([[0, 25541, 40000]], dtype=torch.float64)
+    for column in (1, 2):
+        cases.assert_as_accurate(ours[:, column], same[:, column], truth[:, column], "sum")
+    assert ours[0, 0] == 0 and ours[0, 3] == 40000
+
+
+def test_infinite_terms_among_many(device):
+    logits, target = torch.zeros((2, 999)), torch.tensor([3, 3])
+    logits[0, 70] = logits[1, 3] = INF
+    statistics = step(gpu_backend, LR, logits.to(device), target.to(device))[0].statistics
+    assert statistics[0].tolist() == [INF, INF, 0.0]
+    assert statistics[1].tolist() == [0.0, pytest.approx(998 * math.log(2)), INF]
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -104,14 +169,47 @@ def test_soft_selection_is_as_accurate_as_torch(gamma, device):
 @each_formula
 def test_rows_without_a_target_here(formula, device):
     """Ignored, elsewhere, out of range; ignored rows stay zero whatever their logits and gradients are."""
-    logits, target = make(7, 75, torch.bfloat16)
-    target[:6] = torch.tensor([IGNORED, reference.NO_TARGET, 75, -1, 2**40, IGNORED])
-    grad = make_grad(formula, 7)
+    logits, target = make(12, 75, torch.bfloat16)
+    target += 7
+    target[:11] = torch.tensor([IGNORED, 6, 85, -1, 2**40, IGNORED, -(2**63), -(2**63) + 1, 2**63 - 1, 82, 7])
+    grad = grad_like(logits)
     logits[5], grad[5] = NAN, NAN
     logits, target, grad = logits.to(device), target.to(device), grad.to(device)
-    dlogits = compare(formula, logits, target, grad=grad)
+    dlogits = compare(formula, logits, target, grad=grad, part=(7, 85))
     assert torch.equal(dlogits[[0, 5]], torch.zeros_like(dlogits[:2]))
-    assert dlogits[2:5].isnan().all()
+    assert dlogits[[2, 3, 4, 6, 7, 8]].isnan().all()
+    assert dlogits[[1, 9, 10]].isfinite().all()
+
+
+@one_of_each
+def test_no_label_is_ignored(formula, device):
+    """Without an ignore_index every label is a class or bad, whatever its value."""
+    logits, _ = make(7, 20, torch.float32)
+    target = torch.tensor([0, -1, IGNORED, 20, -(2**63), 2**63 - 1, 19], device=device)
+    for k, compact in ((0, False), (3, True), (3, False)):
+        dlogits = compare(formula, logits.to(device), target, k, compact, ignore_index=None)
+        assert dlogits[1:6].isnan().all() and dlogits[[0, 6]].isfinite().all()
+
+
+@pytest.mark.parametrize("k, compact", [(0, False), (3, True), (3, False)])
+@one_of_each
+def test_a_row_is_nan_if_a_coefficient_times_its_upstream_gradient_is(formula, k, compact, device):
+    """Either coefficient, an infinite upstream gradient times 0; an ignored row stays 0."""
+    logits, target = make(6, 75, torch.float32)
+    target[5] = IGNORED
+    spec = formula.spec(75, k, compact)
+    kept = gpu_backend.forward(logits.to(device), target.to(device), None, "none", *spec)
+    coefficients, grad = torch.ones((6, 2)), torch.ones(6)
+    coefficients[0, 0], coefficients[1, 1], coefficients[2, 0], grad[2:] = NAN, NAN, 0.0, INF
+    coefficients[3], grad[3] = 2.0, NAN
+    coefficients[4], grad[4] = 2.0, 3.0
+    found = []
+    for backend, on in ((gpu_backend, device), (reference, "cpu")):
+        given = logits.to(on) if not (compact and k) else None
+        rest = [x.to(on) for x in kept[2:]]
+        found.append(backend.backward(grad.to(on), coefficients.to(on), given, target.to(on), *rest, 75, *spec).cpu())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7, equal_nan=True)
+    assert found[0][:4].isnan().all() and found[0][4].isfinite().all() and not found[0][5].any()
 
 
 @one_of_each
@@ -203,7 +301,7 @@ def test_gradient_rows_begin_as_the_logits_rows_do(dtype, device):
     wide, target = make(5, 90, dtype)
     wide, target = wide.to(device), target.to(device) % 75
     for logits in (wide[:, :75], wide[:, 1:76], wide[:, :75].contiguous()):
-        dlogits = step(gpu_wing, CE, logits, target, torch.ones(5, device=device))[-1]
+        dlogits = step(gpu_backend, CE, logits, target)[-1]
         for row, drow in zip(logits, dlogits, strict=True):
             assert row.data_ptr() % 16 == drow.data_ptr() % 16
         stride = dlogits.stride(0)
@@ -228,12 +326,8 @@ def test_nothing_outside_a_row_is_read(formula, device):
 @each_formula
 def test_upstream_gradients_of_any_stride(formula, device):
     logits, target = make(4, 20, torch.float32)
-    one = torch.tensor(0.7, device=device)
-    grad = one.expand(4) if formula.family == "softmax" else one.expand(4, 2)
-    compare(formula, logits.to(device), target.to(device), grad=grad)
-    spread = torch.randn((2, 9), device=device)
-    grad = spread[0, ::2][:4] if formula.family == "softmax" else spread[:, ::2].t()[:4]
-    compare(formula, logits.to(device), target.to(device), grad=grad)
+    for grad in (torch.tensor(0.7, device=device).expand(4), torch.randn(9, device=device)[::2][:4]):
+        compare(formula, logits.to(device), target.to(device), grad=grad)
 
 
 @each_formula
@@ -291,12 +385,14 @@ def test_split_rows_with_parts_of_every_size(classes, device):
 def test_split_rows_are_reproducible(formula, device, request):
     """Bit by bit, whoever comes first."""
     logits, target = make(4, 299, torch.bfloat16)
-    logits, target, grad = logits.to(device), target.to(device), make_grad(formula, 4).to(device)
-    first = step(gpu_wing, formula, logits, target, grad)
-    request.getfixturevalue("shuffled_grid")
-    for _ in range(3):
-        for one, other in zip(first, step(gpu_wing, formula, logits, target, grad), strict=True):
-            assert torch.equal(one, other)
+    logits, target = logits.to(device), target.to(device)
+    for reduction in ("none", "mean"):
+        kept, dlogits = step(gpu_backend, formula, logits, target, reduction=reduction)
+        request.getfixturevalue("shuffled_grid")
+        for _ in range(3):
+            again, gradient = step(gpu_backend, formula, logits, target, reduction=reduction)
+            for one, other in zip((*kept, dlogits), (*again, gradient), strict=True):
+                assert torch.equal(one, other)
 
 
 # --- the tolerance rule -----------------------------------------------------------------------------------------------
@@ -316,4 +412,4 @@ def test_the_rule_refuses_small_errors():
 
 
 def test_every_formula_of_the_losses_is_tested():
-    assert {formula.loss for formula in FORMULAS.values()} == {"cross_entropy", "nllr", "crl", "lr", "ss_lr"}
+    assert {formula.loss for formula in FORMULAS} == set(KNOWN)

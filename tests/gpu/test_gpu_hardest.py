@@ -8,14 +8,16 @@ import math
 
 import pytest
 import torch
-from gpu_doors import DTYPES, FORMULAS, IGNORED, INTERPRETED, bits, compare, gpu_wing
+from gpu_doors import DTYPES, FORMULAS, IGNORED, INTERPRETED, bits, compare, gpu_backend
 from gpu_rows import INF, NAN, rows_of_every_kind, targets_for
 from torch import Tensor
 from triton.runtime import interpreter
 
+import cases
 from doors import CE, CRL, LR, SS_LR, backward, forward
 from fused_losses import reference
 from fused_losses.gpu import hardest
+from fused_losses.gpu.device import Tile
 from fused_losses.gpu.hardest import Plan
 
 REGIMES = ("held", "walked", "blocks of 8", "blocks of 16", "blocks of 32", "blocks of 8, split")
@@ -34,14 +36,14 @@ def scarce_room(monkeypatch):
 def force(monkeypatch):
     """force(regime) for every launch that follows."""
 
-    def plan(regime, device, num_rows, num_classes, k, itemsize, multi_hot):
-        lanes = 16 // itemsize * device.threads_per_warp
+    def plan(regime, on, num_rows, num_classes, k, itemsize, multi_hot):
+        lanes = Tile(1, 1).lanes(on, itemsize)
         tiles = max(1, 2 ** math.ceil(math.log2(num_classes)) // lanes)
         if regime == "held":
-            return Plan(1, tiles, 2, held=True)
+            return Plan(Tile(1, tiles), 2, held=True)
         if regime == "walked" or multi_hot:
-            return Plan(1, 1, 2)
-        return Plan(1, 2, 4, width=int(regime.split()[2].rstrip(",")), parts=3 if "split" in regime else 1)
+            return Plan(Tile(1, 1), 2)
+        return Plan(Tile(1, 2), 4, width=int(regime.split()[2].rstrip(",")), parts=3 if "split" in regime else 1)
 
     return lambda regime: monkeypatch.setattr(hardest, "plan", lambda *of: plan(regime, *of))
 
@@ -57,13 +59,31 @@ def test_picks(regime, dtype, compact, device, force):
 
 
 @each_form
-@pytest.mark.parametrize(("formula", "regime"), [*zip(FORMULAS.values(), 2 * REGIMES, strict=False)], ids=str)
+@pytest.mark.parametrize(("formula", "regime"), [*zip(FORMULAS, 3 * REGIMES, strict=False)], ids=str)
 def test_formulas(formula, regime, compact, device, force):
     force(regime)
     logits = 3 * torch.randn((2, 131), generator=torch.Generator().manual_seed(1)).to(
         torch.float32 if compact else torch.bfloat16
     )
     compare(formula, logits.to(device), targets_for(logits).to(device), 5, compact)
+
+
+@each_form
+@pytest.mark.parametrize("formula", [LR, SS_LR, CRL], ids=str)
+def test_many_equal_picks(formula, compact, device, force):
+    """A plain sum of their terms rounds every time in the same direction."""
+    force("walked")
+    logits, target, k = torch.zeros((1, 8195)), torch.tensor([5]), 8000
+    if formula is CRL:
+        logits[:, 7] = 0.3  # the other terms are no powers of two
+    ours, same, truth = (
+        forward(backend, formula, z.to(on), target.to(on), k, compact)
+        for backend, z, on in (
+            (gpu_backend, logits, device), (reference, logits, "cpu"), (reference, logits.double(), "cpu")
+        )
+    )  # fmt: skip
+    for name in ("loss", "statistics"):
+        cases.assert_as_accurate(getattr(ours, name).cpu(), getattr(same, name), getattr(truth, name), name)
 
 
 @each_form
@@ -90,16 +110,20 @@ def test_multi_hot(regime, formula, kind, compact, device, force):
 def test_targets(regime, compact, device, force):
     """Ignored, not here, out of range, the hardest class, classes of either rim."""
     force(regime)
-    logits = torch.randn((9, 131), generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    logits = torch.randn((12, 131), generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
     logits[1] = NAN
-    target = torch.tensor(
-        [IGNORED, IGNORED, reference.NO_TARGET, 131, -1, 2**40, int(logits[6].float().argmax()), 0, 130]
-    )
-    for formula, shape in ((CRL, (9,)), (SS_LR, (9, 2)))[:: 1 if regime == "walked" else -2]:
-        grad = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+    hardest_class = 5 + int(logits[6].float().argmax())
+    target = torch.tensor([
+        IGNORED, IGNORED, 4, 137, -1, 2**40, hardest_class, 5, 135, 136, -(2**63), 2**63 - 1
+    ])  # fmt: skip
+    for formula in (CRL, SS_LR)[:: 1 if regime == "walked" else -2]:
+        grad = torch.linspace(-1, 1, 12)
         grad[0] = NAN
-        dlogits = compare(formula, logits.to(device), target.to(device), 4, compact, grad=grad.to(device))
+        dlogits = compare(
+            formula, logits.to(device), target.to(device), 4, compact, grad=grad.to(device), part=(5, 137)
+        )
         assert (bits(dlogits[:2].cpu()) == 0).all()
+        assert dlogits[[3, 4, 5, 10, 11]].isnan().all() and dlogits[[2, 6, 7, 8, 9]].isfinite().all()
 
 
 @pytest.mark.parametrize("regime", ["held", "walked"])
@@ -168,14 +192,14 @@ def test_traffic(traffic, force, monkeypatch):
     rows, classes, k, width = 2, 3001, 20, 16
     logits = torch.randn((rows, classes), generator=torch.Generator().manual_seed(5))
     target = torch.tensor([7, 2999])
-    kept_for_backward = forward(gpu_wing, CRL, logits, target, k, compact=True)
+    kept_for_backward = forward(gpu_backend, CRL, logits, target, k, compact=True)
     rims, winners = 2 * 2 * 4, (k + 1) * 9 // 8
     assert traffic(logits)[0] <= rows * (classes + winners * width + rims + 1)
     maxima = rows * (classes / width + 2 * 32 / width)
     assert traffic(kept[0][0])[1] <= maxima + rows * (2 * k + 8)
 
     before = traffic(logits)
-    dlogits = backward(gpu_wing, CRL, torch.ones(rows), logits, target, kept_for_backward, k, compact=True)
+    dlogits = backward(gpu_backend, CRL, torch.ones(rows), logits, target, kept_for_backward, k, compact=True)
     assert traffic(logits) == before
     assert traffic(dlogits) == (0, rows * (classes + k + 1))
 
@@ -187,7 +211,7 @@ def test_every_write_lies_in_the_row_s_own_memory(k, traffic, force, monkeypatch
     monkeypatch.setattr(hardest, "_scratch", lambda *of: kept.append(honest(*of)) or kept[0])
     force("blocks of 8, split")
     logits = torch.randint(3, (1, 165), generator=torch.Generator().manual_seed(6)).to(torch.float16)
-    outputs = forward(gpu_wing, LR, logits, torch.tensor([7]), k, compact=True)
+    outputs = forward(gpu_backend, LR, logits, torch.tensor([7]), k, compact=True)
     known = sum(traffic(tensor)[1] for tensor in (*outputs, *kept[0][:2]))
     assert known == traffic.everything()[1]
 
@@ -206,7 +230,7 @@ def test_fewer_unmasked_than_wanted(regime, traffic, device, force):
         compare(CRL, logits, target, k, compact=True)
         for row in range(3):
             before = traffic(logits)[0]
-            forward(gpu_wing, CRL, logits[row : row + 1], target[row : row + 1], k, compact=True)
+            forward(gpu_backend, CRL, logits[row : row + 1], target[row : row + 1], k, compact=True)
             assert traffic(logits)[0] - before <= 7 * classes
 
 
