@@ -30,6 +30,7 @@ from .rows import (
     open_row,
     part_of,
     rim_positions,
+    same_classes,
     store_tile,
     tile_lanes,
 )
@@ -173,7 +174,7 @@ def backward_kernel(
     target = TARGET(labels, number, num_classes, VECTOR)
     scale = scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, a, b, PARAMETERS)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
-    drow = open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes)
+    drow = same_classes(open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes), row)
     value, filled = fill_of_row(target, scale)
     if filled:
         fill(drow, value, ROWS, LANES)
@@ -204,6 +205,8 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> N
     walked = {
         "TARGET": _TARGETS[target.dim()], "WALK": _WALKS[spec.family, target.dim()], "PHI": phi, **walk.tiles
     }  # fmt: skip
+    if target.dim() == 2:
+        walked |= device.limited_registers(logits)
     if walk.parts == 1:
         device.launch(
             forward_kernel, (num_rows,), walk.warps, *ending.outputs, *z, num_classes, *labels, a, b, ending.p,

@@ -108,6 +108,12 @@ def walk_of(rows: Tensor, num_classes: int) -> Walk:
     return Walk(tile.warps, parts, {"FAST": device.nvidia, **shape})
 
 
+def limited_registers(rows: Tensor) -> dict[str, int]:
+    """Compiler's option for kernels of which the assembler would give a thread more registers than leave room for 16
+    warps per multiprocessor."""
+    return {"maxnreg": 128} if profile(rows.device).nvidia else {}
+
+
 def launch(kernel, grid: tuple[int, ...], warps: int, *arguments, **constexprs) -> None:
     """The one place that starts a kernel. Fused multiply-adds by name: their default changes in Triton 3.10."""
     kernel[grid](*arguments, **constexprs, num_warps=warps, enable_fp_fusion=True)

@@ -21,8 +21,7 @@ from . import device, logistic, softmax
 from .formulas import formulas, sigmoid, softplus
 from .sums import add, sum_of
 
-_MOST_WARPS = 8
-_NAN = tl.constexpr(float("nan"))
+_BLOCK, _WARPS = 1024, 8  # of finish_kernel, for any number of rows: a last, smaller batch compiles nothing anew
 
 
 # --- one row, or many at once -----------------------------------------------------------------------------------------
@@ -32,8 +31,8 @@ _NAN = tl.constexpr(float("nan"))
 def softmax_finish(statistics, p, q, VALUE: tl.constexpr, SLOPE: tl.constexpr):
     """From m, l, z_y. p and q are the loss's hyper-parameters."""
     d = (statistics[2] - statistics[0]) - statistics[1]  # never via m + l, which loses digits at large offsets
-    value = tl.where(d == d, VALUE(d, p, q, False), _NAN)
-    slope = tl.where(d == d, SLOPE(d, p, q, False), _NAN)
+    value = tl.where(d == d, VALUE(d, p, q, False), float("nan"))
+    slope = tl.where(d == d, SLOPE(d, p, q, False), float("nan"))
     return value, -slope, slope
 
 
@@ -42,7 +41,11 @@ def logistic_finish(statistics, p, q, VALUE: tl.constexpr, SLOPE: tl.constexpr):
     """From m, neg, z_y. p is what neg counts."""
     neg, z_y = statistics[1], statistics[2]
     sound = (neg == neg) & (z_y == z_y)
-    return softplus(-z_y, False) + p * neg, tl.where(sound, p, _NAN), tl.where(sound, -sigmoid(-z_y, False), _NAN)
+    return (
+        softplus(-z_y, False) + p * neg,
+        tl.where(sound, p, float("nan")),
+        tl.where(sound, -sigmoid(-z_y, False), float("nan")),
+    )
 
 
 @triton.jit
@@ -50,7 +53,7 @@ def multi_hot_finish(statistics, p, q, VALUE: tl.constexpr, SLOPE: tl.constexpr)
     """From m, neg, pos. p is what neg counts, q what pos counts."""
     neg, pos = statistics[1], statistics[2]
     sound = (neg == neg) & (pos == pos)
-    return q * pos + p * neg, tl.where(sound, p, _NAN), tl.where(sound, -q, _NAN)
+    return q * pos + p * neg, tl.where(sound, p, float("nan")), tl.where(sound, -q, float("nan"))
 
 
 class Outputs(NamedTuple):
@@ -67,7 +70,7 @@ def end_row(outputs, row, target, statistics, p, q, FINISH: tl.constexpr, VALUE:
     bad target NaN."""
     COLUMNS: tl.constexpr = len(statistics)
     live = ~(target.ignored | target.bad)
-    dead = tl.where(target.ignored, 0.0, _NAN)
+    dead = tl.where(target.ignored, 0.0, float("nan"))
     for i in tl.static_range(COLUMNS):
         tl.store(outputs.statistics_ptr + row * COLUMNS + i, tl.where(live, statistics[i], dead))
     if outputs.loss_ptr is not None:
@@ -225,14 +228,13 @@ def launch(
     """Fills outputs, the loss and the coefficients."""
     num_rows, multi_hot = statistics.shape[0], target.dim() == 2
     of_batch = multi_hot and spec.alpha is not None
-    block = min(1024, triton.next_power_of_2(max(1, num_rows)))
-    programs = 1 if reduction != "none" or of_batch else max(1, triton.cdiv(num_rows, block))
+    programs = 1 if reduction != "none" or of_batch else max(1, triton.cdiv(num_rows, _BLOCK))
     labels = (None, 0) if multi_hot else (target, target.stride(0))
     weight = None if weight is None else weight.contiguous()
     p, q, functions = _finish_of(spec, multi_hot)
     device.launch(
-        finish_kernel, (programs,), max(1, min(_MOST_WARPS, block // 128)), *outputs, statistics.contiguous(), *labels,
+        finish_kernel, (programs,), _WARPS, *outputs, statistics.contiguous(), *labels,
         weight, num_rows, None if multi_hot else spec.ignore_index, spec.all_classes, spec.k or spec.all_classes,
         spec.alpha or 0.0, p, q, WEIGHTS=means_of_batch if of_batch else weights_given, **functions,
-        REDUCTION=reduction, COLUMNS=statistics.shape[1], BLOCK=block,
+        REDUCTION=reduction, COLUMNS=statistics.shape[1], BLOCK=_BLOCK,
     )  # fmt: skip

@@ -25,7 +25,6 @@ from .rows import index_target, multi_hot_target
 
 _HELD_CLASSES = 2048  # of a row in the registers of one warp
 _FEWEST_CANDIDATES = 64
-_REGISTERS = 128  # of a thread: 16 warps per multiprocessor and more; without a limit the assembler takes 200
 
 # By the dimensions of the target.
 _TARGETS = {
@@ -114,9 +113,9 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, kept: tuple[Tensor, 
     emit_form = emit.emit_compact if spec.compact else emit.emit_threshold
     functions = {"EMIT": emit_form, "TERM": term, "PARAMETERS": parameters, **ending.functions}
     shape = {"ROWS": how.tile.rows, "LANES": how.tile.lanes(on, itemsize)}
-    tiles = {"FAST": on.nvidia, **shape, "GROUPS": how.emitted * how.tile.threads(on)}
-    if on.nvidia:
-        tiles["maxnreg"] = _REGISTERS
+    tiles = {"FAST": on.nvidia, **shape, "GROUPS": how.emitted * how.tile.threads(on)} | device.limited_registers(
+        logits
+    )
     matrix = *z, num_classes
     rows = *ending.outputs, *kept, spec.slots, k, *matrix, *device.labels_beside(z, target, spec)
     if how.width == 0:

@@ -60,9 +60,8 @@ def walk_multi_hot(
         positions = tile * TILE + tile_lanes(ROWS, LANES)
         positive = is_positive(target, positions, positions < row.body)
         pos, pos_rest = add(pos, pos_rest, fold(tl.where(positive, softplus(-z, FAST), 0.0), VECTOR))
-        z = tl.where(positive, -_INF, z)
-        tops = tl.maximum(tops, tl.max(z, axis=0))
-        neg, neg_rest = add(neg, neg_rest, fold(PHI(z, a, b, FAST), VECTOR))
+        tops = tl.maximum(tops, tl.max(tl.where(positive, -_INF, z), axis=0))
+        neg, neg_rest = add(neg, neg_rest, fold(tl.where(positive, 0.0, PHI(z, a, b, FAST)), VECTOR))
         count += fold(positive.to(tl.float32), VECTOR)
 
     rim, inside = rim_positions(row)

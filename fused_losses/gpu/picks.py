@@ -51,7 +51,6 @@ from .select import (
 from .sums import add, fold, sum_of
 
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 _SIZES = (*SIZES, "k", "pick_stride", "max_blocks", "capacity")
 
@@ -236,7 +235,7 @@ def winning_blocks(
     needed = tl.minimum(k + 1, num_blocks)
     lowest = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
     bracket = Bracket(lowest, key_of(moments.top, ELEMENT) + 1, num_blocks, needed * 0)
-    source = (maxima, no_rim, tl.full((), _NAN, tl.float32))
+    source = (maxima, no_rim, tl.full((), float("nan"), tl.float32))
     first = guess(moments, num_blocks, quantile, reach)
     bracket = search(count_walked, source, bracket, needed, scratch.max_blocks, first, ELEMENT, 1, LANES)
     cut = cut_at(maxima, plain_view, (0,), bracket, needed, scratch.max_blocks, GROUPS)
@@ -270,7 +269,7 @@ def candidates(
     -> (number of candidates, the bracket of their search, their maximum)
     """
     ELEMENT: tl.constexpr = scratch.logit_ptr.dtype.element_ty
-    nothing = tl.full((), _NAN, tl.float32)
+    nothing = tl.full((), float("nan"), tl.float32)
     rim, _positions, _inside = open_rim(row)
     low = key_of(bound, ELEMENT)
     at_least = float_of(low, ELEMENT)
@@ -387,7 +386,7 @@ def blocks_kernel(
     tl.debug_barrier()
     num_blocks = tl.cdiv(row.body, TILE) * (TILE // WIDTH)
     rim, _positions, _inside = open_rim(row)
-    poison = tl.where(tl.sum((rim != rim).to(tl.int32), axis=0) > 0, _NAN, 0.0)
+    poison = tl.where(tl.sum((rim != rim).to(tl.int32), axis=0) > 0, float("nan"), 0.0)
     winners, bound, poison = winning_blocks(scratch, num_blocks, poison, k, quantile, reach, LANES, GROUPS)
     tl.debug_barrier()
     found, bracket, top = candidates(scratch, row, target, z_y, winners, bound, wanted, WIDTH, LANES, GROUPS)
@@ -395,7 +394,7 @@ def blocks_kernel(
     tl.debug_barrier()
 
     no_rim = tl.full((2 * VECTOR,), -_INF, tl.float32)
-    nothing = tl.full((), _NAN, tl.float32)
+    nothing = tl.full((), float("nan"), tl.float32)
     info = (scratch.class_ptr, found)
     bracket = search(
         count_walked, (array, no_rim, nothing), bracket, wanted, wanted, Guess(nothing, nothing), ELEMENT, 1, LANES

@@ -83,6 +83,12 @@ def only_if(live, array):
 
 
 @triton.jit
+def same_classes(array, row):
+    """The array with a body that is known to hold the same classes as row's: one mask serves both."""
+    return Array(array.ptr, row.head, row.body, row.length)
+
+
+@triton.jit
 def rim_positions(array):
     """-> (positions, which lanes hold an element) of the rim, (2 * VECTOR,): what is in front in the lower half. The
     first program of a row has the rim."""

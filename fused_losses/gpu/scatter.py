@@ -9,11 +9,21 @@ import triton.language as tl
 
 from .formulas import sigmoid
 from .gradient import fill, fill_of_row, scale_of_row
-from .rows import SIZES, Labels, is_positive, load_tile, open_row, part_of, rim_positions, store_tile, tile_lanes
+from .rows import (
+    SIZES,
+    Labels,
+    is_positive,
+    load_tile,
+    open_row,
+    part_of,
+    rim_positions,
+    same_classes,
+    store_tile,
+    tile_lanes,
+)
 from .select import Cut, picked
 
 _SIZES = (*SIZES, "k")
-_NAN = tl.constexpr(float("nan"))
 
 
 # --- the compact form -------------------------------------------------------------------------------------------------
@@ -69,11 +79,11 @@ def scatter_kernel(
     first, behind = part_of(drow, TILE)
     for tile in range(first, behind):
         positions = tile * TILE + tile_lanes(ROWS, LANES)
-        values = FILL(row, target, positions, positions < drow.body, scale, FAST)
-        store_tile(drow, tile, tl.where(filled, value, values), ROWS, LANES)
+        in_tile = FILL(row, target, positions, positions < drow.body, scale, FAST)
+        store_tile(drow, tile, tl.where(filled, value, in_tile), ROWS, LANES)
     rim, inside = rim_positions(drow)
-    values = FILL(row, target, rim, inside, scale, FAST)
-    tl.store(drow.ptr + rim, tl.where(filled, value, values).to(element), mask=inside)
+    in_rim = FILL(row, target, rim, inside, scale, FAST)
+    tl.store(drow.ptr + rim, tl.where(filled, value, in_rim).to(element), mask=inside)
 
     tl.debug_barrier()
     position = target.column - drow.head
@@ -120,10 +130,10 @@ def threshold_kernel(
     target = TARGET(labels, number, num_classes, VECTOR)
     scale = scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, a, b, PARAMETERS)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
-    drow = open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes)
+    drow = same_classes(open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes), row)
     last_class = tl.load(pick_index_ptr + number)
     edge = tl.load(pick_logit_ptr + number).to(tl.float32)
-    cut = Cut(tl.where(last_class < 0, _NAN, edge), last_class - row.head)  # nothing lies above NaN
+    cut = Cut(tl.where(last_class < 0, float("nan"), edge), last_class - row.head)  # nothing lies above NaN
     value, filled = fill_of_row(target, scale)
     if filled:
         fill(drow, value, ROWS, LANES)
