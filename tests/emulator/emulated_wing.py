@@ -8,10 +8,9 @@ import torch
 from triton_driver import Emulator, active
 
 from bench.machine_code import TARGETS
-from fused_losses import linear_autograd, ops
-from fused_losses.gpu import doors, launch
-
-FAMILIES = ("softmax", "logistic")
+from fused_losses import ops
+from fused_losses.gpu import device as gpu
+from fused_losses.gpu import doors
 
 
 class Wing:
@@ -41,7 +40,7 @@ class Wing:
     def launched(self):
         """The kernels are launched on the device, with the plans of a real one."""
         with pytest.MonkeyPatch.context() as patches, active(self.device):
-            patches.setattr(launch, "profile", lambda _: TARGETS[self.device.target][1])
+            patches.setattr(gpu, "profile", lambda _: TARGETS[self.device.target][1])
             yield self
 
     @contextmanager
@@ -49,13 +48,8 @@ class Wing:
         """CPU tensors take the way of CUDA tensors, through the doors of this wing."""
         keeps_picks, cuda = ops.keeps_picks, torch.device("cuda")
         with pytest.MonkeyPatch.context() as patches:
-            doors_of = {f: [getattr(self, f"{f}_{way}") for way in ("forward", "backward")] for f in FAMILIES}
-            for family, (forward, backward) in doors_of.items():
-                patches.setattr(ops, f"{family}_forward", forward)
-                patches.setattr(ops, f"{family}_backward", backward)
-            patches.setattr(linear_autograd, "_DOORS", doors_of)
-            patches.setattr(ops, "loss_forward", ops._loss_forward)
-            patches.setattr(ops, "loss_backward", ops._loss_backward)
-            patches.setattr(ops, "_triton_wing", lambda *_: self)
+            patches.setattr(ops, "_triton_backend", lambda *_: self)
+            for name in ("forward", "finish", "backward"):
+                patches.setattr(ops, name, getattr(ops, f"_{name}_on_cuda"))
             patches.setattr(ops, "keeps_picks", lambda _, *shape: keeps_picks(cuda, *shape))
             yield

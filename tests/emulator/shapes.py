@@ -2,9 +2,9 @@
 
 import pytest
 
-from fused_losses.gpu import launch
+from fused_losses.gpu.device import Device
 
-ONE_MULTIPROCESSOR = launch.Device("hopper", 1, 32, nvidia=True)  # no row is split
+ONE_MULTIPROCESSOR = Device(1, 32, nvidia=True)  # no row is split
 
 
 def part(cases, every: int) -> list:

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from gpu_doors import DTYPES, FORMULAS, IGNORED, LOGISTIC, compare, make
+from gpu_doors import DTYPES, FORMULAS, IGNORED, compare, make
 from gpu_rows import rows_of_every_kind, special_rows, targets_for
 from shapes import ONE_MULTIPROCESSOR, part
 
-from doors import CE, CRL, LR, NLLR, SS_LR
-from fused_losses import reference
-from fused_losses.gpu import hardest, launch
+from doors import CE, CRL, LOGISTIC, LR, NLLR, SS_LR
+from fused_losses.gpu import device as gpu
+from fused_losses.gpu import hardest
 
 FP32, BF16, FP16 = DTYPES
 
@@ -20,7 +20,7 @@ FP32, BF16, FP16 = DTYPES
 @pytest.fixture
 def whole_rows(monkeypatch, wing):
     """However few rows there are, each is one program's."""
-    monkeypatch.setattr(launch, "profile", lambda _: ONE_MULTIPROCESSOR)
+    monkeypatch.setattr(gpu, "profile", lambda _: ONE_MULTIPROCESSOR)
 
 
 # --- all negatives ----------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def whole_rows(monkeypatch, wing):
 # Every formula in every dtype; the dtypes in another order for each formula, so that a part has all of them.
 COMBINATIONS = [
     (formula, dtype)
-    for place, formula in enumerate(FORMULAS.values())
+    for place, formula in enumerate(FORMULAS)
     for dtype in DTYPES[place % 3 :] + DTYPES[: place % 3]
 ]
 
@@ -39,28 +39,28 @@ def test_formulas(formula, dtype, wing):
     for rows, classes in ((5, 751), (3, 2049), (4, 21841)):
         logits, target = make(rows, classes, dtype)
         target[0] = IGNORED
-        compare(formula, logits, target, wing=wing)
+        compare(formula, logits, target, backend=wing)
     for classes in (751, 9001):
-        compare(formula, *special_rows(dtype, classes), wing=wing)
+        compare(formula, *special_rows(dtype, classes), backend=wing)
 
 
 @pytest.mark.parametrize(("formula", "dtype"), part(COMBINATIONS[::2], 7), ids=str)
 def test_split_rows(formula, dtype, wing):
     logits, target = make(2, 100003, dtype)
-    compare(formula, logits, target, wing=wing)
+    compare(formula, logits, target, backend=wing)
 
 
 @pytest.mark.usefixtures("whole_rows")
 @pytest.mark.parametrize(("formula", "dtype"), part(COMBINATIONS[::4], 7), ids=str)
 def test_long_rows(formula, dtype, wing):
     logits, target = make(2, 100003, dtype)
-    compare(formula, logits, target, wing=wing)
+    compare(formula, logits, target, backend=wing)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("formula", [CRL, LR], ids=str)
 def test_one_row_of_a_million_classes(formula, wing):
-    compare(formula, *make(1, 1_000_003, BF16), wing=wing)
+    compare(formula, *make(1, 1_000_003, BF16), backend=wing)
 
 
 LENGTHS = (1, 2, 7, 8, 9, 255, 256, 257, 1024, 1025, 2048, 4096, 8192, 8193, 16385, 32768, 65537)
@@ -69,8 +69,8 @@ LENGTHS = (1, 2, 7, 8, 9, 255, 256, 257, 1024, 1025, 2048, 4096, 8192, 8193, 163
 @pytest.mark.parametrize("classes", part(LENGTHS, 3))
 def test_class_counts(classes, wing):
     logits, target = make(2, classes, BF16)
-    compare(CRL, logits, target, wing=wing)
-    compare(SS_LR, logits.float(), target, wing=wing)
+    compare(CRL, logits, target, backend=wing)
+    compare(SS_LR, logits.float(), target, backend=wing)
 
 
 # --- the k hardest ----------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def every_kind(classes: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple
 @pytest.mark.parametrize(("shape", "dtype"), part(itertools.product(HARDEST, DTYPES), 8), ids=str)
 def test_picks(shape, dtype, compact, wing):
     classes, k = shape
-    compare(FORMULAS_OF[dtype][not compact], *every_kind(classes, k, dtype), k, compact, wing=wing)
+    compare(FORMULAS_OF[dtype][not compact], *every_kind(classes, k, dtype), k, compact, backend=wing)
 
 
 @pytest.mark.slow
@@ -102,14 +102,14 @@ def test_picks(shape, dtype, compact, wing):
 @pytest.mark.parametrize("shape", [(9001, 281), (21841, 218), (21841, 21), (21841, 2)], ids=str)
 def test_picks_by_programs_of_whole_rows(shape, dtype, compact, wing, whole_rows):
     classes, k = shape
-    compare(FORMULAS_OF[dtype][not compact], *every_kind(classes, k, dtype), k, compact, wing=wing)
+    compare(FORMULAS_OF[dtype][not compact], *every_kind(classes, k, dtype), k, compact, backend=wing)
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "threshold"])
 @pytest.mark.parametrize(("classes", "k"), part([(21841, 218), (21841, 21), (100003, 1000), (1_000_003, 1000)], 4))
 def test_picks_of_split_rows(classes, k, compact, wing):
     logits, _ = make(1 if classes > 10**6 else 2, classes, FP32)
-    compare(CRL, logits, targets_for(logits), k, compact, wing=wing)
+    compare(CRL, logits, targets_for(logits), k, compact, backend=wing)
 
 
 @pytest.mark.parametrize("k", part([1, 2, 20], 3))
@@ -117,15 +117,15 @@ def test_picks_of_split_rows(classes, k, compact, wing):
 def test_scarce_room(k, dtype, wing, monkeypatch):
     """Room for 2 k candidates and no more: rows of many equal logits go the long way."""
     monkeypatch.setattr(hardest, "_FEWEST_CANDIDATES", 1)
-    compare(CRL, *every_kind(9001, k, dtype, seed=1), k, True, wing=wing)
+    compare(CRL, *every_kind(9001, k, dtype, seed=1), k, True, backend=wing)
 
 
 @pytest.mark.parametrize("compact", part([True, False], 2), ids=["compact", "threshold"])
 def test_blocks_on_one_warp(compact, wing, monkeypatch):
     """No plan asks for it. Barriers, not the reductions that happen to lie between, order what a program writes."""
     monkeypatch.setattr(hardest, "_FEWEST_CANDIDATES", 1)
-    monkeypatch.setattr(hardest, "plan", lambda *_: hardest.Plan(1, 2, 1, width=8))
-    compare(CRL, *every_kind(2203, 5, BF16), 5, compact, wing=wing)
+    monkeypatch.setattr(hardest, "plan", lambda *_: hardest.Plan(gpu.Tile(1, 2), 1, width=8))
+    compare(CRL, *every_kind(2203, 5, BF16), 5, compact, backend=wing)
 
 
 # --- layouts and targets ----------------------------------------------------------------------------------------------
@@ -150,10 +150,10 @@ def test_layouts(name, dtype, classes, wing):
         "one class": lambda: wide[:, 4:5],
     }[name]()
     target = target[: logits.shape[0]] % logits.shape[1]
-    compare(CRL, logits, target, wing=wing)
-    compare(SS_LR, logits, target, wing=wing)
+    compare(CRL, logits, target, backend=wing)
+    compare(SS_LR, logits, target, backend=wing)
     for compact in (True, False):
-        compare(CRL, logits, target, max(1, logits.shape[1] // 40), compact, wing=wing)
+        compare(CRL, logits, target, max(1, logits.shape[1] // 40), compact, backend=wing)
 
 
 @pytest.mark.parametrize("kind", part([torch.int32, torch.uint8, torch.int16, torch.int64], 4), ids=str)
@@ -161,9 +161,9 @@ def test_index_targets_of_any_dtype_and_stride(kind, wing):
     logits, target = make(4, 751, BF16)
     spread = torch.full((9,), 5, dtype=kind)
     spread[1::2] = target % 128
-    compare(CRL, logits, spread[1::2], wing=wing)
-    compare(LR, logits, spread[:1].expand(4), wing=wing)
-    compare(LR, logits, spread[1::2], 9, True, wing=wing)
+    compare(CRL, logits, spread[1::2], backend=wing)
+    compare(LR, logits, spread[:1].expand(4), backend=wing)
+    compare(LR, logits, spread[1::2], 9, True, backend=wing)
 
 
 @pytest.mark.parametrize(
@@ -176,19 +176,32 @@ def test_index_targets_of_any_dtype_and_stride(kind, wing):
 @pytest.mark.parametrize("formula", [CRL, SS_LR], ids=str)
 def test_rows_without_a_target_here(formula, classes, k, compact, wing):
     """Ignored, elsewhere, out of range; what is ignored stays 0 whatever its logits and gradients are."""
-    target = torch.tensor([IGNORED, reference.NO_TARGET, classes, -1, 2**40, 0, classes - 1, 9, IGNORED])
-    logits, _ = make(9, classes, BF16)
-    grad = torch.ones((9,) if formula is CRL else (9, 2))
+    target = torch.tensor([IGNORED, 3, classes + 8, -1, 2**40, 8, classes + 7, 9, IGNORED, -(2**63)])
+    logits, _ = make(10, classes, BF16)
+    grad = torch.ones(10)
     logits[0], grad[0] = math.nan, math.nan
-    dlogits = compare(formula, logits, target, k, compact, grad=grad, wing=wing)
-    assert not dlogits[[0, 8]].any()
+    dlogits = compare(formula, logits, target, k, compact, grad=grad, part=(8, classes + 8), backend=wing)
+    assert not dlogits[[0, 8]].any() and dlogits[[2, 3, 4, 9]].isnan().all()
+    compare(formula, logits, target, k, compact, ignore_index=None, part=(8, classes + 8), backend=wing)
+
+
+@pytest.mark.parametrize(
+    ("classes", "k", "compact"), part([(751, 0, False), (751, 9, True), (9001, 90, True), (9001, 2000, False)], 2)
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("formula", [CRL, SS_LR], ids=str)
+def test_reductions_and_class_weights(formula, reduction, classes, k, compact, wing):
+    logits, target = make(5, classes, BF16)
+    target[1] = IGNORED
+    for weight in (None, torch.rand(classes)):
+        compare(formula, logits, target, k, compact, reduction=reduction, weight=weight, backend=wing)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(rows, wing):
     logits, target = make(rows, 751, BF16)
-    compare(CRL, logits, target, wing=wing)
-    compare(LR, logits, target, 5, True, wing=wing)
+    compare(CRL, logits, target, backend=wing)
+    compare(LR, logits, target, 5, True, backend=wing)
 
 
 KINDS = (torch.bool, BF16, torch.int64, torch.uint8, FP32, torch.int32)
@@ -204,10 +217,10 @@ def multi_hot(classes: int, kind: torch.dtype, dtype: torch.dtype) -> tuple[torc
 
 
 @pytest.mark.parametrize("classes", part([751, 9001], 2))
-@pytest.mark.parametrize("formula", part(LOGISTIC.values(), 5), ids=str)
+@pytest.mark.parametrize("formula", part(LOGISTIC, 5), ids=str)
 @each_kind
 def test_multi_hot(kind, dtype, formula, classes, wing):
-    compare(formula, *multi_hot(classes, kind, dtype), wing=wing)
+    compare(formula, *multi_hot(classes, kind, dtype), backend=wing)
 
 
 @pytest.mark.parametrize("classes", part([751, 9001], 2))
@@ -216,12 +229,12 @@ def test_multi_hot_views(kind, dtype, classes, wing):
     """Targets whose rows begin elsewhere in a vector than the logits' rows."""
     logits, target = multi_hot(classes + 11, kind, dtype)
     views = logits[:, 3 : classes + 3], target[:, 5 : classes + 5]
-    compare(SS_LR, *views, wing=wing)
+    compare(SS_LR, *views, backend=wing)
     for k, compact in ((classes // 30, True), (classes // 3, False)):
-        compare(SS_LR, *views, k, compact, wing=wing)
+        compare(SS_LR, *views, k, compact, backend=wing)
 
 
 @pytest.mark.slow
 def test_multi_hot_of_split_rows(wing):
     logits, _ = make(2, 100003, BF16)
-    compare(LR, logits, torch.rand((2, 100003), generator=torch.Generator().manual_seed(0)) < 0.1, wing=wing)
+    compare(LR, logits, torch.rand((2, 100003), generator=torch.Generator().manual_seed(0)) < 0.1, backend=wing)

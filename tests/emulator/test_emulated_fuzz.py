@@ -25,4 +25,4 @@ def test_fuzz(seed, wing):
     k, compact = pick(((0, False), *((pick(range(1, max(2, most))), form) for form in (True, False, True))))
     rows = list(rows_of_every_kind(classes + 20, max(1, k), dtype, seed).values())
     logits = torch.stack(rows[seed % 5 :: 5])[:, offset : offset + classes]
-    compare(FORMULAS[dtype][not compact], logits, targets_for(logits, seed), k, compact, wing=wing)
+    compare(FORMULAS[dtype][not compact], logits, targets_for(logits, seed), k, compact, backend=wing)

@@ -46,7 +46,7 @@ def step(wing, formula, k=0, compact=False, classes=2203):
     logits[2, ::3] = logits[2, 1::3] = 1.0
     target = targets_for(logits)
     kept = forward(wing, formula, logits, target, k, compact)
-    return backward(wing, formula, grad_like(formula, logits), logits, target, kept, k, compact)
+    return backward(wing, formula, grad_like(logits), logits, target, kept, k, compact)
 
 
 def without(instruction: str, number: int):
@@ -85,14 +85,14 @@ def test_a_race(wing, planted):
 
 def test_a_race_in_shared_memory(wing, planted):
     """Without the barrier in front of the sum that the warps of a program make together."""
-    planted("softmax_forward_kernel", without(BARRIER, 0))
+    planted("forward_kernel", without(BARRIER, 0))
     with pytest.raises(Faulty, match=r"race between warps.*shared byte"):
         step(wing, CE)
 
 
 def test_a_store_out_of_bounds(wing, planted):
     """With the mask of the last tile forgotten."""
-    planted("index_backward_kernel", lambda ptx: re.sub(r"@%p\d+ (st\.global\.v4)", r"\1", ptx))
+    planted("backward_kernel", lambda ptx: re.sub(r"@%p\d+ (st\.global\.v4)", r"\1", ptx))
     with pytest.raises(Faulty, match="out of bounds"):
         step(wing, SS_LR)
 
@@ -102,21 +102,21 @@ def test_a_store_into_the_gap_between_two_rows(wing, planted):
     logits, target = make(3, 2203, torch.bfloat16)
     wide = torch.cat((logits, logits), dim=1)[:, :2203]
     kept = forward(wing, CE, wide, target)
-    planted("softmax_backward_kernel", lambda ptx: re.sub(r"@%p\d+ (st\.global\.v4)", r"\1", ptx))
+    planted("backward_kernel", lambda ptx: re.sub(r"@%p\d+ (st\.global\.v4)", r"\1", ptx))
     with pytest.raises(Faulty, match=r"written around a result|race between"):
         backward(wing, CE, torch.ones(3), wide, target, kept)
 
 
 def test_a_read_of_what_was_never_written(wing, planted):
     """Without the padding behind a list of candidates, which the next search reads."""
-    planted("blocks_kernel", of_line(picks._select_from_blocks, "logit_ptr + padding", r"@%p\d+ st\.global[^;]*;", ""))
+    planted("blocks_kernel", of_line(picks.listed, "logit_ptr + padding", r"@%p\d+ st\.global[^;]*;", ""))
     with pytest.raises(Faulty, match="undefined"):
         step(wing, CRL, 5, True)
 
 
 def test_a_result_that_is_not_written(wing, planted):
-    planted("softmax_forward_kernel", without(r"st\.global", 1))
-    with pytest.raises(Faulty, match=r"undefined result.*result 1 of softmax_forward"):
+    planted("forward_kernel", without(r"st\.global", 1))
+    with pytest.raises(Faulty, match=r"undefined result.*result 1 of forward"):
         step(wing, CE)
 
 
@@ -137,8 +137,8 @@ def test_a_barrier_that_half_a_warp_reaches(wing, planted):
 
 BARRIERS = {  # of the search by blocks: behind what is written for others to read
     "maxima": (picks.blocks_kernel, 0),
-    "winners": (picks._select_from_blocks, 0),
-    "candidates": (picks._select_from_blocks, 2),
+    "winners": (picks.blocks_kernel, 1),
+    "candidates": (picks.blocks_kernel, 2),
 }
 
 
