@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from bench.tables import table
 
-STATE_BYTES = 12  # softmax: m, l, z_y in float32
-TERM_BYTES = 4  # softmax: the value of a row in float32
+STATISTICS_BYTES = 12  # m, l, z_y or m, neg, z_y in float32
 INDEX_BYTES = 4  # of a picked class
 
 
@@ -48,12 +47,12 @@ class Setup:
         return -(-self.rows // self.ranks)
 
     def offer_bytes(self) -> int:
-        """What a rank knows of a row (softmax family): its state, and its picks."""
-        return STATE_BYTES + min(self.k, self.shard) * (INDEX_BYTES + self.element)
+        """What a rank knows of a row: its statistics, and its picks."""
+        return STATISTICS_BYTES + min(self.k, self.shard) * (INDEX_BYTES + self.element)
 
     def merged_bytes(self) -> int:
-        """What the rank that merges a row over the k hardest tells of it: value, state, and the last of the k."""
-        return TERM_BYTES + STATE_BYTES + INDEX_BYTES + self.element
+        """What the rank that merges a row over the k hardest tells of it: statistics, and the last of the k."""
+        return STATISTICS_BYTES + INDEX_BYTES + self.element
 
     def collectives(self) -> list[int]:
         """What a rank puts into each collective of the loss: an all-gather, or an all-to-all and an all-gather."""

@@ -115,7 +115,9 @@ class Finish(torch.autograd.Function):
     def backward(ctx, grad):
         statistics, target, coefficients = ctx.saved_tensors
         to_second, to_third = (coefficients * grad.reshape(-1, 1)).unbind(1)
-        dstatistics = torch.zeros_like(statistics)
-        dstatistics[:, 1] = to_second
-        dstatistics[:, 2] = to_third if target.dim() == 1 else -to_third
+        zeros = torch.zeros_like(to_second)
+        if target.dim() == 1:
+            dstatistics = torch.stack((zeros, to_second, to_third), dim=1)
+        else:
+            dstatistics = torch.stack((zeros, to_second, -to_third, zeros), dim=1)
         return once(dstatistics, statistics, grad), None, None, None, None

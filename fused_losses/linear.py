@@ -46,7 +46,10 @@ class LinearLossOptions:
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and for SGD (without momentum: for
             sparse gradients PyTorch's buffer is a list that grows). Needs class-index targets and ``k`` (or ``ratio``)
             below C - 1. On CUDA backward waits for their number: the one synchronisation here.
-            Not under ``torch.compile``, which knows no sparse gradients.
+            What PyTorch does not do with sparse gradients: ``torch.compile``; weight decay; ``clip_grad_norm_`` (clip
+            by the norm of ``weight.grad.coalesce().values()``); ``DistributedDataParallel``, which takes them of
+            ``nn.Embedding`` alone, and ``fully_shard``: leave the classifier out of these two, sharded by classes with
+            ``shard`` and ``gather_input``.
     """
 
     chunk_bytes: int | None = None
@@ -221,6 +224,8 @@ class LinearLoss(nn.Module):
         self, input: Tensor, target: Tensor, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss; with ``return_statistics`` also :class:`fused_losses.RowStatistics`, as in :func:`linear_loss`."""
+        if self.options is not None and self.options.sparse_grad and hasattr(self, "set_requires_gradient_sync"):
+            raise RuntimeError("sparse_grad=True: fully_shard takes no sparse gradients; " + WITHOUT_WRAPPER)
         layer = _Layer(self.bias, self.normalize, self.scale, self.gather_input, self.options)
         options = self.loss.options._replace(shard=self.shard)
         result = apply(self.loss.loss, options, input, self.weight, target, layer, return_statistics)
@@ -238,7 +243,8 @@ class LinearLoss(nn.Module):
         """The same classifier with more classes behind the old ones: their rows are kept, the new ones are drawn.
 
         With a shard, every rank calls it, and the classes are split anew (:meth:`ClassShard.split`). A class-weight
-        buffer does not grow: ValueError, as for fewer classes than now.
+        buffer does not grow: ValueError, as for fewer classes than now. After ``fully_shard`` every rank calls it too,
+        and the new classifier is whole, to be sharded anew.
         """
         if num_classes < self.num_classes or self.loss.weight is not None:
             raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes, or with class weights")
@@ -250,7 +256,7 @@ class LinearLoss(nn.Module):
         )  # fmt: skip
         for old, new in ((self.weight, grown.weight), (self.bias, grown.bias)):
             if old is not None and shard is None:
-                new[: self.num_classes] = old
+                new[: self.num_classes] = old.full_tensor() if hasattr(old, "full_tensor") else old
             elif old is not None:
                 move_rows(self.shard, old, shard, new)
         return grown
@@ -259,8 +265,8 @@ class LinearLoss(nn.Module):
         """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
         if hasattr(self.weight, "to_local"):
             raise TypeError(
-                "logits() met a weight that fully_shard keeps sharded outside of forward: call "
-                "torch.distributed.fsdp.register_fsdp_forward_method(head, 'logits') once, after fully_shard(head)"
+                "logits() after fully_shard: call torch.distributed.fsdp.register_fsdp_forward_method(head, 'logits') "
+                "once; outside of registered methods the weight is sharded"
             )
         if not self.normalize:
             return F.linear(input, self.weight, self.bias)
@@ -287,7 +293,7 @@ def apply(
     bias, normalize, scale, gather_input, how = layer
     shard, reduction = options.shard, options.reduction
     check_options(loss, options)
-    _check_options(how, bias is not None, normalize, scale)
+    scale = _check_options(how, bias is not None, normalize, scale)
     how = LinearLossOptions() if how is None else how
     num_classes = _check_layer(input, linear_weight, bias, shard)
     dtype = _dtype_of_linear(input, linear_weight, bias)
@@ -305,6 +311,8 @@ def apply(
     if how.sparse_grad and (spec.k == 0 or target.dim() == 2):
         got = "multi-hot targets" if target.dim() == 2 else f"all {num_classes - 1} negatives"
         raise ValueError(f"sparse_grad needs class-index targets and k (or ratio) below C - 1, got {got}")
+    if how.sparse_grad:
+        _check_not_in_ddp(linear_weight)
     x = input.unsqueeze(0) if one_row else input
     if normalize:
         ignored = ignored_rows(target, spec.ignore_index)
@@ -379,6 +387,24 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, shard: Clas
     if weight.shape[0] == 0:
         raise ValueError(f"expected at least one class, got linear_weight of shape {tuple(weight.shape)}")
     return weight.shape[0]
+
+
+WITHOUT_WRAPPER = (
+    "leave the classifier out of it, sharded by classes (shard=ClassShard.split(num_classes), gather_input=True), or "
+    "give up sparse_grad"
+)
+
+
+def _check_not_in_ddp(weight: Tensor) -> None:
+    """Of sparse gradients that DDP does not expect, its reducer would say that they have no storage."""
+    ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or not ddp.require_backward_grad_sync:
+        return
+    named = ddp.module.named_parameters()
+    if any(parameter is weight and name not in ddp.parameters_to_ignore for name, parameter in named):
+        raise RuntimeError(
+            "sparse_grad=True: DistributedDataParallel takes sparse gradients of nn.Embedding alone; " + WITHOUT_WRAPPER
+        )
 
 
 def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> float:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import flops, ops, reference
 from .finish import ignored_rows
 from .losses import LossSpec
 
@@ -468,3 +468,4 @@ linear_backward_picks = ops.define(
 linear_backward_sparse = ops.define(
     f"linear_backward_sparse{_BACKWARD} -> ({_GRADIENTS}, Tensor picked)", _linear_backward_sparse, _sparse_shapes
 )
+flops.register_when_imported()

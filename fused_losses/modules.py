@@ -47,10 +47,12 @@ class RowLoss(nn.Module):
         """Checks all of them, then sets them."""
         check_options(loss, options)
         super().__setattr__("loss", loss)
+        self._buffers["weight"] = options.weight  # by name, the compiler could not trace it
         for name, value in zip(Options._fields, options, strict=True):
-            # NumPy's numbers become Python's: the compiler would take them for tensors
-            plain = PLAIN.get(name) if value is not None else None
-            super().__setattr__(name, plain(value) if plain else value)
+            if name != "weight":
+                # NumPy's numbers become Python's: the compiler would take them for tensors
+                plain = PLAIN.get(name) if value is not None else None
+                super().__setattr__(name, plain(value) if plain else value)
 
     def __setattr__(self, name: str, value) -> None:
         if name in Options._fields:

@@ -10,7 +10,6 @@ import eager
 import fused_losses as fl
 import paper
 
-
 LAYER_OPTIONS = ("linear_bias", "normalize", "scale", "shard", "gather_input", "options", "return_statistics")
 
 

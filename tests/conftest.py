@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from fused_losses import ops, reference  # noqa: F401  (ops defines torch.ops.fused_losses)
+from ranks import Ranks
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-# A wing is anything with the four doors as attributes. CPU tensors reach the C++ extension through the dispatcher where
+# A wing is anything with the doors as attributes. CPU tensors reach the C++ extension through the dispatcher where
 # it was built, and the reference where it was not.
 WINGS = {"reference": reference, "dispatched": torch.ops.fused_losses}
 
@@ -29,3 +30,10 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()

@@ -14,9 +14,11 @@ import paper
 from bench.scale import Setup, load, traffic
 from cases import (
     CE,
+    CRL,
     HS_LR,
     LOGISTIC,
     LOSSES,
+    LR,
     SOFTMAX,
     Loss,
     make_index,
@@ -25,20 +27,15 @@ from cases import (
     make_target,
     value_and_grad,
 )
-from fused_losses.shard import ClassShard, gather, merge
-from ranks import Ranks, refusal
+from fused_losses.losses import LossSpec
+from fused_losses.merge import merge
+from fused_losses.shard import ClassShard, gather
+from ranks import refusal
 
 ROWS = 12
 # ranks, classes: none divides the classes evenly; of the four ranks with 5 classes the last has none
 WORLDS = ((1, 751), (2, 751), (3, 1000), (4, 751), (4, 5))
 each_world = pytest.mark.parametrize("ranks, classes", WORLDS)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
 
 
 def columns(shard: ClassShard) -> slice:
@@ -265,7 +262,8 @@ def merged_nan(group) -> list[bool]:
         state = torch.zeros(1, 3)
         state[0, column] = torch.nan
         picks = torch.arange(k, dtype=torch.int32)[None], torch.zeros(1, k)
-        _, (merged, *_), *_ = merge(shard, (torch.zeros(1), state, *picks), None, "softmax", "nllr", [], k)
+        spec = LossSpec("nllr", [], None, k, None, 0, 10, True)
+        (merged,), *_ = merge(shard, (state, *picks), torch.zeros(1, dtype=torch.long), spec)
         answers.append((merged[2] - merged[0] - merged[1]).isnan().item())
     return answers
 

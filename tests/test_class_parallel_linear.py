@@ -15,17 +15,10 @@ import torch.nn.functional as F
 import fused_losses as fl
 from cases import LOGISTIC, LOSSES, LR, make_index, make_logits, make_target
 from fused_losses.shard import ClassShard
-from ranks import Ranks, refusal
+from ranks import refusal
 
 ROWS, FEATURES = 12, 8
 NAMES = ("loss", "input", "weight", "bias")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
 
 
 def make_layer(classes, dtype=torch.float32) -> list:
@@ -297,7 +290,7 @@ def test_errors(world):
         assert width.startswith("ValueError: expected linear_weight of this rank's 5 classes")
         assert target.startswith("IndexError: Target 10 is out of bounds. (row 2, 10 classes)")
         assert multi_hot.startswith("ValueError: gather_input needs shard=") and alone == multi_hot
-        assert of_loss == "ValueError: give the shard to LinearLoss, not to its loss"
+        assert of_loss == "ValueError: give the shard to the linear layer, not to its loss"
         assert classes == "ValueError: the shard is one of 10 classes, expected 11"
 
 

@@ -115,6 +115,8 @@ def glass_house(monkeypatch):
         "linear_at_once",
         "linear_backward",
         "linear_backward_picks",
+        "linear_backward_sparse",
+        "class_norms",
     ):
         monkeypatch.setattr(linear_autograd, name, getattr(linear_rows, f"_{name}"))
 
@@ -555,7 +557,7 @@ def test_a_sparse_gradient_makes_none_of_the_size_of_the_weight(glass_house, nor
 @pytest.mark.parametrize("elements, most_rows", [(1, 1), (2 * CLASSES - 1, 1), (2 * CLASSES, 2), (10**9, 7)])
 def test_chunks_of_rows_keep_to_their_budget(elements, most_rows):
     x, w, _ = make_layer()
-    chunks = [(rows, len(z)) for rows, z in linear_rows._Layer(w, None, None).chunks(x, elements)]
+    chunks = [(rows, len(z)) for rows, _, z in linear_rows._Layer(w, None, None).chunks(x, elements)]
     assert max(length for _, length in chunks) == most_rows
     assert [row for rows, _ in chunks for row in range(ROWS)[rows]] == list(range(ROWS))
     assert len(chunks) == -(-ROWS // most_rows)
@@ -928,9 +930,10 @@ def fresh_compiler():
 def test_fullgraph_gives_the_same_numbers(loss, form, k, reduction):
     layer, target, k = make_layer(dtype=torch.float32), make_target(form, ROWS, CLASSES), k_of(loss, k)
     upstream = make_upstream() if reduction == "none" else None
+    criterion = loss.module_class()(k=k, reduction=reduction)
 
     def step(x, w, b):
-        return loss.linear(2 * x, w, target, linear_bias=b, k=k, reduction=reduction)
+        return fl.linear_loss(2 * x, w, target, loss=criterion, linear_bias=b)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     assert_same(value_and_grads(compiled, *layer, upstream=upstream), value_and_grads(step, *layer, upstream=upstream))
