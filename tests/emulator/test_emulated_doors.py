@@ -25,23 +25,23 @@ def whole_rows(monkeypatch, wing):
 
 # --- all negatives ----------------------------------------------------------------------------------------------------
 
-# Every formula in every dtype; the dtypes in another order for each formula, so that a part has all of them.
+# Every formula in every dtype. Both orders turn, so that the formulas together have every dtype in every length.
 COMBINATIONS = [
-    (formula, dtype)
-    for place, formula in enumerate(FORMULAS)
-    for dtype in DTYPES[place % 3 :] + DTYPES[: place % 3]
+    (formula, dtype) for place, formula in enumerate(FORMULAS) for dtype in DTYPES[place % 3 :] + DTYPES[: place % 3]
 ]
+SHAPES = ((5, 751), (3, 2049), (4, 21841))  # rows of one warp, four and eight
 
 
-@pytest.mark.parametrize(("formula", "dtype"), part(COMBINATIONS, 7), ids=str)
-def test_formulas(formula, dtype, wing):
-    """Rows of one warp, four and eight."""
-    for rows, classes in ((5, 751), (3, 2049), (4, 21841)):
-        logits, target = make(rows, classes, dtype)
-        target[0] = IGNORED
-        compare(formula, logits, target, backend=wing)
-    for classes in (751, 9001):
-        compare(formula, *special_rows(dtype, classes), backend=wing)
+@pytest.mark.parametrize(
+    ("formula", "dtype", "rows", "classes"),
+    part([(*combination, *SHAPES[place % 3]) for place, combination in enumerate(COMBINATIONS)], 4),
+    ids=str,
+)
+def test_formulas(formula, dtype, rows, classes, wing):
+    logits, target = make(rows, classes, dtype)
+    target[0] = IGNORED
+    compare(formula, logits, target, backend=wing)
+    compare(formula, *special_rows(dtype, min(classes, 9001)), backend=wing)
 
 
 @pytest.mark.parametrize(("formula", "dtype"), part(COMBINATIONS[::2], 7), ids=str)
@@ -205,7 +205,11 @@ def test_few_rows(rows, wing):
 
 
 KINDS = (torch.bool, BF16, torch.int64, torch.uint8, FP32, torch.int32)
-each_kind = pytest.mark.parametrize(("kind", "dtype"), part(zip(KINDS, 2 * DTYPES, strict=True), 4), ids=str)
+MULTI_HOT = [
+    (formula, KINDS[place % 6], DTYPES[place % 3], (751, 9001)[place // 6])
+    for place, formula in enumerate(2 * (*LOGISTIC, SS_LR))
+]
+each_multi_hot = pytest.mark.parametrize(("formula", "kind", "dtype", "classes"), part(MULTI_HOT, 5), ids=str)
 
 
 def multi_hot(classes: int, kind: torch.dtype, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,20 +220,17 @@ def multi_hot(classes: int, kind: torch.dtype, dtype: torch.dtype) -> tuple[torc
     return logits, target.to(kind)
 
 
-@pytest.mark.parametrize("classes", part([751, 9001], 2))
-@pytest.mark.parametrize("formula", part(LOGISTIC, 5), ids=str)
-@each_kind
-def test_multi_hot(kind, dtype, formula, classes, wing):
+@each_multi_hot
+def test_multi_hot(formula, kind, dtype, classes, wing):
     compare(formula, *multi_hot(classes, kind, dtype), backend=wing)
 
 
-@pytest.mark.parametrize("classes", part([751, 9001], 2))
-@each_kind
-def test_multi_hot_views(kind, dtype, classes, wing):
+@each_multi_hot
+def test_multi_hot_views(formula, kind, dtype, classes, wing):
     """Targets whose rows begin elsewhere in a vector than the logits' rows."""
     logits, target = multi_hot(classes + 11, kind, dtype)
     views = logits[:, 3 : classes + 3], target[:, 5 : classes + 5]
-    compare(SS_LR, *views, backend=wing)
+    compare(formula, *views, backend=wing)
     for k, compact in ((classes // 30, True), (classes // 3, False)):
         compare(SS_LR, *views, k, compact, backend=wing)
 
