@@ -129,6 +129,14 @@ def test_many_equal_terms_on_every_instruction_set(isa, formula, dtype):
             assert_as_accurate(ours, plain, truth, f"{classes} classes, k = {k}")
 
 
+def test_the_pieces_of_a_very_long_row_are_added_without_loss(isa):
+    """In float64, where a plain sum of the pieces is 200 units off."""
+    logits = torch.zeros(1, 8_000_003, dtype=torch.float64)
+    truth = torch.tensor([8_000_002 * math.log(2)], dtype=torch.float64)
+    ours = doors.forward(cpp, doors.LR, logits, torch.tensor([1])).statistics[:, 1]
+    assert_as_accurate(ours, truth, truth, "sum")
+
+
 # --- exp and log1p ----------------------------------------------------------------------------------------------------
 
 

@@ -45,8 +45,8 @@ def roundtrip(wing, formula, logits, target, k=0, compact=False, ignore_index=-1
 
 @pytest.mark.parametrize("k, compact", [(0, False), (200_000, False), (200_000, True)])
 @pytest.mark.parametrize("offset", [0.0, -1.7])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("formula", [*SOFTMAX, *LOGISTIC], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("formula", [CE, NLLR, CRL, *LOGISTIC], ids=str)
 def test_many_equal_terms(wing, formula, dtype, offset, k, compact):
     """A plain sum of them rounds every time in the same direction. Training begins at equal logits."""
     logits, target = torch.full((1, 300_007), offset, dtype=dtype), torch.tensor([4])
