@@ -40,6 +40,8 @@ def compare(formula, statistics, target, reduction, device, weight=None, k=0, ig
     truth = finish.finish(statistics.double(), target, weight, reduction, *spec)
     for name, *of in zip(("loss", "coefficients"), ours, theirs, truth, strict=True):
         assert of[0].shape == of[1].shape and of[0].dtype == torch.float32
+        if of[0].shape[:1] > (1000,):  # among so many, some values are the difference of two larger numbers
+            of = [x.reshape(1, -1) for x in of]
         assert_as_accurate(*of, f"{formula}: {name}")
     return ours
 
