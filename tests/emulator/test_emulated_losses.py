@@ -17,9 +17,15 @@ LINEAR_LOSSES = (
     fl.linear_cross_entropy, fl.linear_nllr_loss, fl.linear_crl_loss,
     fl.linear_lr_loss, fl.linear_ss_lr_loss, fl.linear_hs_lr_loss,
 )  # fmt: skip
-LINEAR_CASES = [(loss, selection) for selection in ({}, {"k": 9}, {"k": 700}) for loss in LINEAR_LOSSES]
+SELECTED_ALWAYS = fl.hs_lr_loss, fl.linear_hs_lr_loss
+CASES, LINEAR_CASES = (
+    [(loss, selection) for selection in selections for loss in losses if selection or loss not in SELECTED_ALWAYS]
+    for losses, selections in (
+        (LOSSES, ({"ratio": 0.02}, {"k": 300}, {})),
+        (LINEAR_LOSSES, ({}, {"k": 9}, {"k": 700})),
+    )
+)
 SHARDED = [("crl_loss", False), ("ss_lr_loss", False), ("linear_crl_loss", True)]
-SELECTIONS = ({"ratio": 0.02}, {"k": 300}, {})
 
 
 def step(loss, inputs, target, **options):
@@ -44,11 +50,9 @@ def compare(wing: Wing, loss, inputs, target, **options) -> None:
         assert_as_accurate(*of, f"{loss.__name__} {options}: {place}")
 
 
-@pytest.mark.parametrize(("loss", "selection"), part([(loss, s) for s in SELECTIONS for loss in LOSSES], 5))
+@pytest.mark.parametrize(("loss", "selection"), part(CASES, 5))
 @pytest.mark.parametrize("reduction", part(["mean", "none", "sum"], 3))
 def test_losses(loss, selection, reduction, wing):
-    if loss is fl.hs_lr_loss and not selection:
-        pytest.skip("it has no default for what is selected")
     logits, target = make(7, 2100 if selection else 751, DTYPES[LOSSES.index(loss) % 3])
     target[2] = IGNORED
     compare(wing, loss, (logits,), target, reduction=reduction, **selection)
@@ -70,13 +74,9 @@ def test_reductions(rows, columns, alpha, reduction, wing):
     torch.testing.assert_close(slopes, expected_slopes.float(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("loss", "selection"), part([(x, s) for s in ({}, {"k": 9}, {"k": 700}) for x in LINEAR_LOSSES], 5)
-)
+@pytest.mark.parametrize(("loss", "selection"), part(LINEAR_CASES, 5))
 def test_linear_losses(loss, selection, wing):
     """In chunks of rows, at once and again; by picks from blocks of classes."""
-    if loss is fl.linear_hs_lr_loss and not selection:
-        pytest.skip("it has no default for what is selected")
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in ((7, 16), (2100, 16)))
     target = torch.randint(2100, (7,), generator=generator)
@@ -94,9 +94,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("selection", part([{"k": 30}, {}, {"k": 300}], 3), ids=str)
-@pytest.mark.parametrize(
-    ("name", "linear"), part([("crl_loss", False), ("ss_lr_loss", False), ("linear_crl_loss", True)], 3)
-)
+@pytest.mark.parametrize(("name", "linear"), part(SHARDED, 3))
 def test_class_shards(name, linear, selection, ranks, device):
     """Two ranks with half of the classes each: targets that are elsewhere, merged states, picks that others outdo."""
     generator = torch.Generator().manual_seed(1)
