@@ -16,7 +16,15 @@ LOSSES = ("cross_entropy", "nllr_loss", "crl_loss", "lr_loss", "ss_lr_loss", "hs
 LINEAR_LOSSES = tuple(
     f"linear {module}" for module in ("CrossEntropyLoss", "NLLRLoss", "CRLLoss", "LRLoss", "SSLRLoss", "HSLRLoss")
 )
-SELECTIONS = ({"ratio": 0.02}, {"k": 300}, {})
+SELECTED_ALWAYS = "hs_lr_loss", "linear HSLRLoss"
+CASES, LINEAR_CASES = (
+    [(loss, selection) for selection in selections for loss in losses if selection or loss not in SELECTED_ALWAYS]
+    for losses, selections in (
+        (LOSSES, ({"ratio": 0.02}, {"k": 300}, {})),
+        (LINEAR_LOSSES, ({}, {"k": 9}, {"k": 700})),
+    )
+)
+SHARDED = [("crl_loss", False), ("ss_lr_loss", False), ("linear CRLLoss", True)]
 
 
 def step(loss, inputs, target, **options):
@@ -41,11 +49,9 @@ def compare(wing: Wing, loss: str, inputs, target, **options) -> None:
         assert_as_accurate(*of, f"{loss} {options}: {place}")
 
 
-@pytest.mark.parametrize(("loss", "selection"), part([(loss, s) for s in SELECTIONS for loss in LOSSES], 5))
+@pytest.mark.parametrize(("loss", "selection"), part(CASES, 5))
 @pytest.mark.parametrize("reduction", part(["mean", "none", "sum"], 3))
 def test_losses(loss, selection, reduction, wing):
-    if loss == "hs_lr_loss" and not selection:
-        pytest.skip("it has no default for what is selected")
     logits, target = make(7, 2100 if selection else 751, DTYPES[LOSSES.index(loss) % 3])
     target[2] = IGNORED
     compare(wing, loss, (logits,), target, reduction=reduction, **selection)
@@ -75,13 +81,9 @@ def test_finish(rows, formula, multi_hot, weighted, reduction, wing):
     torch.testing.assert_close(coefficients, expected_coefficients.float(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("loss", "selection"), part([(x, s) for s in ({}, {"k": 9}, {"k": 700}) for x in LINEAR_LOSSES], 5)
-)
+@pytest.mark.parametrize(("loss", "selection"), part(LINEAR_CASES, 5))
 def test_linear_losses(loss, selection, wing):
     """In chunks of rows, at once and again; by picks from blocks of classes."""
-    if loss == "linear HSLRLoss" and not selection:
-        pytest.skip("it has no default for what is selected")
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in ((7, 16), (2100, 16)))
     target = torch.randint(2100, (7,), generator=generator)
@@ -99,9 +101,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("selection", part([{"k": 30}, {}, {"k": 300}], 3), ids=str)
-@pytest.mark.parametrize(
-    ("name", "linear"), part([("crl_loss", False), ("ss_lr_loss", False), ("linear CRLLoss", True)], 3)
-)
+@pytest.mark.parametrize(("name", "linear"), part(SHARDED, 3))
 def test_class_shards(name, linear, selection, ranks, device):
     """Two ranks with half of the classes each: targets that are elsewhere, merged states, picks that others outdo."""
     generator = torch.Generator().manual_seed(1)

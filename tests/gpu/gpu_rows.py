@@ -66,6 +66,8 @@ def rows_of_every_kind(classes: int, k: int, dtype: torch.dtype, seed: int = 0) 
         "NaN": torch.where(places == classes // 2, NAN, normal()),
         "-NaN at the end": torch.where(places == classes - 1, -NAN, normal()),
         "all NaN": torch.full((classes,), NAN),
+        "hardest in front, the rest equal": torch.where(places < max(1, k // 2), 5.0, 0.0),
+        "-0 above all": torch.where(normal() > 0, -0.0, -1.0),
     }
     return {name: row.to(dtype) for name, row in rows.items()}
 
