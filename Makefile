@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
+.PHONY: help demo test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -22,9 +22,10 @@ demo: $(INSTALLED) ## train a small network with every loss, print the table, dr
 test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
+	$(BIN)/python -m pytest tests/emulator $(ARGS)
 
-fuzz: $(INSTALLED) ## selection on thousands of random rows, in Triton's interpreter (ten minutes)
-	$(BIN)/python -m pytest tests/gpu -m slow -k fuzz $(ARGS)
+gpu-proof: $(INSTALLED) ## run the GPU kernels as compiled, on an emulator: every case, every target, 2,000 random ones (an hour)
+	$(BIN)/python -m pytest tests/emulator -m "" $(ARGS)
 
 machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
 	$(BIN)/python -m bench.speed.machine_code --gates $(ARGS)

@@ -36,13 +36,31 @@ def test_gates(compiled):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_kernel_was_looked_at(compiled, target, dtype):
     reports = [report for report in compiled[1] if (report["target"], report["dtype"]) == (target, dtype)]
-    assert len(reports) >= 40
+    assert len(reports) >= 65
     assert {report["kernel"] for report in reports} >= {
-        "softmax_forward_kernel", "softmax_partial_kernel", "softmax_backward_kernel",
-        "logistic_forward_kernel", "logistic_partial_kernel", "index_backward_kernel", "multi_hot_backward_kernel",
+        "forward_kernel", "part_kernel", "merge_kernel", "backward_kernel", "finish_kernel",
         "row_kernel", "maxima_kernel", "blocks_kernel", "scatter_kernel", "threshold_kernel",
     }  # fmt: skip
     walking = [report for report in reports if report["loops"]]
-    assert len(walking) >= 35 and all(report["registers"] >= 16 for report in reports)
+    assert len(walking) >= 55 and all(report["registers"] >= 16 for report in reports)
     for report in walking:
         assert any("16" in access for loop in report["loops"] for access in loop["accesses"]), report["kernel"]
+
+
+def test_a_kernel_that_losses_share_is_listed_once():
+    """Walks and backward kernels of the softmax family know no loss; what ends a row does."""
+    command = """
+from bench.machine_code import kernels
+found = kernels("sm_90", ["bf16"], ["cross_entropy", "nllr", "crl"])
+for launched, losses, _, _ in found:
+    print(launched.kernel.__name__, len({loss.split(",")[0] for loss in losses}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    listed = [line.split() for line in done.stdout.splitlines()]
+    sharing = {name: {int(number) for kernel, number in listed if kernel == name} for name, _ in listed}
+    for kernel in ("backward_kernel", "scatter_kernel", "threshold_kernel", "part_kernel", "maxima_kernel"):
+        assert sharing[kernel] == {3}, kernel
+    for kernel in ("forward_kernel", "merge_kernel", "row_kernel", "blocks_kernel"):
+        assert sharing[kernel] == {1, 3}, f"{kernel}: with a finish, and without"
+    assert sharing["finish_kernel"] == {1}

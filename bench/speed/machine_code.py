@@ -13,10 +13,7 @@ import json
 import multiprocessing
 import os
 import re
-import struct
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,23 +23,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_losses.gpu import doors, launch
+from bench.assembly import (
+    amd_access,
+    amd_code,
+    amd_loops,
+    disassemble,
+    nvidia_access,
+    nvidia_loops,
+    registers,
+)
+from fused_losses.gpu import device, doors
+from fused_losses.losses import LossSpec
 
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), launch.Device("generic", 108, 32, nvidia=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), launch.Device("hopper", 132, 32, nvidia=True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), launch.Device("generic", 148, 32, nvidia=True)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), launch.Device("generic", 304, 64, nvidia=False)),
+    "sm_80": (GPUTarget("cuda", 80, 32), device.Device(108, 32, nvidia=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), device.Device(132, 32, nvidia=True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), device.Device(148, 32, nvidia=True)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), device.Device(304, 64, nvidia=False)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BUDGET = {("softmax_forward_kernel", "cross_entropy"): 10.0, ("softmax_backward_kernel", "cross_entropy"): 12.0}
-LOSSES = {
-    "cross_entropy": ("softmax", []),
-    "nllr": ("softmax", []),
-    "crl": ("softmax", [1.5, 1.0]),
-    "lr": ("logistic", []),
-    "ss_lr": ("logistic", [2.0]),
-    "ss_lr, gamma 1.5": ("logistic", [1.5]),
+BUDGET = {("forward_kernel", "cross_entropy"): 10.0, ("backward_kernel", "cross_entropy"): 12.0}
+LOSSES = {  # family, hyper-parameters, weight of the mean over the negatives
+    "cross_entropy": ("softmax", [], None),
+    "nllr": ("softmax", [], None),
+    "crl": ("softmax", [1.5, 1.0], None),
+    "lr": ("logistic", [], None),
+    "ss_lr": ("logistic", [2.0], 1.0),
+    "ss_lr, gamma 1.5": ("logistic", [1.5], 1.0),
 }
 # Rows, classes, k, compact: registers; the row read again; blocks of 8, 16 and 32; a row split over programs.
 HARDEST = (
@@ -55,7 +62,6 @@ _TRITON_TYPES = {
     torch.uint8: "u8",
 }  # fmt: skip
 _BATCH = 24  # kernels per call of the disassembler
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,18 @@ class Launched:
         """What Triton's JIT would compile for these arguments."""
         names = self.kernel.arg_names
         signature = dict.fromkeys(self.constexprs, "constexpr")
-        attributes = {}
+        attributes, constexprs = {}, dict(self.constexprs)
         for place, (name, value) in enumerate(zip(names, self.arguments, strict=False)):
             if isinstance(value, torch.Tensor):
                 signature[name] = "*" + _TRITON_TYPES[value.dtype]
                 attributes[(place,)] = [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[name] = "fp32"
+            elif value is None:
+                signature[name], constexprs[name] = "constexpr", None
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        return ASTSource(self.kernel, {name: signature[name] for name in names}, self.constexprs, attributes)
+        return ASTSource(self.kernel, {name: signature[name] for name in names}, constexprs, attributes)
 
     def key(self) -> str:
         return f"{self.warps} {self.options} {self.source().hash()}"
@@ -98,7 +106,7 @@ class Loop:
 @dataclass
 class Report:
     kernel: str
-    loss: str
+    losses: list[str]  # that share it; with their targets and selection, in words
     dtype: str
     target: str
     classes: list[int]
@@ -110,10 +118,14 @@ class Report:
     narrow_rows: bool = False  # a row base in 32 bits
     hardest: bool = False
 
+    @property
+    def loss(self) -> str:
+        return "; ".join(self.losses)
+
     def failures(self) -> list[str]:
         where = f"{self.kernel} [{self.loss}] {self.dtype} {self.target}"
         found = [f"{where}: a row base in 32 bits"] if self.narrow_rows else []
-        if not self.loops and "merge" not in self.kernel:
+        if not self.loops and self.kernel not in ("merge_kernel", "finish_kernel"):
             found.append(f"{where}: no loop over the row was found")
         if self.target == "gfx942":
             return found
@@ -130,7 +142,7 @@ class Report:
                 narrow = [access for access in narrow if access.startswith("store")]
             if narrow or not any(access.endswith(" 16") for access in loop.accesses):
                 found.append(f"{where}: a loop with {', '.join(loop.accesses)} bytes")
-            budget = BUDGET.get((self.kernel, self.loss), float("inf"))
+            budget = min(BUDGET.get((self.kernel, loss), float("inf")) for loss in self.losses)
             if self.target == "sm_90" and loop.per_logit > budget:
                 found.append(f"{where}: {loop.per_logit:.2f} loop instructions per logit, budget {budget}")
         return found
@@ -163,11 +175,11 @@ class Report:
 
 
 def record(
-    device: launch.Device, num_rows: int, num_classes: int, dtype: torch.dtype, loss: str, target: str, k: int = 0,
+    on: device.Device, shape: tuple[int, int], dtype: torch.dtype, loss: str, target: str, reduction: str, k: int = 0,
     compact: bool = False,
 ):  # fmt: skip
     """The launches of one step, forward and backward, without a GPU and without running them."""
-    family, params = LOSSES[loss]
+    _, params, alpha = LOSSES[loss]
     launches: list[Launched] = []
 
     def recorder(kernel, grid, warps, *arguments, **named):
@@ -176,173 +188,47 @@ def record(
         arguments = tuple(x.new_empty(0) if isinstance(x, torch.Tensor) else x for x in arguments)  # not gigabytes
         launches.append(Launched(kernel, warps, arguments, constexprs, options))
 
-    logits = torch.empty((num_rows, num_classes), dtype=dtype)
+    logits = torch.empty(shape, dtype=dtype)
     if target == "index":
-        y = torch.zeros(num_rows, dtype=torch.int64)
+        y = torch.zeros(shape[0], dtype=torch.int64)
     else:
-        y = torch.zeros((num_rows, num_classes), dtype=torch.bool)
-    forward, backward = getattr(doors, f"{family}_forward"), getattr(doors, f"{family}_backward")
-    arguments = loss.split(",")[0], params, k, -100
-    honest = launch.profile, launch.launch
-    launch.profile, launch.launch = lambda _: device, recorder
+        y = torch.zeros(shape, dtype=torch.bool)
+    spec = LossSpec(loss.split(",")[0], params, alpha, k, -100, 0, shape[1], compact)
+    honest = device.profile, device.launch
+    device.profile, device.launch = lambda _: on, recorder
     try:
-        values, state, *picks = forward(logits, y, *arguments, compact)
+        value, coefficients, *kept = doors.forward(logits, y, None, reduction, *spec)
         given = None if compact and target == "index" else logits
-        backward(torch.empty_like(values), given, y, state, *picks, *arguments, num_classes, compact)
+        doors.backward(torch.empty_like(value), coefficients, given, y, *kept, shape[1], *spec)
     finally:
-        launch.profile, launch.launch = honest
+        device.profile, device.launch = honest
     return launches
 
 
 def kernels(target: str, dtypes: list[str], losses: list[str]):
-    """Every distinct kernel of a target: (kernel, loss, dtype, the class counts that share it)."""
-    _, device = TARGETS[target]
-    for dtype, loss in itertools.product(dtypes, losses):
-        found: dict[str, tuple[Launched, list[int]]] = {}
-        shapes = [(4096, 1000), (4096, 751), (4096, 32768), (4096, 21841), (8, 262144), (8, 262143)]
-        steps = [(*shape, 0, False) for shape in shapes] + list(HARDEST)
-        for (rows, classes, k, compact), kind in itertools.product(steps, ("index", "multi_hot")):
+    """Every distinct kernel of a target: (kernel, the losses and the class counts that share it, dtype)."""
+    _, on = TARGETS[target]
+    shapes = [(4096, 1000), (4096, 751), (4096, 32768), (4096, 21841), (8, 262144), (8, 262143)]
+    steps = [(*shape, 0, False) for shape in shapes] + list(HARDEST)
+    for dtype in dtypes:
+        found: dict[str, tuple[Launched, list[str], list[int]]] = {}
+        for loss, (rows, classes, k, compact), kind, reduction in itertools.product(
+            losses, steps, ("index", "multi_hot"), ("none", "mean")
+        ):
             if kind == "multi_hot" and LOSSES[loss][0] == "softmax":
                 continue
-            for launched in record(device, rows, classes, DTYPES[dtype], loss, kind, k, compact):
-                name = loss if kind == "index" else f"{loss}, multi_hot"
-                name += ", hardest" if k else ""
-                _, counts, _ = found.setdefault(launched.key(), (launched, [], name))
+            name = loss + (", multi_hot" if kind == "multi_hot" else "") + (", hardest" if k else "")
+            for launched in record(on, (rows, classes), DTYPES[dtype], loss, kind, reduction, k, compact):
+                _, names, counts = found.setdefault(launched.key(), (launched, [], []))
+                if name not in names:
+                    names.append(name)
                 if classes not in counts:
                     counts.append(classes)
-        for launched, counts, name in found.values():
-            yield launched, name, dtype, counts
+        for launched, names, counts in found.values():
+            yield launched, names, dtype, counts
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
-
-
-def _registers(cubin: bytes) -> int:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_TOOLS / "cuobjdump", "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return int(re.search(r"REG:(\d+)", usage)[1])
-
-
-def _text(cubin: bytes) -> bytes:
-    """The machine code of the only kernel in an ELF file."""
-    table = struct.unpack_from("<Q", cubin, 0x28)[0]
-    size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + place * size) for place in range(number)]
-    found = []
-    for name, _, _, _, offset, length in sections:
-        start = sections[names][4] + name
-        if cubin[start : cubin.index(b"\0", start)].startswith(b".text."):
-            found.append(cubin[offset : offset + length])
-    assert len(found) == 1, f"{len(found)} kernels"
-    return found[0]
-
-
-def _disassemble(cubins: list[bytes], target: str) -> list[list[tuple[int, str]]]:
-    """(address, instruction) of the machine code of each kernel.
-
-    All at once, one behind the other: the disassembler takes half a second to start and no time for a kernel.
-    """
-    texts = [_text(cubin) for cubin in cubins]
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(texts))
-        file.flush()
-        command = [_TOOLS / "nvdisasm", "-ndf", "-b", target.replace("_", "").upper(), file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    code = ((int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", listing))
-    ends = list(itertools.accumulate(map(len, texts)))
-    kernels: list[list[tuple[int, str]]] = [[] for _ in texts]
-    place = 0
-    for address, text in code:
-        place += address >= ends[place]
-        kernels[place].append((address, text))
-    return kernels
-
-
-def _innermost(spans: list[tuple[int, int]], code: list[tuple[int, str]]) -> list[list[str]]:
-    """Instructions of the loops, (first address, last), that hold no other."""
-    holds = lambda outer, inner: outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]  # noqa: E731
-    spans = [span for span in spans if not any(holds(span, other) for other in spans)]
-    return [[text for at, text in code if first <= at <= last] for first, last in spans]
-
-
-def _nvidia_loops(code: list[tuple[int, str]]) -> list[list[str]]:
-    places = {address: place for place, (address, _) in enumerate(code)}
-    targets = {}  # of branches, by place
-    for place, (_, text) in enumerate(code):
-        branch = re.search(r"\bBRA(?:\.\S+)?\s.*?0x([0-9a-f]+)", text)
-        if branch:
-            targets[place] = places[int(branch[1], 16)]
-
-    def returns(first: int, last: int) -> bool:
-        """Whether the branch is reached from its own target: cold code behind the end branches back, too, only once."""
-        reached, ahead = set(), [first]
-        while ahead:
-            place = ahead.pop()
-            if place in reached or not first <= place <= last:
-                continue
-            if place == last:
-                return True
-            reached.add(place)
-            text = code[place][1]
-            if place in targets:
-                ahead.append(targets[place])
-            if not re.match(r"(BRA\S*\s+0x|EXIT|RET)", text):  # else under a condition, or no branch
-                ahead.append(place + 1)
-        return False
-
-    backward = [(first, last) for last, first in targets.items() if first < last]
-    spans = [(code[first][0], code[last][0]) for first, last in backward if returns(first, last)]
-    return _innermost(spans, code)
-
-
-def _nvidia_access(text: str) -> str | None:
-    """'load 16' for LDG.E.128."""
-    found = re.search(r"\b(LDG|STG)\.(\S+)", text)
-    if not found:
-        return None
-    modifiers = found[2].split(".")
-    width = next((int(m) // 8 for m in modifiers if m in ("64", "128", "256")), 4)
-    width = next(
-        (1 for m in modifiers if m in ("U8", "S8")), next((2 for m in modifiers if m in ("U16", "S16")), width)
-    )
-    return f"{'load' if found[1] == 'LDG' else 'store'} {width}"
-
-
-def _amd_code(text: str) -> tuple[dict[str, int], list[tuple[int, str]], dict[str, int]]:
-    usage = {
-        name: int(n)
-        for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|group_segment_fixed_size):\s*(\d+)", text)
-    }
-    code, labels = [], {}
-    for line in text.splitlines():
-        line = line.split(";")[0].strip()
-        if code and line.startswith(".section"):
-            break
-        if re.match(r"^\.?LBB\d+_\d+:", line):
-            labels[line.rstrip(":")] = len(code)
-        elif re.match(r"^[a-z]+_\w+", line):
-            code.append((len(code), line))
-    return usage, code, labels
-
-
-def _amd_loops(code: list[tuple[int, str]], labels: dict[str, int]) -> list[list[str]]:
-    spans = []
-    for address, text in code:
-        branch = re.match(r"s_c?branch\w*\s+(\.?LBB\d+_\d+)", text)
-        if branch and labels[branch[1]] <= address:
-            spans.append((labels[branch[1]], address))
-    return _innermost(spans, code)
-
-
-def _amd_access(text: str) -> str | None:
-    found = re.match(r"(global|buffer|flat)_(load|store)_(\w+)", text)
-    if not found:
-        return None
-    width = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}.get(found[3].split()[0])
-    return f"{found[2]} {width or (2 if '16' in found[3] or 'short' in found[3] else 1)}"
 
 
 def _narrow_rows(ttir: str, launched: Launched) -> bool:
@@ -362,19 +248,20 @@ class Compiled:
     code: bytes | str  # cubin, or AMD's assembly
 
 
-def compile_kernel(launched: Launched, loss: str, dtype: str, target: str, classes: list[int]) -> Compiled:
+def compile_kernel(launched: Launched, losses: list[str], dtype: str, target: str, classes: list[int]) -> Compiled:
     gpu, _ = TARGETS[target]
     options = {"num_warps": launched.warps, "enable_fp_fusion": True, **launched.options}
     compiled = triton.compile(launched.source(), target=gpu, options=options)
+    hardest = all(loss.endswith("hardest") for loss in losses)
     report = Report(
-        launched.kernel.__name__, loss, dtype, target, sorted(classes), launched.warps, 0, 0, compiled.metadata.shared,
-        narrow_rows=_narrow_rows(compiled.asm["ttir"], launched), hardest=loss.endswith("hardest"),
+        launched.kernel.__name__, losses, dtype, target, sorted(classes), launched.warps, 0, 0,
+        compiled.metadata.shared, narrow_rows=_narrow_rows(compiled.asm["ttir"], launched), hardest=hardest,
     )  # fmt: skip
     lanes = 0  # the merge of parts walks no row
     if "ROWS" in launched.constexprs:
         lanes = launched.constexprs["ROWS"] * launched.constexprs["LANES"] // (launched.warps * gpu.warp_size)
     if gpu.backend == "cuda":
-        report.registers = _registers(compiled.asm["cubin"])
+        report.registers = registers(compiled.asm["cubin"])
         return Compiled(report, lanes, compiled.asm["cubin"])
     return Compiled(report, lanes, compiled.asm["amdgcn"])
 
@@ -383,15 +270,15 @@ def reports_of(batch: list[Compiled]) -> list[Report]:
     """Of kernels of one target."""
     target = batch[0].report.target
     nvidia = TARGETS[target][0].backend == "cuda"
-    codes = _disassemble([compiled.code for compiled in batch], target) if nvidia else [None] * len(batch)
+    codes = disassemble([compiled.code for compiled in batch], target) if nvidia else [None] * len(batch)
     for compiled, code in zip(batch, codes, strict=True):
         report = compiled.report
         if nvidia:
-            loops, access = _nvidia_loops(code), _nvidia_access
+            loops, access = nvidia_loops(code), nvidia_access
             report.spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for _, text in code)
         else:
-            usage, code, labels = _amd_code(compiled.code)
-            loops, access = _amd_loops(code, labels), _amd_access
+            usage, code, labels = amd_code(compiled.code)
+            loops, access = amd_loops(code, labels), amd_access
             report.registers, report.spills = usage["vgpr_count"], usage["vgpr_spill_count"]
         for loop in loops if compiled.lanes else ():
             accesses = Counter(filter(None, map(access, loop)))
@@ -416,9 +303,9 @@ def _compile_number(number: int) -> Compiled:
 def compile_all(targets: list[str], dtypes: list[str], losses: list[str], processes: int):
     """Reports, in order, as batches of them are done."""
     _work[:] = [
-        (launched, name, dtype, target, classes)
+        (launched, names, dtype, target, classes)
         for target in targets
-        for launched, name, dtype, classes in kernels(target, dtypes, losses)
+        for launched, names, dtype, classes in kernels(target, dtypes, losses)
     ]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         batch: list[Compiled] = []

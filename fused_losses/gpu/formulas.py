@@ -1,10 +1,12 @@
 """Value and slope of each loss, in Triton: a formula knows no walk.
 
-Every formula has the signature f(x, a, b, FAST) in fp32: x is the margin of a row (softmax losses) or one logit
-(logistic losses), a and b are the loss's hyper-parameters in the order of ``losses.py``. FAST takes shorter primitives,
-one of which only NVIDIA's assembler knows: for what is done once per logit, so that memory and not arithmetic bounds
-the walk.
+Every formula has the signature f(x, a, b, FAST) in fp32: x is d, the log-odds of a row's target (softmax losses), or
+one logit (logistic losses), a and b are the loss's hyper-parameters in the order of ``losses.py``. FAST takes shorter
+primitives, one of which only NVIDIA's assembler knows: for what is done once per logit, so that memory and not
+arithmetic bounds the walk.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -73,51 +75,61 @@ def logaddexp(x, y, FAST: tl.constexpr):
     return tl.maximum(x, y) + tl.where(low == float("-inf"), 0.0, log1p_of_unit(exp(-tl.abs(x - y), FAST)))
 
 
-# --- softmax losses, of the margin ------------------------------------------------------------------------------------
+# --- softmax losses, of the log-odds ----------------------------------------------------------------------------------
 
 
 @triton.jit
-def cross_entropy_value(margin, a, b, FAST: tl.constexpr):
-    return softplus(-margin, FAST)
+def log_odds_value(d, a, b, FAST: tl.constexpr):
+    return d
 
 
 @triton.jit
-def cross_entropy_slope(margin, a, b, FAST: tl.constexpr):
-    return -sigmoid(-margin, FAST)
+def log_odds_slope(d, a, b, FAST: tl.constexpr):
+    return 1.0
 
 
 @triton.jit
-def nllr_value(margin, a, b, FAST: tl.constexpr):
-    return -margin
+def cross_entropy_value(d, a, b, FAST: tl.constexpr):
+    return softplus(-d, FAST)
 
 
 @triton.jit
-def nllr_slope(margin, a, b, FAST: tl.constexpr):
+def cross_entropy_slope(d, a, b, FAST: tl.constexpr):
+    return -sigmoid(-d, FAST)
+
+
+@triton.jit
+def nllr_value(d, a, b, FAST: tl.constexpr):
+    return -d
+
+
+@triton.jit
+def nllr_slope(d, a, b, FAST: tl.constexpr):
     return -1.0
 
 
 @triton.jit
-def crl_value(margin, alpha, beta, FAST: tl.constexpr):
-    competing = beta * logaddexp(tl.log(alpha), -softplus(margin, FAST), FAST)
-    return softplus(-margin, FAST) + tl.where(beta == 0.0, 0.0, competing)
+def crl_value(d, alpha, beta, FAST: tl.constexpr):
+    competing = beta * logaddexp(tl.log(alpha), -softplus(d, FAST), FAST)
+    return softplus(-d, FAST) + tl.where(beta == 0.0, 0.0, competing)
 
 
 @triton.jit
-def crl_slope(margin, alpha, beta, FAST: tl.constexpr):
-    relative = tl.where(alpha == 0.0, 1.0, sigmoid(-(tl.log(alpha) + softplus(margin, FAST)), FAST))
-    return -sigmoid(-margin, FAST) - beta * sigmoid(margin, FAST) * relative
+def crl_slope(d, alpha, beta, FAST: tl.constexpr):
+    relative = tl.where(alpha == 0.0, 1.0, sigmoid(-(tl.log(alpha) + softplus(d, FAST)), FAST))
+    return -sigmoid(-d, FAST) - beta * sigmoid(d, FAST) * relative
 
 
 # --- logistic losses, of one negative's logit -------------------------------------------------------------------------
 
 
 @triton.jit
-def lr_value(z, a, b, FAST: tl.constexpr):
+def lr_phi(z, a, b, FAST: tl.constexpr):
     return softplus(z, FAST)
 
 
 @triton.jit
-def lr_slope(z, a, b, FAST: tl.constexpr):
+def lr_phi_slope(z, a, b, FAST: tl.constexpr):
     return sigmoid(z, FAST)
 
 
@@ -156,36 +168,46 @@ def _soft_selection_slope(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
 
 
 @triton.jit
-def ss_lr_value(z, gamma, b, FAST: tl.constexpr):
+def ss_lr_phi(z, gamma, b, FAST: tl.constexpr):
     return _soft_selection_value(z, gamma, FAST, _power)
 
 
 @triton.jit
-def ss_lr_slope(z, gamma, b, FAST: tl.constexpr):
+def ss_lr_phi_slope(z, gamma, b, FAST: tl.constexpr):
     return _soft_selection_slope(z, gamma, FAST, _power)
 
 
 @triton.jit
-def ss_lr_square_value(z, gamma, b, FAST: tl.constexpr):
+def ss_lr_square_phi(z, gamma, b, FAST: tl.constexpr):
     return _soft_selection_value(z, gamma, FAST, _square)
 
 
 @triton.jit
-def ss_lr_square_slope(z, gamma, b, FAST: tl.constexpr):
+def ss_lr_square_phi_slope(z, gamma, b, FAST: tl.constexpr):
     return _soft_selection_slope(z, 2.0, FAST, _square)
 
 
+class Formula(NamedTuple):
+    """Value and slope of d, or phi and its slope, with the hyper-parameters that both take."""
+
+    value: triton.JITFunction
+    slope: triton.JITFunction
+    a: float
+    b: float
+
+
 _FORMULAS = {
+    "log_odds": (log_odds_value, log_odds_slope),
     "cross_entropy": (cross_entropy_value, cross_entropy_slope),
     "nllr": (nllr_value, nllr_slope),
     "crl": (crl_value, crl_slope),
-    "lr": (lr_value, lr_slope),
-    "ss_lr": (ss_lr_value, ss_lr_slope),
+    "lr": (lr_phi, lr_phi_slope),
+    "ss_lr": (ss_lr_phi, ss_lr_phi_slope),
 }
 
 
-def formulas(loss: str, params: list[float]):
-    """(value, slope, a, b) of a loss; the default exponent of SS-LR has its own pair, with one exponential less."""
-    value, slope = (ss_lr_square_value, ss_lr_square_slope) if (loss, params) == ("ss_lr", [2.0]) else _FORMULAS[loss]
-    a, b = (*params, 0.0, 0.0)[:2]
-    return value, slope, a, b
+def formulas(loss: str, params: list[float]) -> Formula:
+    """The default exponent of SS-LR has its own pair, with one exponential less."""
+    square = (loss, list(params)) == ("ss_lr", [2.0])
+    value, slope = (ss_lr_square_phi, ss_lr_square_phi_slope) if square else _FORMULAS[loss]
+    return Formula(value, slope, *(*params, 0.0, 0.0)[:2])

@@ -1,13 +1,19 @@
-"""Fixtures of the GPU wing's tests. They need a process of their own, ``pytest tests/gpu``: see gpu_doors.py."""
+"""Fixtures of the GPU backend's tests. They need a process of their own, ``pytest tests/gpu``: where there is no GPU
+they run in Triton's interpreter, which must be asked for before Triton is imported."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
-from gpu_doors import INTERPRETED  # first: it decides how Triton is imported
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from gpu_doors import INTERPRETED
 from triton.runtime import interpreter
 
-from fused_losses.gpu import launch
+from fused_losses.gpu import device as gpu
 
 
 @pytest.fixture(scope="session")
@@ -62,14 +68,14 @@ def small_device(monkeypatch):
     cut one and a rim. Whole rows, unless split."""
     if INTERPRETED:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
-        monkeypatch.setattr(launch, "profile", lambda _: launch.Device("generic", 1, 4, nvidia=True))
-        monkeypatch.setattr(launch, "tile_for", lambda device, classes, itemsize: launch.Tile(1, itemsize))
+        monkeypatch.setattr(gpu, "profile", lambda _: gpu.Device(1, 4, nvidia=True))
+        monkeypatch.setattr(gpu, "tile_for", lambda classes, itemsize: gpu.Tile(1, itemsize))
 
 
 @pytest.fixture
 def split_rows(monkeypatch):
     """Three programs for every row of three tiles or more."""
-    monkeypatch.setattr(launch, "parts_for", lambda device, rows, tiles: min(3, tiles))
+    monkeypatch.setattr(gpu, "parts_for", lambda device, rows, tiles: min(3, tiles))
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Calls to the GPU doors beside the reference's, and how close they must be.
 
-On a CUDA device if there is one, else on CPU tensors in Triton's interpreter, which must be asked for before Triton is
-imported.
+On a CUDA device if there is one, else on CPU tensors: in Triton's interpreter (``conftest.py`` beside this asks for
+it), or on the emulator (``tests/emulator``).
 """
 
 import os
@@ -9,37 +9,16 @@ import os
 import torch
 from torch import Tensor
 
-INTERPRETED = not torch.cuda.is_available()
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
+from doors import LOGISTIC, SOFTMAX, SS_LR, Formula, Kept, grad_like
+from fused_losses import reference
+from fused_losses.gpu import doors as gpu_backend
+from fused_losses.gpu.layout import gradient_row_stride
 
-from fused_losses import reference  # noqa: E402
-from fused_losses.gpu import launch  # noqa: E402
-from fused_losses.gpu.layout import gradient_row_stride  # noqa: E402
-
-SOFTMAX = {
-    "cross_entropy": ("cross_entropy", []),
-    "nllr": ("nllr", []),
-    "crl": ("crl", [1.5, 1.0]),
-    "crl, alpha 0": ("crl", [0.0, 1.0]),
-    "crl, alpha 0.3": ("crl", [0.3, 2.5]),
-    "crl, beta 0": ("crl", [0.0, 0.0]),
-}
-LOGISTIC = {
-    "lr": ("lr", []),
-    "ss_lr": ("ss_lr", [2.0]),
-    "ss_lr, gamma 0": ("ss_lr", [0.0]),
-    "ss_lr, gamma 1": ("ss_lr", [1.0]),
-    "ss_lr, gamma 0.5": ("ss_lr", [0.5]),
-}
-FORMULAS = SOFTMAX | LOGISTIC
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FORMULAS = (*SOFTMAX, *LOGISTIC, SS_LR._replace(params=[1.0]))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TINY = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 2.0**-24}  # what a gradient may lose anywhere
 IGNORED = -100
-
-
-def family(formula: str) -> str:
-    return "softmax" if formula in SOFTMAX else "logistic"
 
 
 def make(rows: int, classes: int, dtype: torch.dtype, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -49,18 +28,21 @@ def make(rows: int, classes: int, dtype: torch.dtype, seed: int = 0, spread: flo
     return logits.to(dtype), torch.randint(classes, (rows,), generator=generator)
 
 
-def make_grad(formula: str, rows: int, seed: int = 0) -> Tensor:
-    shape = (rows,) if family(formula) == "softmax" else (rows, 2)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
-def step(wing, formula: str, logits: Tensor, target: Tensor, grad: Tensor, ignore_index: int = IGNORED, part=(0, None)):
-    """rows (rows,) or (rows, 2), state, and dlogits. part: first_class and all_classes."""
-    loss, params = FORMULAS[formula]
-    forward, backward = (getattr(wing, f"{family(formula)}_{pass_}") for pass_ in ("forward", "backward"))
-    rows, state, *picks = forward(logits, target, loss, params, 0, ignore_index, False, *part)
-    options = loss, params, 0, ignore_index, logits.shape[1], False, *part
-    return rows, state, backward(grad, logits, target, state, *picks, *options)
+def step(
+    backend, formula: Formula, logits: Tensor, target: Tensor, k=0, compact=False, *, grad=None, ignore_index=IGNORED,
+    part=(0, None), weight=None, reduction="none",
+) -> tuple[Kept, Tensor]:  # fmt: skip
+    """Forward and backward through the doors: what forward gives, and dlogits. part: first_class and all_classes."""
+    spec = formula.spec(logits.shape[1], k, compact, ignore_index)
+    spec = spec._replace(first_class=part[0], all_classes=part[1] or logits.shape[1])
+    weight = None if weight is None else weight.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    kept = Kept(*backend.forward(logits, target, weight, reduction, *spec))
+    if grad is None:
+        grad = grad_like(logits) if reduction == "none" else torch.tensor(0.7)
+    given = None if compact and target.dim() == 1 else logits
+    _, coefficients, *rest = kept
+    grad = grad.to(kept.loss)
+    return kept, backend.backward(grad, coefficients, given, target, *rest, logits.shape[1], *spec)
 
 
 class Unchecked:
@@ -80,42 +62,64 @@ class Unchecked:
 
 
 def compare(
-    formula: str, logits: Tensor, target: Tensor, grad: Tensor | None = None, ignore_index: int = IGNORED,
-    part: tuple[int, int | None] = (0, None),
+    formula: Formula, logits: Tensor, target: Tensor, k: int = 0, compact: bool = False, *, backend=gpu_backend,
+    grad: Tensor | None = None, weight: Tensor | None = None, **options,
 ) -> Tensor:  # fmt: skip
-    """One step through the GPU doors, held against the reference in the same precision and in float64: dlogits."""
-    grad = make_grad(formula, logits.shape[0]).to(logits.device) if grad is None else grad
-    before = logits.clone(), target.clone(), grad.clone()
-    rows, state, dlogits = step(launch, formula, logits, target, grad, ignore_index, part)
-    for mine, kept in zip((logits, target, grad), before, strict=True):
+    """One step through the GPU doors: the picks are the reference's, bit for bit; the rest is held against the
+    reference in the same precision and in float64. options: of ``step``. Gives dlogits."""
+    given = [x for x in (logits, target, grad, weight) if x is not None]
+    before = [x.clone() for x in given]
+    options |= {"grad": grad, "weight": weight}
+    ours, dlogits = step(backend, formula, logits, target, k, compact, **options)
+    for mine, kept in zip(given, before, strict=True):
         torch.testing.assert_close(mine, kept, rtol=0, atol=0, equal_nan=True)
+    theirs, same = step(Unchecked(), formula, logits, target, k, compact, **options)
+    truth, exact = step(Unchecked(), formula, logits.double(), target, k, compact, **options)
 
-    assert rows.dtype == state.dtype == torch.float32 and dlogits.dtype == logits.dtype
-    assert dlogits.shape == logits.shape
-    assert dlogits.stride() == (gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size()), 1)
-
-    wing = Unchecked()
-    same = step(wing, formula, logits, target, grad, ignore_index, part)
-    truth = step(wing, formula, logits.double(), target, grad.double(), ignore_index, part)
-    if family(formula) == "logistic":
-        assert torch.equal(state[:, 1], same[1][:, 1]), "number of positives"
-    # A poisoned row has a NaN among its state; which one is the wing's own affair.
-    state, same_state, true_state = (
-        s.masked_fill(s.isnan().any(1, keepdim=True), float("nan")) for s in (state, same[1], truth[1])
-    )
-    same, truth = (same[0], same_state, same[2]), (truth[0], true_state, truth[2])
-    for name, ours, theirs, exact in zip(
-        ("rows", "state", "dlogits"), (rows, state, dlogits), same, truth, strict=True
-    ):
-        assert_as_accurate(ours, theirs, exact, f"{formula}: {name}")
+    for name in ("loss", "coefficients", "statistics"):
+        assert getattr(ours, name).dtype == torch.float32 and getattr(ours, name).shape == getattr(theirs, name).shape
+    assert dlogits.dtype == logits.dtype and dlogits.shape == logits.shape
+    stride = gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size())
+    assert dlogits.stride() == (logits.shape[1] if compact and target.dim() == 1 else stride, 1)
+    _assert_same_picks(logits, ours[3:], theirs[3:])
+    assert_as_accurate(*(poisoned(of.statistics) for of in (ours, theirs, truth)), f"{formula}: statistics")
+    assert_as_accurate(ours.coefficients, theirs.coefficients, truth.coefficients, f"{formula}: coefficients")
+    assert_as_accurate(ours.loss, theirs.loss, truth.loss, f"{formula}: loss")
+    assert_as_accurate(dlogits, same, exact, f"{formula}: dlogits")
     return dlogits
+
+
+def _assert_same_picks(logits: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+    """In any order; whatever they are in rows with a NaN, they are classes."""
+    (index, logit), (their_index, their_logit) = (_by_class(*picks) for picks in (ours, theirs))
+    assert index.dtype == torch.int32 and logit.dtype == logits.dtype and index.shape == their_index.shape
+    assert ((index >= -1) & (index < logits.shape[1])).all()
+    without_nan = ~logits.isnan().any(1)
+    assert torch.equal(index[without_nan], their_index[without_nan])
+    assert torch.equal(bits(logit[without_nan]), bits(their_logit[without_nan]))
+
+
+def _by_class(index: Tensor, logit: Tensor) -> tuple[Tensor, Tensor]:
+    order = index.argsort(dim=1, stable=True)
+    return index.gather(1, order), logit.gather(1, order)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
+
+
+def poisoned(statistics: Tensor) -> Tensor:
+    """Which of a bad row's statistics is NaN is the backend's own affair."""
+    return statistics.masked_fill(statistics.isnan().any(1, keepdim=True), float("nan"))
 
 
 def assert_as_accurate(ours: Tensor, theirs: Tensor, truth: Tensor, what: str) -> None:
     """Row by row: NaN and infinities where the reference has them, and an error against float64 within twice PyTorch's
     own in the same precision plus a few rounding units of the row's scale: an exponential by exp2 rounds its argument
     once more."""
-    ours, theirs, truth = (x.detach().cpu().reshape(-1, *x.shape[1:] or (1,)) for x in (ours, theirs, truth))
+    ours, theirs, truth = (
+        x.detach().cpu().reshape(x.shape if x.dim() == 2 else (-1, 1)) for x in (ours, theirs, truth)
+    )
     assert ours.shape == theirs.shape
     special = ~theirs.isfinite()
     assert torch.equal(ours.isnan(), theirs.isnan()), f"{what}: NaN elsewhere than in the reference"

@@ -5,35 +5,35 @@ import torch
 import triton
 from gpu_doors import DTYPES
 
-from fused_losses.gpu import launch
+from fused_losses.gpu import device as gpu
+from fused_losses.gpu import doors, hardest
 from fused_losses.gpu.formulas import formulas
 from fused_losses.gpu.layout import gradient_row_stride
 
-tile_for = launch.tile_for  # before the fixtures put a small one in its place
-HOPPER = launch.Device("hopper", 132, 32, nvidia=True)
-AMD = launch.Device("generic", 304, 64, nvidia=False)
+tile_for = gpu.tile_for  # before the fixtures put a small one in its place
+HOPPER = gpu.Device(132, 32, nvidia=True)
+AMD = gpu.Device(304, 64, nvidia=False)
 
 
-@pytest.mark.parametrize("device", [HOPPER, AMD], ids=["hopper", "amd"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_row_length_has_a_tile(device, itemsize):
-    warps = [tile_for(device, 2**power, itemsize).warps for power in range(31)]
+def test_every_row_length_has_a_tile(itemsize):
+    warps = [tile_for(2**power, itemsize).warps for power in range(31)]
     assert warps == sorted(warps), "longer rows never get fewer warps"
-    assert warps[0] == tile_for(device, 1000, 2).warps == 1, "one warp per short row"
+    assert warps[0] == tile_for(1000, 2).warps == 1, "one warp per short row"
     for power in range(31):
-        tile = tile_for(device, 2**power, itemsize)
+        tile = tile_for(2**power, itemsize)
         assert triton.next_power_of_2(tile.rows * tile.warps) == tile.rows * tile.warps
         assert 32 * tile.warps * 32 <= 1024 * 32
 
 
 def test_short_rows_fit_one_tile():
-    tile = tile_for(HOPPER, 1000, 2)
+    tile = tile_for(1000, 2)
     assert tile.rows * tile.warps * 32 * 8 >= 1000
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 64, 132, 256, 263])
 def test_few_long_rows_are_split_to_fill_the_device_once(rows):
-    parts = launch.parts_for(HOPPER, rows, 122)
+    parts = gpu.parts_for(HOPPER, rows, 122)
     assert 1 < parts <= 64 and 122 / parts >= 2
     at_once = 4 * HOPPER.multiprocessors
     assert rows * parts <= at_once
@@ -42,7 +42,7 @@ def test_few_long_rows_are_split_to_fill_the_device_once(rows):
 
 @pytest.mark.parametrize("rows, tiles", [(265, 1000), (8192, 4), (1, 1), (1, 3), (131, 2)])
 def test_other_rows_are_whole(rows, tiles):
-    assert launch.parts_for(HOPPER, rows, tiles) == 1
+    assert gpu.parts_for(HOPPER, rows, tiles) == 1
 
 
 def test_gradient_rows():
@@ -63,14 +63,21 @@ def test_who_is_served(dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
     device = torch.device("cuda", 0)
-    assert launch.unserved(device, dtype, 21841) is None
-    assert "float64" in launch.unserved(device, torch.float64, 21841)
-    assert "classes" in launch.unserved(device, dtype, 2**31 - 1)
+    assert doors.unserved(device, dtype, 21841) is None
+    assert "float64" in doors.unserved(device, torch.float64, 21841)
+    assert "classes" in doors.unserved(device, dtype, 2**31 - 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "8.0" in launch.unserved(device, dtype, 21841)
+    assert "8.0" in doors.unserved(device, dtype, 21841)
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert "3.5.1 is older than 3.6" in launch.unserved(device, dtype, 21841)
+    assert "3.5.1 is older than 3.6" in doors.unserved(device, dtype, 21841)
 
 
 def test_the_default_exponent_has_its_own_formula():
     assert formulas("ss_lr", [2.0])[:2] != formulas("ss_lr", [1.5])[:2] == formulas("ss_lr", [2.5])[:2]
+
+
+@pytest.mark.parametrize("tile", [gpu.Tile(8, 4), gpu.Tile(4, 2), gpu.Tile(8, 8)])
+def test_rows_are_shared_out_by_the_tiles_that_there_are(tile, monkeypatch):
+    monkeypatch.setattr(hardest, "_LONG", hardest.Plan(tile, 1))
+    found = hardest.plan(HOPPER, 1, 1_000_003, 1000, 2, multi_hot=False)
+    assert found.parts == 1_000_003 // (tile.rows * tile.warps * 32 * 8) // 2 and found.tile is tile

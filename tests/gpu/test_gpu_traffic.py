@@ -4,14 +4,14 @@ from collections import Counter
 
 import pytest
 import torch
-from gpu_doors import FORMULAS, IGNORED, INTERPRETED, family, make, make_grad
+from gpu_doors import IGNORED, INTERPRETED, gpu_backend, make
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 import fused_losses as fl
+from doors import CE, CRL, LR, NLLR, backward, forward, grad_like
 from fused_losses import ops
-from fused_losses.gpu import doors, launch
-from fused_losses.gpu import reductions as gpu_reductions
+from fused_losses.gpu import device as gpu
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
 ROWS, CLASSES = 3, 299
@@ -22,7 +22,7 @@ def traffic(monkeypatch):
     """Counts launches by kernel, and bytes read and written by kernel argument."""
     launches, moved = Counter(), Counter()
     places = []  # (argument, first address, behind the last), of the launch under way
-    honest = launch.launch
+    honest = gpu.launch
 
     def watched(kernel, grid, warps, *arguments, **constexprs):
         launches[kernel.fn.__name__] += 1
@@ -48,60 +48,56 @@ def traffic(monkeypatch):
     load, store = builder.create_masked_load, builder.create_masked_store
     monkeypatch.setattr(builder, "create_masked_load", masked_load)
     monkeypatch.setattr(builder, "create_masked_store", masked_store)
-    monkeypatch.setattr(launch, "launch", watched)
+    monkeypatch.setattr(gpu, "launch", watched)
     return launches, moved
 
 
 def both_doors(formula, logits, target, launches, moved):
     """(launches, bytes moved) of forward and of backward."""
-    loss, params = FORMULAS[formula]
-    forward, backward = getattr(launch, f"{family(formula)}_forward"), getattr(launch, f"{family(formula)}_backward")
-    _, state, *picks = forward(logits, target, loss, params, 0, IGNORED, False)
+    kept = forward(gpu_backend, formula, logits, target)
     of_forward = dict(launches), dict(moved)
     launches.clear(), moved.clear()
-    grad = make_grad(formula, logits.shape[0])
-    backward(grad, logits, target, state, *picks, loss, params, 0, IGNORED, logits.shape[1], False)
+    backward(gpu_backend, formula, grad_like(logits), logits, target, kept)
     return of_forward, (dict(launches), dict(moved))
 
 
 @interpreted
 @pytest.mark.parametrize("split", [False, True], ids=["whole rows", "split rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("formula", ["crl", "lr", "lr, multi-hot"])
-def test_bytes_and_launches(formula, dtype, split, traffic, request):
+@pytest.mark.parametrize(("formula", "multi_hot"), [(CRL, False), (LR, False), (LR, True)], ids=str)
+def test_bytes_and_launches(formula, multi_hot, dtype, split, traffic, request):
     """Forward reads every logit once, backward reads and writes every one once; the targets' logits once more."""
     if split:
         request.getfixturevalue("split_rows")
     logits, target = make(ROWS, CLASSES, dtype)
-    name, _, multi_hot = formula.partition(", ")
     if multi_hot:
         target = torch.rand((ROWS, CLASSES)) < 0.1
-    (forward_launches, forward), (backward_launches, backward) = both_doors(name, logits, target, *traffic)
+    (forward_launches, in_forward), (backward_launches, in_backward) = both_doors(formula, logits, target, *traffic)
     one_pass = logits.numel() * logits.element_size()
     target_logits = 0 if multi_hot else ROWS * logits.element_size()
 
     assert sum(forward_launches.values()) == (2 if split else 1)
     assert sum(backward_launches.values()) == 1
-    assert forward["logits_ptr", "read"] == one_pass + target_logits
-    assert backward["logits_ptr", "read"] == one_pass
-    assert backward["dlogits_ptr", "written"] == one_pass
-    assert sum(moved for (_, way), moved in forward.items() if way == "written") <= 72 * ROWS  # sums and states
+    assert in_forward["logits_ptr", "read"] == one_pass + target_logits
+    assert in_backward["logits_ptr", "read"] == one_pass
+    assert in_backward["dlogits_ptr", "written"] == one_pass
+    assert sum(moved for (_, way), moved in in_forward.items() if way == "written") <= 84 * ROWS  # numbers of rows
     if multi_hot:
-        assert forward["target_ptr", "read"] == backward["target_ptr", "read"] == target.numel()
+        assert in_forward["target_ptr", "read"] == in_backward["target_ptr", "read"] == target.numel()
 
 
 @interpreted
-@pytest.mark.parametrize("formula", ["crl", "lr"])
+@pytest.mark.parametrize("formula", [CRL, LR], ids=str)
 def test_ignored_rows_are_not_read(formula, traffic):
     logits, _ = make(ROWS, CLASSES, torch.bfloat16)
     target = torch.full((ROWS,), IGNORED)
-    (_, forward), (_, backward) = both_doors(formula, logits, target, *traffic)
-    assert forward["logits_ptr", "read"] == backward.get(("logits_ptr", "read"), 0) == 0
-    assert backward["dlogits_ptr", "written"] == logits.numel() * logits.element_size()
+    (_, in_forward), (_, in_backward) = both_doors(formula, logits, target, *traffic)
+    assert in_forward["logits_ptr", "read"] == in_backward.get(("logits_ptr", "read"), 0) == 0
+    assert in_backward["dlogits_ptr", "written"] == logits.numel() * logits.element_size()
 
 
 class Launches(TorchDispatchMode):
-    """Operators that start work on a device: all but views and allocations. A door counts as one."""
+    """Operators of PyTorch's own that start work on a device: all but views and allocations."""
 
     FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "lift_fresh")
 
@@ -110,37 +106,91 @@ class Launches(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.partition("::")[2]
+        namespace, _, name = function._schema.name.partition("::")
         is_view = any(argument.alias_info and not argument.alias_info.is_write for argument in function._schema.returns)
-        if not is_view and name not in self.FREE:
+        if not is_view and namespace != "fused_losses" and name not in self.FREE:
             self.names.append(name)
         return function(*args, **(kwargs or {}))
 
 
-STEPS = {  # operators of one whole step, forward and backward, from logits that need a gradient
+@pytest.fixture
+def served(monkeypatch):
+    """CPU tensors take the way of CUDA tensors. Gives the kernels that are started, none of which runs."""
+    kernels = []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *_, **__: kernels.append(kernel))
+    monkeypatch.setattr(ops, "_triton_backend", lambda *_: gpu_backend)
+    for name in ("forward", "finish", "backward"):
+        monkeypatch.setattr(ops, name, getattr(ops, f"_{name}_on_cuda"))
+    return kernels
+
+
+STEPS = {  # kernels of one whole step, forward and backward, from logits that need a gradient
     ("crl_loss", "none"): 2,
-    ("crl_loss", "mean"): 4,
+    ("crl_loss", "mean"): 3,
     ("cross_entropy", "none"): 2,
-    ("cross_entropy", "mean"): 4,
-    ("ss_lr_loss", "none"): 4,
-    ("ss_lr_loss", "mean"): 4,
+    ("cross_entropy", "mean"): 3,
+    ("cross_entropy", "sum"): 3,
+    ("ss_lr_loss", "none"): 2,
+    ("ss_lr_loss", "mean"): 3,
+    ("hs_lr_loss", "none"): 2,
+    ("hs_lr_loss", "mean"): 3,
 }
 
 
 @interpreted
 @pytest.mark.parametrize("loss, reduction", STEPS)
-def test_launches_of_a_whole_step(loss, reduction, monkeypatch):
-    """The reduction of N values adds two small launches to the doors' two, where there is one to do."""
-    monkeypatch.setattr(ops, "loss_forward", ops._loss_forward)  # what serves CUDA, though the tensors are not there
-    monkeypatch.setattr(ops, "loss_backward", ops._loss_backward)
-    monkeypatch.setattr(ops, "_triton_wing", lambda *_: doors)
-    kernels = []
-    monkeypatch.setattr(gpu_reductions, "launch", lambda kernel, *_, **__: kernels.append(kernel))
+def test_launches_of_a_whole_step(loss, reduction, served):
+    """The reduction of N numbers adds one small launch to the doors' two, where there is one to do; PyTorch none."""
     logits, target = make(4, 50, torch.float32)
     logits.requires_grad_()
+    options = {"k": 5} if loss == "hs_lr_loss" else {}
+    upstream = torch.ones(4 if reduction == "none" else ())
     with Launches() as launches:
-        value = getattr(fl, loss)(logits, target, reduction=reduction)
-        value.backward(torch.ones_like(value.detach()))
-    names = launches.names
-    assert sum(name.endswith(("_forward", "_backward")) for name in names) == 2
-    assert len(names) - 1 + len(kernels) == STEPS[loss, reduction], names  # less the ones_like
+        getattr(fl, loss)(logits, target, reduction=reduction, **options).backward(upstream)
+    assert launches.names == []
+    assert len(served) == STEPS[loss, reduction]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "options, multi_hot, kernels",
+    [
+        ({"weight": torch.ones(50)}, False, ["forward_kernel", "finish_kernel", "backward_kernel"]),
+        ({}, True, ["forward_kernel", "finish_kernel", "backward_kernel"]),
+        ({"k": 5}, False, ["row_kernel", "scatter_kernel"]),
+    ],
+)
+def test_what_a_finish_by_itself_is_for(options, multi_hot, kernels, served, monkeypatch):
+    """Class weights, and means over the terms of a batch, also without a reduction."""
+    monkeypatch.setattr(ops, "keeps_picks", lambda *_: True)
+    logits, target = make(4, 50, torch.float32)
+    target = torch.nn.functional.one_hot(target, 50) if multi_hot else target
+    value = fl.ss_lr_loss(logits.requires_grad_(), target, reduction="none", **options)
+    value.backward(torch.ones(4))
+    assert [kernel.fn.__name__ for kernel in served] == kernels
+
+
+def mean_step(formula, k, compact):
+    logits, target = make(4, 50, torch.float32)
+    spec = formula.spec(50, k, compact)
+    _, coefficients, *kept = gpu_backend.forward(logits, target, None, "mean", *spec)
+    gpu_backend.backward(torch.ones(()), coefficients, logits, target, *kept, 50, *spec)
+
+
+@interpreted
+@pytest.mark.parametrize("k, compact", [(0, False), (5, True), (5, False)])
+def test_no_walk_and_no_backward_of_the_softmax_family_knows_a_loss(k, compact, monkeypatch):
+    """The kernels of CE, NLLR and CRL are the same, with the same arguments, but for the finish."""
+    of_losses = []
+    for formula in (CE, NLLR, CRL):
+        started = []
+        monkeypatch.setattr(
+            gpu, "launch", lambda kernel, grid, warps, *given, to=started, **named: to.append(
+                (kernel, grid, warps, [x for x in given if not isinstance(x, torch.Tensor)], named)
+            )
+        )  # fmt: skip
+        mean_step(formula, k, compact)
+        walk, finish, backward_ = started
+        assert finish[0].fn.__name__ == "finish_kernel"
+        of_losses.append((walk, backward_))
+    assert of_losses[0] == of_losses[1] == of_losses[2]

@@ -1,0 +1,238 @@
+"""The losses over all negatives: one pass over the logits that gives the statistics, one more that writes the gradient.
+
+What differs between families and kinds of targets stands in jitted functions, which the kernels take as constexpr:
+
+    TARGET(labels, row, num_classes, VECTOR) -> Target
+    WALK(row, target, a, b, PHI, FAST, ROWS, LANES) -> four numbers of this program's part of a row
+    MERGE(four numbers of the parts, (PARTS,) each) -> those of the row
+    STATISTICS(four numbers) -> statistics
+    WRITE(drow, row, target, scale, NEGATIVE, FAST, ROWS, LANES)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..losses import LossSpec
+from . import device, logistic, softmax
+from .finish import Ending, Outputs, end_row
+from .formulas import formulas
+from .gradient import fill, fill_of_row, index_positive, multi_hot_positive, of_negatives, scale_of_row
+from .rows import (
+    SIZES,
+    Labels,
+    index_target,
+    last_tile,
+    load_tile,
+    multi_hot_target,
+    only_if,
+    open_row,
+    part_of,
+    rim_positions,
+    same_classes,
+    store_tile,
+    tile_lanes,
+)
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    loss_ptr, coefficients_ptr, statistics_ptr,  # see Outputs
+    logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    a, b, p, q,
+    TARGET: tl.constexpr, WALK: tl.constexpr, STATISTICS: tl.constexpr, PHI: tl.constexpr, FINISH: tl.constexpr,
+    VALUE: tl.constexpr, SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program, one row."""
+    VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    number = tl.program_id(0).to(tl.int64)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    target = TARGET(labels, number, num_classes, VECTOR)
+    row = open_row(logits_ptr, phase, number, row_stride, num_classes)
+    seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, PHI, FAST, ROWS, LANES)
+    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr)
+    end_row(outputs, number, target, STATISTICS(*seen), p, q, FINISH, VALUE, SLOPE)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def part_kernel(
+    parts_ptr,  # (rows, parts, 4)
+    logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    a, b,
+    TARGET: tl.constexpr, WALK: tl.constexpr, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """One program, one part of a row: for rows too few to fill the device."""
+    VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    number = tl.program_id(0).to(tl.int64)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    target = TARGET(labels, number, num_classes, VECTOR)
+    row = open_row(logits_ptr, phase, number, row_stride, num_classes)
+    seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, PHI, FAST, ROWS, LANES)
+    slot = (number * tl.num_programs(1) + tl.program_id(1)) * 4
+    for i in tl.static_range(4):
+        tl.store(parts_ptr + slot + i, seen[i])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def merge_kernel(
+    loss_ptr, coefficients_ptr, statistics_ptr,  # see Outputs
+    parts_ptr, parts,  # (rows, parts, 4)
+    num_classes, target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    p, q,
+    TARGET: tl.constexpr, MERGE: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr,
+    SLOPE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One program, one row: its parts in a fixed order, so that the result does not depend on who came first."""
+    number = tl.program_id(0).to(tl.int64)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    target = TARGET(labels, number, num_classes, 1)
+    part = tl.arange(0, PARTS)
+    slot = parts_ptr + (number * parts + part) * 4
+    tops = tl.load(slot, mask=part < parts, other=float("-inf"))
+    totals = tl.load(slot + 1, mask=part < parts, other=0.0)
+    thirds = tl.load(slot + 2, mask=part < parts, other=0.0)
+    counts = tl.load(slot + 3, mask=part < parts, other=0.0)
+    seen = MERGE(tops, totals, thirds, counts)
+    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr)
+    end_row(outputs, number, target, STATISTICS(*seen), p, q, FINISH, VALUE, SLOPE)
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def write_index(
+    drow, row, target, scale, NEGATIVE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """This program's part of a gradient row. One tile holds the target: it comes last, so that the loop tests no
+    positions. drow's body has the same classes as row's."""
+    TILE: tl.constexpr = ROWS * LANES
+    first, behind = part_of(row, TILE)
+    last = last_tile(first, behind, target.column - row.head, TILE)
+    for i in range(first, behind - 1):
+        tile = i + (i >= last).to(tl.int32)
+        z = load_tile(row, tile, ROWS, LANES)
+        store_tile(drow, tile, scale.c * NEGATIVE(z, scale.p, scale.q, FAST), ROWS, LANES)
+    z = load_tile(row, last, ROWS, LANES)
+    positions = last * TILE + tile_lanes(ROWS, LANES)
+    values = _gradient(z, row, target, positions, positions >= 0, scale, index_positive, NEGATIVE, FAST)
+    store_tile(drow, last, values, ROWS, LANES)
+    _write_rim(drow, row, target, scale, index_positive, NEGATIVE, FAST)
+
+
+@triton.jit
+def write_multi_hot(
+    drow, row, target, scale, NEGATIVE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    TILE: tl.constexpr = ROWS * LANES
+    first, behind = part_of(row, TILE)
+    for tile in range(first, behind):
+        z = load_tile(row, tile, ROWS, LANES)
+        positions = tile * TILE + tile_lanes(ROWS, LANES)
+        values = _gradient(z, row, target, positions, positions < row.body, scale, multi_hot_positive, NEGATIVE, FAST)
+        store_tile(drow, tile, values, ROWS, LANES)
+    _write_rim(drow, row, target, scale, multi_hot_positive, NEGATIVE, FAST)
+
+
+@triton.jit
+def _gradient(
+    z, row, target, positions, inside, scale, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    positive, gradient = POSITIVE(z, row, target, positions, inside, scale, FAST)
+    return tl.where(positive, gradient, scale.c * NEGATIVE(z, scale.p, scale.q, FAST))
+
+
+@triton.jit
+def _write_rim(drow, row, target, scale, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr):
+    rim, inside = rim_positions(row)
+    z = tl.load(row.ptr + rim, mask=inside, other=0.0).to(tl.float32)
+    values = _gradient(z, row, target, rim, inside, scale, POSITIVE, NEGATIVE, FAST)
+    tl.store(drow.ptr + rim, values.to(drow.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_kernel(
+    dlogits_ptr, dlogits_stride,  # (rows, classes), of the logits' phase
+    grad_ptr, grad_stride,  # (rows,) or, with stride 0, ()
+    coefficients_ptr, statistics_ptr,  # (rows, 2), (rows, 3 | 4)
+    logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    a, b,
+    TARGET: tl.constexpr, PARAMETERS: tl.constexpr, NEGATIVE: tl.constexpr, WRITE: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program, one part of a row."""
+    VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    number = tl.program_id(0).to(tl.int64)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    target = TARGET(labels, number, num_classes, VECTOR)
+    scale = scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, a, b, PARAMETERS)
+    row = open_row(logits_ptr, phase, number, row_stride, num_classes)
+    drow = same_classes(open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes), row)
+    value, filled = fill_of_row(target, scale)
+    if filled:
+        fill(drow, value, ROWS, LANES)
+    else:
+        WRITE(drow, row, target, scale, NEGATIVE, FAST, ROWS, LANES)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+# By family and the dimensions of the target.
+_WALKS = {
+    ("softmax", 1): softmax.walk,
+    ("logistic", 1): logistic.walk_index,
+    ("logistic", 2): logistic.walk_multi_hot,
+}
+_MERGES = {"softmax": softmax.merge, "logistic": logistic.merge}
+_TARGETS = {1: index_target, 2: multi_hot_target}
+_WRITES = {1: write_index, 2: write_multi_hot}
+
+
+def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> None:
+    num_rows, num_classes = logits.shape
+    z, walk = device.as_matrix(logits), device.walk_of(logits, num_classes)
+    labels = device.labels_beside(z, target, spec)
+    phi, a, b = None, 0.0, 0.0
+    if spec.family == "logistic":
+        phi, _, a, b = formulas(spec.loss, spec.params)
+    walked = {
+        "TARGET": _TARGETS[target.dim()], "WALK": _WALKS[spec.family, target.dim()], "PHI": phi, **walk.tiles
+    }  # fmt: skip
+    if target.dim() == 2:
+        walked |= device.limited_registers(logits)
+    if walk.parts == 1:
+        device.launch(
+            forward_kernel, (num_rows,), walk.warps, *ending.outputs, *z, num_classes, *labels, a, b, ending.p,
+            ending.q, **walked, **ending.functions,
+        )  # fmt: skip
+        return
+    parts = logits.new_empty((num_rows, walk.parts, 4), dtype=torch.float32)
+    device.launch(part_kernel, (num_rows, walk.parts), walk.warps, parts, *z, num_classes, *labels, a, b, **walked)
+    device.launch(
+        merge_kernel, (num_rows,), 1, *ending.outputs, parts, walk.parts, num_classes, *labels, ending.p, ending.q,
+        TARGET=walked["TARGET"], MERGE=_MERGES[spec.family], **ending.functions,
+        PARTS=triton.next_power_of_2(walk.parts),
+    )  # fmt: skip
+
+
+def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
+    """dlogits (rows, classes). upstream: see ``gradient.upstream``."""
+    num_rows, num_classes = logits.shape
+    z = device.as_matrix(logits)
+    dlogits, dz = device.empty_gradient(logits, z)
+    if num_rows == 0:
+        return dlogits
+    walk, (functions, a, b) = device.walk_of(logits, num_classes), of_negatives(spec)
+    device.launch(
+        backward_kernel, (num_rows, walk.parts), walk.warps, dz.base, dz.stride, *upstream, *z, num_classes,
+        *device.labels_beside(z, target, spec), a, b,
+        TARGET=_TARGETS[target.dim()], WRITE=_WRITES[target.dim()], **functions, **walk.tiles,
+    )  # fmt: skip
+    return dlogits

@@ -1,0 +1,175 @@
+"""The device: what it serves, its tiles, how matrices lie in its memory, and the one place that starts a kernel.
+
+Launch tables are fixed: no autotuning at run time. They were chosen from the compiled machine code (registers,
+instructions per logit), not from timings.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..losses import LossSpec
+from .layout import gradient_row_stride
+
+_OLDEST_TRITON = (3, 6)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_CLASSES = 2**31 - 2**17  # int32 offsets within a row, tile padding included
+_MOST_PARTS = 64
+
+
+# --- who is served ----------------------------------------------------------------------------------------------------
+
+
+def unserved(device: torch.device, dtype: torch.dtype, num_classes: int) -> str | None:
+    """Why the kernels do not serve such logits, or None if they do."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
+    if dtype not in _DTYPES:
+        return f"no kernels for {dtype}"
+    if num_classes > _MOST_CLASSES:
+        return f"more than {_MOST_CLASSES} classes"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    return None
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    multiprocessors: int
+    threads_per_warp: int
+    nvidia: bool
+
+
+@functools.cache
+def profile(device: torch.device) -> Device:
+    if device.type != "cuda":  # Triton's interpreter
+        return Device(1, 32, nvidia=False)
+    properties = torch.cuda.get_device_properties(device)
+    amd = torch.version.hip is not None
+    return Device(properties.multi_processor_count, 64 if amd else 32, not amd)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program holds at a time: ``rows`` vectors of 16 bytes in each thread of ``warps`` warps."""
+
+    warps: int
+    rows: int
+
+    def threads(self, device: Device) -> int:
+        return self.warps * device.threads_per_warp
+
+    def lanes(self, device: Device, itemsize: int) -> int:
+        """Classes in one row of the tile."""
+        return 16 // itemsize * self.threads(device)
+
+    def classes(self, device: Device, itemsize: int) -> int:
+        return self.rows * self.lanes(device, itemsize)
+
+
+# (largest row in bytes, tile), smallest first: one warp per row keeps many short rows in flight.
+_TILES = ((4096, Tile(1, 4)), (16384, Tile(4, 4)), (None, Tile(8, 4)))
+
+
+def tile_for(num_classes: int, itemsize: int) -> Tile:
+    size = num_classes * itemsize
+    return next(tile for limit, tile in _TILES if limit is None or size <= limit)
+
+
+def parts_for(device: Device, num_rows: int, num_tiles: int) -> int:
+    """Programs that share a row, where whole rows would leave multiprocessors without work: as many as fit at once,
+    since a second, half empty round would cost as much as the first. Four programs of 64 registers fit in one."""
+    return max(1, min(4 * device.multiprocessors // num_rows, num_tiles // 2, _MOST_PARTS))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the rows of a matrix are walked."""
+
+    warps: int
+    parts: int  # programs that share a row
+    tiles: dict[str, int]  # FAST: shorter primitives for what is done once per logit; ROWS and LANES of a tile
+
+
+def walk_of(rows: Tensor, num_classes: int) -> Walk:
+    """rows: a tensor of as many rows, of the logits' dtype and on their device."""
+    device, itemsize = profile(rows.device), rows.element_size()
+    tile = tile_for(num_classes, itemsize)
+    parts = parts_for(device, rows.shape[0], triton.cdiv(num_classes, tile.classes(device, itemsize)))
+    shape = {"ROWS": tile.rows, "LANES": tile.lanes(device, itemsize)}
+    return Walk(tile.warps, parts, {"FAST": device.nvidia, **shape})
+
+
+def limited_registers(rows: Tensor) -> dict[str, int]:
+    """Compiler's option for kernels of which the assembler would give a thread more registers than leave room for 16
+    warps per multiprocessor."""
+    return {"maxnreg": 128} if profile(rows.device).nvidia else {}
+
+
+def launch(kernel, grid: tuple[int, ...], warps: int, *arguments, **constexprs) -> None:
+    """The one place that starts a kernel. Fused multiply-adds by name: their default changes in Triton 3.10."""
+    kernel[grid](*arguments, **constexprs, num_warps=warps, enable_fp_fusion=True)
+
+
+# --- matrices ---------------------------------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """A (rows, classes) tensor as the kernels see it: (r, c) is ``phase + r * stride + c`` elements behind ``base``."""
+
+    base: Tensor  # its address is a multiple of 16
+    phase: int
+    stride: int
+
+
+def as_matrix(x: Tensor) -> Matrix:
+    if x.shape[1] != 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    phase = x.data_ptr() % 16 // x.element_size()
+    if phase > x.storage_offset():  # foreign memory that begins between two vectors
+        return _copied(x, 0, gradient_row_stride(x.shape[1], x.stride(), x.element_size()))
+    base = x.as_strided((1,), (1,), x.storage_offset() - phase) if phase else x
+    return Matrix(base, phase, x.stride(0))
+
+
+def labels_beside(z: Matrix, target: Tensor, spec: LossSpec) -> tuple:
+    """The targets as kernels take them: ``rows.Labels``, argument by argument."""
+    y = Matrix(target, 0, target.stride(0)) if target.dim() == 1 else _multi_hot_beside(z, target)
+    return *y, spec.ignore_index if target.dim() == 1 else None, spec.first_class, spec.all_classes
+
+
+def _multi_hot_beside(z: Matrix, target: Tensor) -> Matrix:
+    """A multi-hot target whose rows begin at the same remainders by vector as the logits' rows: if need be a copy."""
+    if target.dtype == torch.bool:
+        target = target.view(torch.uint8)
+    vector = 16 // z.base.element_size()
+    found = as_matrix(target)
+    if (found.phase - z.phase) % vector == 0 and (found.stride - z.stride) % vector == 0:
+        return found
+    return _copied(target, z.phase, target.shape[1] + (z.stride - target.shape[1]) % vector)
+
+
+def _empty(shape: torch.Size, phase: int, stride: int, like: Tensor) -> tuple[Tensor, Matrix]:
+    """An uninitialised (rows, classes) tensor."""
+    buffer = like.new_empty((phase + shape[0] * stride,))
+    return buffer.as_strided(shape, (stride, 1), phase), Matrix(buffer, phase, stride)
+
+
+def _copied(x: Tensor, phase: int, stride: int) -> Matrix:
+    copy, matrix = _empty(x.shape, phase, stride, x)
+    copy.copy_(x)
+    return matrix
+
+
+def empty_gradient(logits: Tensor, z: Matrix) -> tuple[Tensor, Matrix]:
+    """dlogits, its rows beginning at the same remainders by 16 bytes as the rows of z."""
+    stride = gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size())
+    return _empty(logits.shape, z.phase, stride, logits)
