@@ -50,7 +50,7 @@ def test_every_kernel_was_looked_at(compiled, target, dtype):
 def test_a_kernel_that_losses_share_is_listed_once():
     """Walks and backward kernels of the softmax family know no loss; what ends a row does."""
     command = """
-from bench.machine_code import kernels
+from bench.speed.machine_code import kernels
 found = kernels("sm_90", ["bf16"], ["cross_entropy", "nllr", "crl"])
 for launched, losses, _, _ in found:
     print(launched.kernel.__name__, len({loss.split(",")[0] for loss in losses}))

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.assembly import (
+from bench.speed.assembly import (
     amd_access,
     amd_code,
     amd_loops,
