@@ -67,10 +67,12 @@ class RowLoss(nn.Module):
             if value is not None and name in RIVALS:
                 changed[RIVALS[name]] = None
             self._take(self.loss, self.options._replace(**changed))
-        elif isinstance(getattr(type(self), name, None), _HyperParameter):
+        elif name not in HYPER_PARAMETERS:
+            super().__setattr__(name, value)
+        elif name in self.loss.__match_args__:
             self._take(replace(self.loss, **{name: value}), self.options)
         else:
-            super().__setattr__(name, value)
+            raise AttributeError(f"{type(self).__name__} has no hyper-parameter {name}")
 
     @property
     def options(self) -> Options:

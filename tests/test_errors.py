@@ -197,7 +197,7 @@ def among_classes(label: torch.Tensor) -> torch.Tensor:
 def test_labels_that_no_class_has(loss, bad):
     """Everywhere: logits, module, linear by picks, at once and again."""
     target, logits = among_classes(bad), make_logits(3, 50, torch.float32)
-    x, weight, linear = torch.rand(3, 4), torch.rand(50, 4).requires_grad_(), getattr(fl, f"linear_{loss.name}")
+    x, weight, linear = torch.rand(3, 4), torch.rand(50, 4).requires_grad_(), loss.linear
     calls = [lambda k=k: loss(logits, target, k=k) for k in loss.ks(None, 1, 30)]
     calls += [
         lambda k=k, how=how: linear(x, weight, target, k=k, reduction=how)
