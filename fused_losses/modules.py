@@ -7,6 +7,7 @@ when the module is made. An assigned ``k`` takes the place of ``ratio``, and the
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from .shard import ClassShard
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+HYPER_PARAMETERS = {name for loss in Loss.__subclasses__() for name in loss.__match_args__}
 PLAIN: dict[str, Callable] = {"k": operator.index, "ratio": float, "ignore_index": operator.index}
 RIVALS = {"k": "ratio", "ratio": "k"}
 
@@ -42,6 +44,14 @@ class RowLoss(nn.Module):
     reduction: Reduce
     check_targets: bool
     shard: ClassShard | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Spells the options out, for ``help()`` and ``inspect``."""
+        super().__init_subclass__(**kwargs)
+        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = Options._field_defaults.items()
+        shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in options]
+        cls.__signature__ = inspect.Signature([*own[1:], *shared])  # type: ignore[attr-defined]
 
     def __init__(self, loss: Loss, **options: Unpack[LossOptions]):
         super().__init__()

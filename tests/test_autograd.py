@@ -394,7 +394,7 @@ def test_other_kinds_of_differentiation_refuse(loss):
     """torch.func and forward mode: an error that says the way out, not a wrong number."""
     logits, target = make_logits(5, CLASSES), make_index(5, CLASSES)
     function = lambda z: loss(z, target, k=3)  # noqa: E731
-    linear = lambda x: getattr(fl, f"linear_{loss.name}")(x, logits, target % 5, k=3)  # noqa: E731
+    linear = lambda x: loss.linear(x, logits, target % 5, k=3)  # noqa: E731
     for transform in (torch.func.grad, torch.func.jacrev, torch.func.vmap):
         for transformed in (function, linear):
             with pytest.raises(RuntimeError, match=r"not by torch\.func.*is_grads_batched=True"):

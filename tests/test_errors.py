@@ -226,7 +226,7 @@ def test_any_label_can_be_the_ignored_one(loss, label):
         options = {"k": k, "ignore_index": label, "reduction": "none"}
         for value in (
             loss(logits, target, **options),
-            getattr(fl, f"linear_{loss.name}")(torch.rand(3, 4), weight, target, **options),
+            loss.linear(torch.rand(3, 4), weight, target, **options),
         ):
             assert (value == 0).tolist() == [False, True, False]
         beyond = torch.tensor(max(label % 2**64, 2**63), dtype=torch.uint64)
@@ -315,7 +315,7 @@ def test_ignore_index_that_is_no_integer(loss, wrong):
     with pytest.raises(TypeError, match=message):
         loss.module_class()(ignore_index=wrong, **options(loss))
     with pytest.raises(TypeError, match=message):
-        getattr(fl, f"linear_{loss.name}")(LOGITS, LOGITS, TARGET, ignore_index=wrong, **options(loss))
+        loss.linear(LOGITS, LOGITS, TARGET, ignore_index=wrong, **options(loss))
 
 
 @pytest.mark.parametrize("wrong", [2**63, -(2**63) - 1, 2**64 - 100])
@@ -341,7 +341,7 @@ LEAST = -(2**63)
 def test_no_label_is_ignored_where_none_is_to_be(loss, label):
     """ignore_index=None: there is no label that could not be somebody's mistake."""
     target = torch.tensor([0, label, 1])
-    linear = getattr(fl, f"linear_{loss.name}")
+    linear = loss.linear
     for k in (1, 4, 2):
         with pytest.raises(IndexError, match="out of bounds"):
             loss(LOGITS, target, ignore_index=None, k=k)
@@ -377,7 +377,7 @@ def test_sparse_tensors_say_the_way_out(loss):
         loss(LOGITS, make_multihot(3, 5).float().to_sparse(), **options(loss))
     with pytest.raises(TypeError, match=r"weight must be a dense Tensor, .* give weight\.to_dense\(\)"):
         loss(LOGITS, TARGET, weight=torch.ones(5).to_sparse(), **options(loss))
-    linear = getattr(fl, f"linear_{loss.name}")
+    linear = loss.linear
     with pytest.raises(TypeError, match=r"input must be a dense Tensor, .* give input\.to_dense\(\)"):
         linear(LOGITS.to_sparse(), LOGITS, TARGET, **options(loss))
 
@@ -388,7 +388,7 @@ def test_multihot_target_that_wants_a_gradient(loss):
     with pytest.raises(ValueError, match=r"not differentiable by a multi-hot target: pass target\.detach\(\)"):
         loss(LOGITS, target, **options(loss))
     with pytest.raises(ValueError, match=r"not differentiable by a multi-hot target: pass target\.detach\(\)"):
-        getattr(fl, f"linear_{loss.name}")(LOGITS, LOGITS.repeat(2, 1)[:5], target, **options(loss))
+        loss.linear(LOGITS, LOGITS.repeat(2, 1)[:5], target, **options(loss))
 
 
 HYPERS = [(CRL, "alpha"), (CRL, "beta"), (HS_LR, "alpha"), (SS_LR, "alpha"), (SS_LR, "gamma")]
