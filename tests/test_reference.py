@@ -217,6 +217,14 @@ def test_logistic_statistics_are_largest_negative_and_sums(backend, formula, k, 
             assert torch.equal(positives, target.sum(1).double())
 
 
+@pytest.mark.parametrize("formula", [CE, LR, SS_LR], ids=str)
+@pytest.mark.parametrize("hardest", [0, 5000, 9000])
+def test_the_largest_negative_of_a_long_row_is_found_in_every_part(backend, formula, hardest):
+    logits = make_logits(2, 9001).clamp(max=9)
+    logits[:, hardest] = 10.0
+    assert forward(backend, formula, logits, torch.tensor([7, 8])).statistics[:, 0].tolist() == [10.0, 10.0]
+
+
 @every_form
 def test_logistic_statistics_without_negatives_above_minus_inf(backend, k, compact):
     logits = torch.tensor([[-INF, 2.0, -INF]])
@@ -373,6 +381,17 @@ def test_a_nan_among_the_statistics_is_one_in_the_coefficients(backend, formula,
     statistics = forward(backend, formula, logits, target).statistics
     statistics[1, column] = NAN
     loss, coefficients = backend.finish(statistics, target, weight, "none", *formula.spec(11))
+    assert loss.isnan().tolist() == [row == 1 for row in range(7)]
+    assert coefficients.isnan().tolist() == [[row == 1] * 2 for row in range(7)]
+
+
+@pytest.mark.parametrize("formula", [LR, MEAN_SS_LR], ids=str)
+@pytest.mark.parametrize("column", [1, 2])
+def test_a_nan_among_the_sums_of_a_multihot_row(backend, formula, column):
+    logits, target, _ = batch("multihot", False, torch.float32)
+    statistics = forward(backend, formula, logits, target).statistics
+    statistics[1, column] = NAN
+    loss, coefficients = backend.finish(statistics, target, None, "none", *formula.spec(11))
     assert loss.isnan().tolist() == [row == 1 for row in range(7)]
     assert coefficients.isnan().tolist() == [[row == 1] * 2 for row in range(7)]
 
