@@ -233,6 +233,31 @@ def test_logistic_row_without_target_has_only_negatives(wing, k, compact):
 
 @every_form
 @both_families
+def test_the_classes_beside_the_logits_own_are_elsewhere(wing, formula, k, compact):
+    """Of a wider matrix: what stands there is not read either. And an ignored class may be here or there."""
+    wide = make_logits(6, 15)
+    wide[:, [2, 12]] = 50.0
+    target, part, grad = torch.tensor([3, 11, 2, 12, 0, 14]), (3, 15), grad_like(formula, wide)
+    for ignore_index, ignored in ((-100, []), (3, [0]), (2, [2]), (12, [3])):
+        kept, dlogits = roundtrip(wing, formula, wide[:, 3:12], target, k, compact, ignore_index, grad, part)
+        here = torch.tensor([0, 8, -1, -1, -1, -1])
+        positive = torch.arange(9) == here[:, None]
+        if formula.family == "logistic":
+            sums, expected = paper_rows_and_grad(formula, wide[:, 3:12], positive, k, grad)
+            expected[ignored], sums[ignored] = 0, 0
+            torch.testing.assert_close(kept.rows, sums)
+            torch.testing.assert_close(dlogits, expected)
+            count = positive.sum(1).index_fill(0, torch.tensor(ignored, dtype=torch.long), 0)
+            assert torch.equal(kept.state[:, 1], count.double())
+        else:
+            z_y = wide[:, 3:12].where(positive, -INF).amax(1)
+            z_y[ignored] = 0
+            assert torch.equal(kept.state[:, 2], z_y)
+            assert not dlogits[ignored].any()
+
+
+@every_form
+@both_families
 @pytest.mark.parametrize("ignore_index", [-100, 3, 77, -1])
 def test_ignored_rows_are_literal_zeros(wing, formula, ignore_index, k, compact):
     """Whatever the row and its upstream gradient hold; ignore_index is looked at before the class range."""
