@@ -326,7 +326,7 @@ def test_multihot_targets_of_any_dtype(loss, dtype):
     expected, expected_grad = value_and_grad(lambda z: loss.paper(z, target, 4, **loss.hypers[0]).mean(), logits)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(grad, expected_grad)
-    x, weight, linear = torch.rand(5, 4), torch.rand(12, 4), getattr(fl, f"linear_{loss.name}")
+    x, weight, linear = torch.rand(5, 4), torch.rand(12, 4), loss.linear
     for reduction in ("mean", "none"):
         of_bool, of_dtype = (
             value_and_grad(lambda w, t=t: linear(x, w, t, k=4, reduction=reduction).sum(), weight)

@@ -498,6 +498,29 @@ def test_logistic_row_without_target_has_only_negatives(backend, k, compact):
 
 @every_form
 @both_families
+def test_the_classes_beside_the_logits_own_are_elsewhere(backend, formula, k, compact):
+    """Of a wider matrix: what stands there is not read either. And an ignored class may be here or there."""
+    wide = make_logits(6, 15)
+    wide[:, [2, 12]] = 50.0
+    target, part, grad = torch.tensor([3, 11, 2, 12, 0, 14]), (3, 15), grad_like(wide)
+    for ignore_index, ignored in ((-100, []), (3, [0]), (2, [2]), (12, [3])):
+        kept, dlogits = roundtrip(backend, formula, wide[:, 3:12], target, k, compact, ignore_index, grad, part)
+        here = torch.tensor([0, 8, -1, -1, -1, -1])
+        positive = torch.arange(9) == here[:, None]
+        z_y = wide[:, 3:12].where(positive, -INF).amax(1)
+        z_y[ignored] = 0
+        assert torch.equal(kept.statistics[:, 2], z_y)
+        assert not dlogits[ignored].any()
+        if formula.family == "logistic":
+            value, expected = paper_rows_and_grad(formula, wide[:, 3:12], positive, k, grad)
+            expected[ignored], value[ignored] = 0, 0
+            with_target = here >= 0  # the value of the others is that of a target at -inf
+            torch.testing.assert_close(kept.loss[with_target], value[with_target])
+            torch.testing.assert_close(dlogits, expected)
+
+
+@every_form
+@both_families
 @pytest.mark.parametrize("ignore_index", [-100, 3, 77, -1])
 def test_ignored_rows_are_literal_zeros(backend, formula, ignore_index, k, compact):
     """Whatever the row and its upstream gradient hold; ignore_index is looked at before the class range."""
