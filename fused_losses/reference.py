@@ -92,10 +92,12 @@ def _check_spec(spec: LossSpec, target: Tensor, rows: int, num_classes: int | No
         raise ValueError(f"{spec.loss} has {num_params} hyper-parameters, got {len(spec.params)}")
     if not 0 <= spec.k < 2**31:
         raise ValueError(f"k must be 0 or more, and fewer than 2^31, got {spec.k}")
-    if not 0 <= spec.first_class <= spec.all_classes - (1 if num_classes is None else num_classes):
-        raise ValueError(f"the classes from first_class {spec.first_class} on exceed all_classes {spec.all_classes}")
+    if spec.first_class < 0 or spec.all_classes < 1:
+        raise ValueError(f"there are no classes from {spec.first_class} on among {spec.all_classes}")
     if num_classes is not None and not 0 < num_classes < 2**31 - 1:
         raise ValueError(f"logits need at least one class, and fewer than 2^31 - 1, got {num_classes}")
+    if num_classes is not None and spec.first_class + num_classes > spec.all_classes:
+        raise ValueError(f"the classes from first_class {spec.first_class} on exceed all_classes {spec.all_classes}")
     if target.dim() == 2:
         if spec.family != "logistic" or target.is_complex():
             raise ValueError("multi-hot targets are for the logistic family only, and not complex")

@@ -217,6 +217,14 @@ def test_logistic_statistics_are_largest_negative_and_sums(backend, formula, k, 
             assert torch.equal(positives, target.sum(1).double())
 
 
+@pytest.mark.parametrize("formula", [CE, LR, SS_LR], ids=str)
+@pytest.mark.parametrize("hardest", [0, 5000, 9000])
+def test_the_largest_negative_of_a_long_row_is_found_in_every_part(backend, formula, hardest):
+    logits = make_logits(2, 9001).clamp(max=9)
+    logits[:, hardest] = 10.0
+    assert forward(backend, formula, logits, torch.tensor([7, 8])).statistics[:, 0].tolist() == [10.0, 10.0]
+
+
 @every_form
 def test_logistic_statistics_without_negatives_above_minus_inf(backend, k, compact):
     logits = torch.tensor([[-INF, 2.0, -INF]])
@@ -377,6 +385,17 @@ def test_a_nan_among_the_statistics_is_one_in_the_coefficients(backend, formula,
     assert coefficients.isnan().tolist() == [[row == 1] * 2 for row in range(7)]
 
 
+@pytest.mark.parametrize("formula", [LR, MEAN_SS_LR], ids=str)
+@pytest.mark.parametrize("column", [1, 2])
+def test_a_nan_among_the_sums_of_a_multihot_row(backend, formula, column):
+    logits, target, _ = batch("multihot", False, torch.float32)
+    statistics = forward(backend, formula, logits, target).statistics
+    statistics[1, column] = NAN
+    loss, coefficients = backend.finish(statistics, target, None, "none", *formula.spec(11))
+    assert loss.isnan().tolist() == [row == 1 for row in range(7)]
+    assert coefficients.isnan().tolist() == [[row == 1] * 2 for row in range(7)]
+
+
 @pytest.mark.parametrize("formula, form", [(CE, "index"), (MEAN_SS_LR, "index"), (MEAN_SS_LR, "multihot")], ids=str)
 @each_reduction
 def test_large_batches_give_the_same_bits_for_any_number_of_threads(backend, formula, form, reduction):
@@ -475,6 +494,29 @@ def test_logistic_row_without_target_has_only_negatives(backend, k, compact):
     assert kept.loss[2].isnan()
     assert kept.statistics[2].isnan().any()
     assert dlogits[2].isnan().all()
+
+
+@every_form
+@both_families
+def test_the_classes_beside_the_logits_own_are_elsewhere(backend, formula, k, compact):
+    """Of a wider matrix: what stands there is not read either. And an ignored class may be here or there."""
+    wide = make_logits(6, 15)
+    wide[:, [2, 12]] = 50.0
+    target, part, grad = torch.tensor([3, 11, 2, 12, 0, 14]), (3, 15), grad_like(wide)
+    for ignore_index, ignored in ((-100, []), (3, [0]), (2, [2]), (12, [3])):
+        kept, dlogits = roundtrip(backend, formula, wide[:, 3:12], target, k, compact, ignore_index, grad, part)
+        here = torch.tensor([0, 8, -1, -1, -1, -1])
+        positive = torch.arange(9) == here[:, None]
+        z_y = wide[:, 3:12].where(positive, -INF).amax(1)
+        z_y[ignored] = 0
+        assert torch.equal(kept.statistics[:, 2], z_y)
+        assert not dlogits[ignored].any()
+        if formula.family == "logistic":
+            value, expected = paper_rows_and_grad(formula, wide[:, 3:12], positive, k, grad)
+            expected[ignored], value[ignored] = 0, 0
+            with_target = here >= 0  # the value of the others is that of a target at -inf
+            torch.testing.assert_close(kept.loss[with_target], value[with_target])
+            torch.testing.assert_close(dlogits, expected)
 
 
 @every_form
