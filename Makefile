@@ -11,13 +11,13 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-proof test-plain test-sanitized machine-code bench lint format clean
+.PHONY: help demo test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(INSTALLED) ## train a small network with every loss, print the table, draw the curves (under two minutes)
-	$(BIN)/python -m bench.train $(ARGS)
+	$(BIN)/python -m bench.evidence.train $(ARGS)
 
 test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
@@ -28,39 +28,60 @@ gpu-proof: $(INSTALLED) ## run the GPU kernels as compiled, on an emulator: ever
 	$(BIN)/python -m pytest tests/emulator -m "" $(ARGS)
 
 machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
-	$(BIN)/python -m bench.machine_code --gates $(ARGS)
+	$(BIN)/python -m bench.speed.machine_code --gates $(ARGS)
 
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
 	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/test_machine_code.py $(ARGS)
 
+# What pyproject.toml promises, with what pip makes of it: the oldest torch, or another, under any Python; and a build of
+# the C++ extension against that torch.
+TORCH ?= 2.10.*
+ELSEWHERE := out/torch-$(subst *,x,$(TORCH))-$(notdir $(PYTHON))
+test-torch: ## the tests with another torch and Python: make test-torch TORCH=2.10.* PYTHON=python3.10
+	rm -rf $(ELSEWHERE)/src && mkdir -p $(ELSEWHERE)/src && git ls-files -z | xargs -0 cp --parents -t $(ELSEWHERE)/src
+	test -x $(ELSEWHERE)/bin/python || $(PYTHON) -m venv $(ELSEWHERE)
+	cd $(ELSEWHERE)/src && ../bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" "setuptools>=77" && \
+		FUSED_LOSSES_BUILD_EXT=1 ../bin/python -m pip install --disable-pip-version-check --no-build-isolation \
+		--editable ".[test,bench]"
+	cd $(ELSEWHERE)/src && ../bin/python -m pytest --ignore=tests/test_machine_code.py $(ARGS)
+	cd $(ELSEWHERE)/src && ../bin/python -m pytest tests/gpu $(ARGS)
+
 # -O1: with sanitizers, -O3 takes the compiler ten times as long
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-test-sanitized: $(INSTALLED) ## the tests that reach C++, on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+SANITIZED := cd out/sanitized && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 UBSAN_OPTIONS=print_stacktrace=1 ../../$(BIN)/python -m pytest
+sanitized: $(INSTALLED)
 	rm -rf out/sanitized && mkdir -p out/sanitized && git ls-files -z | xargs -0 cp --parents -t out/sanitized
 	cd out/sanitized && FUSED_LOSSES_CXXFLAGS="$(SANITIZE) -fno-omit-frame-pointer -g1 -O1" LDFLAGS="$(SANITIZE)" FUSED_LOSSES_BUILD_EXT=1 \
 		../../$(BIN)/python setup.py -q build_ext --inplace
-	cd out/sanitized && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-		ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=16 UBSAN_OPTIONS=print_stacktrace=1 \
-		../../$(BIN)/python -m pytest tests/test_cpu.py tests/test_reference.py tests/test_selection.py tests/test_edges.py \
+
+test-sanitized: sanitized ## the tests that reach C++, on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(SANITIZED) tests/test_cpu.py tests/test_reference.py tests/test_selection.py tests/test_edges.py tests/test_fuzz_ops.py \
 		--deselect tests/test_cpu.py::test_calls_do_not_leak $(ARGS)  # it counts pages, and the sanitizer's own come in between
+
+fuzz-sanitized: sanitized ## 20,000 random arguments of the raw ops on that build
+	$(SANITIZED) tests/test_fuzz_ops.py -m slow $(ARGS)
 
 bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark), write out/bench.json, draw out/bench.png
 	mkdir -p out
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 $(BIN)/python -m pytest bench --benchmark-json=out/bench.json \
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 $(BIN)/python -m pytest bench/speed --benchmark-json=out/bench.json \
 		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name -q $(ARGS)
-	$(BIN)/python -m bench.chart out/bench.json out/bench.png
+	$(BIN)/python -m bench.speed.chart out/bench.json out/bench.png
 
-lint: $(INSTALLED) ## check style and formatting
+lint: $(INSTALLED) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/mypy
 
 format: $(INSTALLED) ## sort the imports and format the code
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist out *.egg-info fused_losses/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out *.egg-info fused_losses/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(INSTALLED): constraints.txt pyproject.toml setup.py Makefile $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)

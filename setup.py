@@ -11,7 +11,14 @@ import glob
 import os
 import sys
 
+import setuptools
 from setuptools import setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip checks that only where it builds in an environment of its own
+    raise SystemExit(
+        f"fused_losses is built by setuptools 77 or newer, and here is {setuptools.__version__}: "
+        "pip install --upgrade setuptools"
+    )
 
 MODE = os.environ.get("FUSED_LOSSES_BUILD_EXT", "auto")
 if MODE not in ("0", "1", "auto"):

@@ -42,7 +42,14 @@ FUSED_LOSSES_INLINE V logaddexp(V a, V b) {
   return select(larger > V(-kInfinity<typename V::Scalar>), larger + log1p(exp_minus_abs(a - b)), larger);
 }
 
-// The softmax family: functions of the margin d, the log-odds of the target among the target and S, of many rows.
+// The softmax family: functions of d, the log-odds of the target among the target and S, of many rows.
+
+template <class V>
+struct LogOdds {
+  explicit LogOdds(const double*) {}
+  FUSED_LOSSES_INLINE V value(V d) const { return d; }
+  FUSED_LOSSES_INLINE V slope(V d) const { return select(d >= d, V(1), d); }
+};
 
 template <class V>
 struct CrossEntropy {
@@ -113,6 +120,14 @@ struct SoftSelection {
     return kGamma == 1 ? sigma : sigma * sigma;
   }
 };
+
+// The table. A loss is known by its row, which kernels_page.h turns into the types above.
+
+constexpr Formula kFormulas[] = {
+    {"log_odds", Family::softmax, 0}, {"cross_entropy", Family::softmax, 0}, {"nllr", Family::softmax, 0},
+    {"crl", Family::softmax, 2},      {"lr", Family::logistic, 0},           {"ss_lr", Family::logistic, 1},
+};
+constexpr int kNumFormulas = sizeof(kFormulas) / sizeof(Formula);
 
 }  // namespace FUSED_LOSSES_ISA
 }  // namespace fused_losses

@@ -25,60 +25,125 @@
 
 namespace fused_losses {
 
-enum class DType : int { float32, bfloat16, float16, float64, int64, int32, int16, int8, uint8, boolean };
+enum class DType : int { float32, bfloat16, float16, float64 };
 
-enum class SoftmaxLoss : int { cross_entropy, nllr, crl };
-enum class LogisticLoss : int { lr, ss_lr };
+enum class Family : int { softmax, logistic };
+enum class Reduction : int { none, sum, mean };
+
+// A row of the table of losses, which stands at the foot of formulas.h.
+struct Formula {
+  const char* name;
+  Family family;
+  int num_params;
+};
+
+constexpr int kMostParams = 2;
+
+// What is done with a row: fused_losses/losses.py, LossSpec.
+struct Spec {
+  int formula;  // its row in the table
+  Family family;
+  double params[kMostParams];
+  bool takes_means;  // alpha is given
+  double alpha;
+  int64_t k;     // 0: all negatives; else the k hardest
+  bool ignores;  // ignore_index is given
+  int64_t ignore_index;
+  int64_t first_class, all_classes;
+  bool compact;
+
+  int64_t slots() const { return k == 0 ? 0 : compact ? k : 1; }  // picks that are kept of a row
+};
+
+// The entries of a multi-hot target, of whatever dtype: their bytes, the bits of 1, and the bits that are 0 in a zero.
+struct Entries {
+  int bytes;
+  uint64_t one, magnitude;
+};
+
+// (rows,) int64 class indices, or (rows, classes) multi-hot of any dtype. An index counts the classes of all shards.
+struct Target {
+  const void* data;
+  int64_t stride;  // from row to row
+  bool multi_hot;
+  Entries entries;
+
+  int64_t label(int64_t row) const { return static_cast<const int64_t*>(data)[row * stride]; }
+  bool ignored(int64_t row, const Spec& spec) const {
+    return !multi_hot && spec.ignores && label(row) == spec.ignore_index;
+  }
+};
+
+// What is kept of a row, and what its gradient is made of, in the compute dtype: float64 for float64 logits, float32
+// for all others. The numbers are explained in fused_losses/finish.py.
+template <class T>
+struct SoftmaxStatistics {
+  T max, log_sum, target;
+};
+template <class T>
+struct LogisticStatistics {
+  T max, negatives, target;
+};
+template <class T>
+struct MultiHotStatistics {
+  T max, negatives, positives, num_positives;
+};
+template <class T>
+struct Coefficients {
+  T of_negatives, of_target;
+};
 
 struct Problem {
   // logits (rows, classes); row i starts at logits + i * logits_stride elements. Null only in a backward that needs
-  // none.
+  // none. They are the classes [spec.first_class, spec.first_class + classes): the target of a row may be elsewhere.
   const void* logits;
   int64_t logits_stride;
   int64_t rows, classes;
-
-  // target (rows,) int64 class indices, or (rows, classes) multi-hot of any dtype. An index names one of all_classes,
-  // of which the logits hold [first_class, first_class + classes): the positive of a row may be elsewhere.
-  const void* target;
-  int64_t target_stride;
-  DType target_dtype;
-  bool multi_hot;
-  int64_t ignore_index;
-  int64_t first_class, all_classes;
-
-  const double* params;  // the hyper-parameters of the loss, in the order of its signature
-  int64_t k;             // 0: all negatives; else the k hardest
-  bool compact;
+  Target target;
+  Spec spec;
 };
 
-// state: softmax (rows, 3) = max, log-sum, target logit; logistic (rows, 2) = target logit, number of positives.
 // picks: compact (rows, k), every picked negative; threshold (rows, 1), the last one taken; all negatives (rows, 0).
-// "compute dtype" is float64 for float64 logits and float32 for all others.
 struct Forward {
   Problem problem;
-  void* result;         // compute dtype: softmax value (rows,), logistic sums (rows, 2)
-  void* state;          // compute dtype
+  void* statistics;     // (rows,)
   int32_t* pick_index;  // -1 in an empty slot
   void* pick_logit;     // dtype of the logits; -inf in an empty slot
   // Out: the first multi-hot entry that is neither 0 nor 1, as row * classes + class; the results are void then.
   std::atomic<int64_t> bad_entry{INT64_MAX};
 };
 
+struct Finish {
+  int64_t rows;
+  const void* statistics;  // (rows,)
+  Target target;
+  const void* weight;  // (all classes,), or null
+  int64_t weight_stride;
+  Reduction reduction;
+  Spec spec;
+  void* loss;          // (rows,) without a reduction, else one number
+  void* coefficients;  // (rows,)
+};
+
 struct Backward {
   Problem problem;
-  const void* grad;  // compute dtype: softmax (rows,), logistic (rows, 2)
-  int64_t grad_row_stride, grad_column_stride;
-  const void* state;
+  const void* grad;  // (rows,); one number for all of them has stride 0
+  int64_t grad_stride;
+  const void* coefficients;  // (rows,)
+  const void* statistics;    // (rows,)
   const int32_t* pick_index;
   const void* pick_logit;
   void* dlogits;  // (rows, classes), contiguous, dtype of the logits
+  // Out: the first row with a pick that is neither a class nor an empty slot; the result is void then.
+  std::atomic<int64_t> bad_row{INT64_MAX};
 };
 
 struct Kernels {
-  void (*softmax_forward)(SoftmaxLoss, DType, Forward&);
-  void (*softmax_backward)(SoftmaxLoss, DType, const Backward&);
-  void (*logistic_forward)(LogisticLoss, DType, Forward&);
-  void (*logistic_backward)(LogisticLoss, DType, const Backward&);
+  const Formula* formulas;
+  int num_formulas;
+  void (*forward)(DType, Forward&);
+  void (*finish)(DType, const Finish&);
+  void (*backward)(DType, Backward&);
   void (*elementary)(const char* name, const float* x, float* y, int64_t n);  // "exp" and "log1p", for the tests
 };
 

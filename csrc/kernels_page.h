@@ -1,5 +1,6 @@
 // All kernels of one instruction set. Included once by each isa_*.cpp, which names the namespace (FUSED_LOSSES_ISA) and
 // the vectors to use; from there on every function is compiled for that instruction set.
+#include "finish.h"
 #include "formulas.h"
 #include "kernels.h"
 #include "logistic.h"
@@ -19,61 +20,72 @@ inline void with_storage(DType dtype, const F& f) {
   }
 }
 
+constexpr int row_of(const char* name) {
+  for (int row = 0; row < kNumFormulas; ++row) {
+    const char *a = kFormulas[row].name, *b = name;
+    while (*a != 0 && *a == *b) ++a, ++b;
+    if (*a == *b) return row;
+  }
+  return -1;
+}
+
+// f(loss) for a loss of the softmax family.
 template <class V, class F>
-inline void with_loss(SoftmaxLoss loss, const double* params, const F& f) {
-  switch (loss) {
-    case SoftmaxLoss::cross_entropy: return f(CrossEntropy<V>(params));
-    case SoftmaxLoss::nllr: return f(NLLR<V>(params));
-    default: return f(CRL<V>(params));
+inline void with_loss(const Spec& spec, const F& f) {
+  switch (spec.formula) {
+    case row_of("log_odds"): return f(LogOdds<V>(spec.params));
+    case row_of("cross_entropy"): return f(CrossEntropy<V>(spec.params));
+    case row_of("nllr"): return f(NLLR<V>(spec.params));
+    case row_of("crl"): return f(CRL<V>(spec.params));
   }
 }
 
+// f(phi) for a loss of the logistic family.
 template <class V, class F>
-inline void with_phi(LogisticLoss loss, const double* params, const F& f) {
-  if (loss == LogisticLoss::lr || params[0] == 0) return f(Logistic<V>(params));
-  if (params[0] == 1) return f(SoftSelection<V, 1>(params));
-  if (params[0] == 2) return f(SoftSelection<V, 2>(params));
-  return f(SoftSelection<V, 0>(params));
+inline void with_phi(const Spec& spec, const F& f) {
+  const double gamma = spec.formula == row_of("ss_lr") ? spec.params[0] : 0;
+  if (gamma == 0) return f(Logistic<V>(spec.params));
+  if (gamma == 1) return f(SoftSelection<V, 1>(spec.params));
+  if (gamma == 2) return f(SoftSelection<V, 2>(spec.params));
+  return f(SoftSelection<V, 0>(spec.params));
 }
 
-static void softmax_forward(SoftmaxLoss which, DType dtype, Forward& door) {
+static void forward(DType dtype, Forward& door) {
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
-    with_loss<VecOf<S>>(which, door.problem.params, [&](auto loss) {
-      using Family = SoftmaxForward<S, decltype(loss)>;
-      ForwardWalk<S, Family>(door, Family(door, loss)).run();
+    if (door.problem.spec.family == Family::softmax) {
+      return ForwardWalk<S, SoftmaxForward<S>>(door, SoftmaxForward<S>(door)).run();
+    }
+    with_phi<VecOf<S>>(door.problem.spec, [&](auto phi) {
+      using Walked = LogisticForward<S, decltype(phi)>;
+      ForwardWalk<S, Walked>(door, Walked(door, phi)).run();
     });
   });
 }
 
-static void softmax_backward(SoftmaxLoss which, DType dtype, const Backward& door) {
+static void backward(DType dtype, Backward& door) {
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
-    with_loss<VecOf<S>>(which, door.problem.params, [&](auto loss) {
-      using Family = SoftmaxBackward<S, decltype(loss)>;
-      BackwardWalk<S, Family>(door, Family(door, loss)).run();
+    if (door.problem.spec.family == Family::softmax) {
+      return BackwardWalk<S, SoftmaxBackward<S>>(door, SoftmaxBackward<S>(door)).run();
+    }
+    with_phi<VecOf<S>>(door.problem.spec, [&](auto phi) {
+      using Walked = LogisticBackward<S, decltype(phi)>;
+      BackwardWalk<S, Walked>(door, Walked(door, phi)).run();
     });
   });
 }
 
-static void logistic_forward(LogisticLoss which, DType dtype, Forward& door) {
-  with_storage(dtype, [&](auto storage) {
-    using S = decltype(storage);
-    with_phi<VecOf<S>>(which, door.problem.params, [&](auto phi) {
-      using Family = LogisticForward<S, decltype(phi)>;
-      ForwardWalk<S, Family>(door, Family(door, phi)).run();
-    });
-  });
+template <class T>
+inline void finish_in(const Finish& door) {
+  using V = VecOf<T>;
+  if (door.target.multi_hot) return finish_rows<T>(door, MultiHotRows<V>(door));
+  if (door.spec.family == Family::logistic) return finish_rows<T>(door, LogisticRows<V>(door));
+  with_loss<V>(door.spec, [&](auto loss) { finish_rows<T>(door, SoftmaxRows<V, decltype(loss)>(loss)); });
 }
 
-static void logistic_backward(LogisticLoss which, DType dtype, const Backward& door) {
-  with_storage(dtype, [&](auto storage) {
-    using S = decltype(storage);
-    with_phi<VecOf<S>>(which, door.problem.params, [&](auto phi) {
-      using Family = LogisticBackward<S, decltype(phi)>;
-      BackwardWalk<S, Family>(door, Family(door, phi)).run();
-    });
-  });
+static void finish(DType dtype, const Finish& door) {
+  dtype == DType::float64 ? finish_in<double>(door) : finish_in<float>(door);
 }
 
 static void elementary(const char* name, const float* x, float* y, int64_t n) {
@@ -85,7 +97,7 @@ static void elementary(const char* name, const float* x, float* y, int64_t n) {
   }
 }
 
-static constexpr Kernels kernels{softmax_forward, softmax_backward, logistic_forward, logistic_backward, elementary};
+static constexpr Kernels kernels{kFormulas, kNumFormulas, forward, finish, backward, elementary};
 
 }  // namespace FUSED_LOSSES_ISA
 }  // namespace fused_losses

@@ -266,8 +266,8 @@ class Selector {
   // split: the pieces of a row will be worked on at the same time.
   Selector(const Problem& problem, bool split)
       : classes_(problem.classes),
-        k_(problem.k < classes_ ? problem.k : classes_),
-        most_(k_ + (problem.multi_hot ? classes_ : 1)),
+        k_(problem.spec.k < classes_ ? problem.spec.k : classes_),
+        most_(k_ + (problem.target.multi_hot ? classes_ : 1)),
         maxima_(classes_ / block_length(most_) + 2 * V::lanes + kRoom),
         logit_(candidate_room(split)),
         index_(candidate_room(split)) {}

@@ -1,33 +1,12 @@
-// The softmax family: a row is remembered as the largest logit of S, the log-sum of S above it, and the target's logit.
+// The softmax family: a row gives the largest logit of S and the log-sum of S above it. Nothing here knows a loss.
 #pragma once
 
-#include "formulas.h"
 #include "walk.h"
 
 namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
-template <class T>
-struct SoftmaxState {
-  T max, log_sum, target;
-
-  // The log-odds of the target among the target and S. Never via max + log_sum, which loses digits at large offsets.
-  T margin() const { return (target - max) - log_sum; }
-};
-
-// body(row, margins of n rows from there on, n)
-template <class T, class Body>
-FUSED_LOSSES_INLINE void for_margins(const SoftmaxState<T>* states, int64_t begin, int64_t end, const Body& body) {
-  using V = VecOf<T>;
-  T margin[V::lanes] = {};
-  for (int64_t row = begin; row < end; row += V::lanes) {
-    const int64_t n = end - row < V::lanes ? end - row : V::lanes;
-    for (int64_t i = 0; i < n; ++i) margin[i] = states[row + i].margin();
-    body(row, V::load(margin), n);
-  }
-}
-
-template <class S, class Loss>
+template <class S>
 class SoftmaxForward {
  public:
   using T = Compute<S>;
@@ -37,7 +16,7 @@ class SoftmaxForward {
     CompensatedSum sum;  // of exp(z - max)
   };
 
-  SoftmaxForward(const Forward& door, Loss loss) : door_(door), loss_(loss) {}
+  explicit SoftmaxForward(const Forward& door) : statistics_(static_cast<SoftmaxStatistics<T>*>(door.statistics)) {}
 
   // NaN and +inf among the logits make the sum NaN, which stays.
   template <class X>
@@ -60,76 +39,49 @@ class SoftmaxForward {
     return a;
   }
 
-  void finish(int64_t row, const S* logits, Positives positives, Partial partial) const {
+  void write(int64_t row, const S* logits, Positives positives, Partial partial) const {
     const double sum = partial.sum.total();
-    SoftmaxState<T> state{partial.max, T(std::log(sum)), -kInfinity<T>};
-    if (partial.max == -kInfinity<T> && sum == 0) state.max = 0;
-    if (sum != sum) state.max = state.log_sum = kNaN<T>;
-    if (positives.count > 0) state.target = to_compute(logits[positives.index[0]]);
-    if (state.target == kInfinity<T>) state.target = kNaN<T>;
-    states()[row] = state;
+    SoftmaxStatistics<T> statistics{partial.max, T(std::log(sum)), -kInfinity<T>};
+    if (partial.max == -kInfinity<T> && sum == 0) statistics.max = 0;
+    if (sum != sum) statistics.max = statistics.log_sum = kNaN<T>;
+    if (positives.count > 0) statistics.target = to_compute(logits[positives.index[0]]);
+    if (statistics.target == kInfinity<T>) statistics.target = kNaN<T>;
+    statistics_[row] = statistics;
   }
 
-  void ignore(int64_t row) const { states()[row] = {0, 0, 0}; }
-  void spoil(int64_t row, Positives) const { states()[row] = {kNaN<T>, kNaN<T>, kNaN<T>}; }
-
-  // The values of rows, many at a time: one by one they would cost as much as 500 of their logits.
-  void finish_rows(int64_t begin, int64_t end, const TargetReader& targets) const {
-    T* value = static_cast<T*>(door_.result);
-    for_margins(states(), begin, end, [&](int64_t row, VecOf<S> d, int64_t n) {
-      store_first(value + row, loss_.value(d), n);
-    });
-    for (int64_t row = begin; row < end; ++row) {
-      if (targets.ignored(row)) value[row] = 0;
-    }
-  }
+  void ignore(int64_t row) const { statistics_[row] = {0, 0, 0}; }
+  void spoil(int64_t row, Positives) const { statistics_[row] = {kNaN<T>, kNaN<T>, kNaN<T>}; }
 
  private:
-  SoftmaxState<T>* states() const { return static_cast<SoftmaxState<T>*>(door_.state); }
-
-  const Forward& door_;
-  Loss loss_;
+  SoftmaxStatistics<T>* statistics_;
 };
 
-template <class S, class Loss>
+template <class S>
 class SoftmaxBackward {
  public:
   using T = Compute<S>;
   using V = VecOf<S>;
+  static constexpr bool multi_hot = false;
 
   struct Gradient {
-    bool spoilt;
-    T target_logit;
-    V of_margin, max, log_sum;
+    Coefficients<T> coefficients;
+    V of_negatives, max, log_sum;
 
-    FUSED_LOSSES_INLINE V negative(V z) const {
-      return (V(0) - of_margin) * exp_nonpositive((z - max) - log_sum);
-    }
-    V positive(V) const { return of_margin; }
+    FUSED_LOSSES_INLINE V negative(V z) const { return of_negatives * exp_nonpositive((z - max) - log_sum); }
   };
 
-  SoftmaxBackward(const Backward& door, Loss loss) : door_(door), loss_(loss) {}
+  explicit SoftmaxBackward(const Backward& door)
+      : statistics_(static_cast<const SoftmaxStatistics<T>*>(door.statistics)) {}
 
-  // of_margin (rows,): d(objective) / d(margin)
-  void prepare(int64_t begin, int64_t end, T* of_margin) const {
-    const T* grad = static_cast<const T*>(door_.grad);
-    for_margins(states(), begin, end, [&](int64_t row, V d, int64_t n) {
-      store_first(of_margin + (row - begin), loss_.slope(d), n);
-    });
-    for (int64_t row = begin; row < end; ++row) of_margin[row - begin] *= grad[row * door_.grad_row_stride];
-  }
-
-  Gradient gradient(int64_t row, T of_margin) const {
-    const SoftmaxState<T> state = states()[row];
-    const T log_sum = state.log_sum == -kInfinity<T> ? T(0) : state.log_sum;  // all of S is masked: exp(-inf - 0)
-    return {of_margin != of_margin, state.target, V(of_margin), V(state.max), V(log_sum)};
+  Gradient gradient(int64_t row, Coefficients<T> coefficients) const {
+    const SoftmaxStatistics<T> statistics = statistics_[row];
+    // all of S is masked: exp(-inf - 0)
+    const T log_sum = statistics.log_sum == -kInfinity<T> ? T(0) : statistics.log_sum;
+    return {coefficients, V(coefficients.of_negatives), V(statistics.max), V(log_sum)};
   }
 
  private:
-  const SoftmaxState<T>* states() const { return static_cast<const SoftmaxState<T>*>(door_.state); }
-
-  const Backward& door_;
-  Loss loss_;
+  const SoftmaxStatistics<T>* statistics_;
 };
 
 }  // namespace FUSED_LOSSES_ISA

@@ -13,8 +13,7 @@
 namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
-constexpr int64_t kPiece =
-    4096;  // classes: 16 KB of float32 stay in the first cache
+constexpr int64_t kPiece = 4096;   // classes: 16 KB of float32 stay in the first cache
 constexpr int64_t kGrain = 16384;  // logits: less than this is not worth waking a thread
 
 FUSED_LOSSES_INLINE void prefetch(const void* p) {
@@ -95,21 +94,27 @@ FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t en
   return sum.total();
 }
 
+inline void lower(std::atomic<int64_t>& least, int64_t value) {
+  int64_t now = least.load();
+  while (value < now && !least.compare_exchange_weak(now, value)) {
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------- forward
 
 // Family:  using Partial               the statistic of some negatives; Partial() is that of none
 //          Partial over(const X*, begin, end, positives)      X is S or its compute dtype
 //          static Partial merge(Partial, Partial)
-//          finish(row, const S* logits, positives, Partial)   writes the row's result and state
+//          write(row, const S* logits, positives, Partial)    writes the row's statistics
 //          ignore(row), spoil(row, positives)                 the same for an ignored row, for a row with a NaN
-//          finish_rows(begin, end, targets)                   what of it is better done for many rows at once
 template <class S, class Family>
 class ForwardWalk {
  public:
   using T = Compute<S>;
   using Partial = typename Family::Partial;
 
-  ForwardWalk(Forward& door, Family family) : door_(door), problem_(door.problem), family_(family) {}
+  ForwardWalk(Forward& door, Family family)
+      : door_(door), problem_(door.problem), spec_(door.problem.spec), family_(family) {}
 
   void run() {
     if (problem_.rows < num_threads()) {
@@ -118,7 +123,6 @@ class ForwardWalk {
       for (int64_t row = 0; row < problem_.rows; ++row) {
         visit<true>(row, targets, selector);
       }
-      family_.finish_rows(0, problem_.rows, targets);
       return;
     }
     parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
@@ -127,7 +131,6 @@ class ForwardWalk {
       for (int64_t row = begin; row < end; ++row) {
         visit<false>(row, targets, selector);
       }
-      family_.finish_rows(begin, end, targets);
     });
   }
 
@@ -140,11 +143,11 @@ class ForwardWalk {
     if (!targets.read(row, &positives)) return report(row, positives);
     if (targets.ignored(row)) {
       family_.ignore(row);
-    } else if (problem_.k == 0) {
-      family_.finish(row, logits, positives, over_all<kSplitRow>(logits, positives));
+    } else if (spec_.k == 0) {
+      family_.write(row, logits, positives, over_all<kSplitRow>(logits, positives));
     } else if (kSplitRow ? selector.select_split(logits, positives, &picks)
                          : selector.select(logits, positives, &picks)) {
-      family_.finish(row, logits, positives, over_pieces(picks.logit, picks.count, Positives{nullptr, 0}));
+      family_.write(row, logits, positives, over_pieces(picks.logit, picks.count, Positives{nullptr, 0}));
     } else {
       family_.spoil(row, positives);
     }
@@ -152,10 +155,7 @@ class ForwardWalk {
   }
 
   void report(int64_t row, Positives up_to_bad) {
-    const int64_t entry = row * problem_.classes + up_to_bad.index[up_to_bad.count - 1];
-    int64_t first = door_.bad_entry.load();
-    while (entry < first && !door_.bad_entry.compare_exchange_weak(first, entry)) {
-    }
+    lower(door_.bad_entry, row * problem_.classes + up_to_bad.index[up_to_bad.count - 1]);
   }
 
   template <bool kSplitRow>
@@ -185,10 +185,10 @@ class ForwardWalk {
   }
 
   void write_picks(int64_t row, const Candidates<T>& picks) {
-    if (problem_.k == 0) return;
+    if (spec_.k == 0) return;
     S* logit = static_cast<S*>(door_.pick_logit);
-    if (problem_.compact) {
-      for (int64_t i = 0; i < problem_.k; ++i) write_pick(row * problem_.k + i, logit, picks, i < picks.count ? i : -1);
+    if (spec_.compact) {
+      for (int64_t i = 0; i < spec_.k; ++i) write_pick(row * spec_.k + i, logit, picks, i < picks.count ? i : -1);
       return;
     }
     int64_t last = picks.count - 1;  // in the order of the selection: the smallest logit, of equals the highest index
@@ -206,17 +206,18 @@ class ForwardWalk {
 
   Forward& door_;
   const Problem& problem_;
+  const Spec& spec_;
   Family family_;
 };
 
 // --------------------------------------------------------------------------------------------------------- backward
 
-// Family:  using Gradient              that of one row
-//              bool spoilt             the whole row is NaN
+// Family:  multi_hot                   whether targets may be rows of their own
+//          using Gradient              that of one row
+//              Coefficients<T> coefficients
 //              V negative(V z)         the gradient at negatives with these logits; 0 at -inf
-//              V positive(V z)         at positives with these logits
-//          prepare(begin, end, T*)     a number for each of these rows, where it is better made for many at once
-//          Gradient gradient(row, T)   T: that number
+//              V positive(V z)         at the positives of a multi-hot row, where there are some
+//          Gradient gradient(row, coefficients)               these times the upstream gradient
 template <class S, class Family>
 class BackwardWalk {
  public:
@@ -224,16 +225,15 @@ class BackwardWalk {
   using V = VecOf<S>;
   using Gradient = typename Family::Gradient;
 
-  BackwardWalk(const Backward& door, Family family) : door_(door), problem_(door.problem), family_(family) {}
+  BackwardWalk(Backward& door, Family family)
+      : door_(door), problem_(door.problem), spec_(door.problem.spec), family_(family) {}
 
   void run() const {
     if (problem_.rows < num_threads()) {
       TargetReader targets(problem_);
       const int64_t pieces = (problem_.classes + kPiece - 1) / kPiece;
-      Buffer<T> prepared(problem_.rows);
-      family_.prepare(0, problem_.rows, prepared.get());
       for (int64_t row = 0; row < problem_.rows; ++row) {
-        const Gradient gradient = family_.gradient(row, prepared[row]);
+        const Gradient gradient = gradient_of(row);
         parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
           const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
           fill(row, begin * kPiece, stop, targets.ignored(row), gradient);
@@ -244,10 +244,8 @@ class BackwardWalk {
     }
     parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
       TargetReader targets(problem_);
-      Buffer<T> prepared(end - begin);
-      family_.prepare(begin, end, prepared.get());
       for (int64_t row = begin; row < end; ++row) {
-        const Gradient gradient = family_.gradient(row, prepared[row - begin]);
+        const Gradient gradient = gradient_of(row);
         fill(row, 0, problem_.classes, targets.ignored(row), gradient);
         patch(row, targets, gradient);
       }
@@ -258,13 +256,25 @@ class BackwardWalk {
   const S* logits(int64_t row) const { return static_cast<const S*>(problem_.logits) + row * problem_.logits_stride; }
   S* dlogits(int64_t row) const { return static_cast<S*>(door_.dlogits) + row * problem_.classes; }
 
+  Gradient gradient_of(int64_t row) const {
+    const T grad = static_cast<const T*>(door_.grad)[row * door_.grad_stride];
+    const Coefficients<T> of_loss = static_cast<const Coefficients<T>*>(door_.coefficients)[row];
+    return family_.gradient(row, {of_loss.of_negatives * grad, of_loss.of_target * grad});
+  }
+
+  // The row is NaN as a whole.
+  static bool spoilt(const Gradient& gradient) {
+    const Coefficients<T> c = gradient.coefficients;
+    return c.of_negatives != c.of_negatives || c.of_target != c.of_target;
+  }
+
   // Every element of dlogits[row, begin:end), as if there were no positives and no compact picks.
   void fill(int64_t row, int64_t begin, int64_t end, bool ignored, const Gradient& gradient) const {
-    if (!ignored && gradient.spoilt) {
+    if (!ignored && spoilt(gradient)) {
       constant(row, begin, end, kNaN<T>);
-    } else if (ignored || (problem_.k > 0 && problem_.compact)) {
+    } else if (ignored || (spec_.compact)) {
       std::memset(dlogits(row) + begin, 0, (end - begin) * sizeof(S));
-    } else if (problem_.k == 0) {
+    } else if (spec_.k == 0) {
       transform(row, begin, end, [&](V z) { return gradient.negative(z); });
     } else {
       threshold(row, begin, end, gradient);
@@ -278,7 +288,7 @@ class BackwardWalk {
     const V zero(0), edge(to_compute(static_cast<const S*>(door_.pick_logit)[row]));
     const int64_t middle = edge_index + 1 < begin ? begin : edge_index + 1 < end ? edge_index + 1 : end;
     const bool sparse =
-        problem_.k < problem_.classes / 32;  // else a branch on a vector without picks costs more than it saves
+        spec_.k < problem_.classes / 32;  // else a branch on a vector without picks costs more than it saves
     transform(row, begin, middle, [&](V z) {
       const auto picked = z >= edge;
       return sparse && bits(picked) == 0 ? zero : select(picked, gradient.negative(z), zero);
@@ -289,33 +299,48 @@ class BackwardWalk {
     });
   }
 
-  // Scatters the compact picks, then the positives.
+  // Scatters the compact picks, then the positives. Nothing is written for a pick that is no class: picks come from
+  // whoever kept them since forward.
   void patch(int64_t row, TargetReader& targets, const Gradient& gradient) const {
-    if (targets.ignored(row) || gradient.spoilt) return;
+    if (targets.ignored(row) || spoilt(gradient)) return;
     S* out = dlogits(row);
-    if (problem_.k > 0 && problem_.compact) {
-      const int32_t* index = door_.pick_index + row * problem_.k;
-      const S* logit = static_cast<const S*>(door_.pick_logit) + row * problem_.k;
+    bool all_classes = true;
+    if (spec_.compact) {
+      const int32_t* index = door_.pick_index + row * spec_.k;
+      const S* logit = static_cast<const S*>(door_.pick_logit) + row * spec_.k;
       S value[V::lanes];
-      for (int64_t i = 0; i < problem_.k; i += V::lanes) {
-        const int n = static_cast<int>(problem_.k - i < V::lanes ? problem_.k - i : V::lanes);
+      for (int64_t i = 0; i < spec_.k; i += V::lanes) {
+        const int n = static_cast<int>(spec_.k - i < V::lanes ? spec_.k - i : V::lanes);
         gradient.negative(n == V::lanes ? V::load(logit + i) : load_first<V>(logit + i, n, -kInfinity<T>)).store(value);
         for (int j = 0; j < n; ++j) {
-          if (index[i + j] >= 0) out[index[i + j]] = value[j];
+          if (is_class(index[i + j])) {
+            out[index[i + j]] = value[j];
+          } else {
+            all_classes &= index[i + j] == -1;
+          }
         }
       }
+    } else if (spec_.k > 0) {
+      all_classes = is_class(door_.pick_index[row]) || door_.pick_index[row] == -1;
     }
+    if (!all_classes) lower(door_.bad_row, row);
     Positives positives;
     targets.read(row, &positives);
-    for_each_group<V::lanes>(positives, [&](const int32_t* index, int64_t n) {
-      T z[V::lanes], gradients[V::lanes];
-      for (int64_t i = 0; i < n; ++i) {
-        z[i] = problem_.multi_hot ? to_compute(logits(row)[index[i]]) : gradient.target_logit;
-      }
-      gradient.positive(load_first<V>(z, n, 0)).store(gradients);
-      for (int64_t i = 0; i < n; ++i) from_compute(out + index[i], gradients[i]);
-    });
+    if (!problem_.target.multi_hot) {
+      if (positives.count > 0) from_compute(out + positives.index[0], gradient.coefficients.of_target);
+      return;
+    }
+    if constexpr (Family::multi_hot) {
+      for_each_group<V::lanes>(positives, [&](const int32_t* index, int64_t n) {
+        T z[V::lanes], gradients[V::lanes];
+        for (int64_t i = 0; i < n; ++i) z[i] = to_compute(logits(row)[index[i]]);
+        gradient.positive(load_first<V>(z, n, 0)).store(gradients);
+        for (int64_t i = 0; i < n; ++i) from_compute(out + index[i], gradients[i]);
+      });
+    }
   }
+
+  bool is_class(int32_t index) const { return static_cast<uint32_t>(index) < static_cast<uint32_t>(problem_.classes); }
 
   void constant(int64_t row, int64_t begin, int64_t end, T value) const {
     for (int64_t i = begin; i < end; ++i) from_compute(dlogits(row) + i, value);
@@ -330,8 +355,9 @@ class BackwardWalk {
     if (i < end) store_first(out + i, f(load_first<V>(in + i, end - i, -kInfinity<T>)), end - i);
   }
 
-  const Backward& door_;
+  Backward& door_;
   const Problem& problem_;
+  const Spec& spec_;
   Family family_;
 };
 

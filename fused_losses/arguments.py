@@ -6,7 +6,7 @@ An error is raised before anything is touched, and names the way out.
 import math
 import operator
 from numbers import Real
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from .losses import HSLR, Loss, LossSpec
 from .shard import ClassShard, check_shard, width_of_shard
 
 IGNORE_INDEX = -100
-REDUCTIONS = ("none", "mean", "sum")
+Reduce = Literal["none", "mean", "sum"]
+REDUCTIONS = get_args(Reduce)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INT64 = torch.iinfo(torch.int64)
 
@@ -28,7 +29,7 @@ class Options(NamedTuple):
     ratio: float | None = None
     weight: Tensor | None = None
     ignore_index: int | None = IGNORE_INDEX
-    reduction: str = "mean"
+    reduction: Reduce = "mean"
     check_targets: bool = False
     shard: ClassShard | None = None
 
@@ -40,7 +41,7 @@ class LossOptions(TypedDict, total=False):
     ratio: float | None
     weight: Tensor | None
     ignore_index: int | None
-    reduction: Literal["none", "mean", "sum"]
+    reduction: Reduce
     check_targets: bool
     shard: ClassShard | None
 
@@ -133,6 +134,12 @@ def rows_of(
     num_classes: int,
 ) -> Rows:  # fmt: skip
     """For logits of this shape, (N, C) or (C,), C those at hand, num_classes of all shards; options: checked."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the losses of fused_losses are differentiated by torch.autograd only, not by torch.func (grad, vjp, vmap, "
+            'jacrev, jvp): for the gradients of single rows take reduction="none" and torch.autograd.grad(..., '
+            "is_grads_batched=True)"
+        )
     check_target(loss, logits_shape, device, target)
     multi_hot = target.dim() == len(logits_shape)
     weight, ignore_index = options.weight, options.ignore_index
@@ -160,7 +167,7 @@ def _negatives_of(options: Options, num_classes: int, multi_hot: bool) -> int:
     k, ratio = options.k, options.ratio
     if ratio is not None:
         if torch.compiler.is_compiling():  # a graph cannot carry a k made of a ratio that changes: one graph for each
-            numerator, denominator = ratio.as_integer_ratio()
+            numerator, denominator = float(ratio).as_integer_ratio()
             ratio = numerator / denominator
         largest = max if isinstance(num_classes, int) else torch.sym_max
         k = largest(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29

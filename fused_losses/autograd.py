@@ -75,9 +75,9 @@ class StatisticsFromLogits(torch.autograd.Function):
         if logits.shape[1] == 0:
             seen = nothing(logits.shape[0], logits, target, mine)
         else:
-            _, _, *seen = ops.forward(logits, target, None, "none", *mine)
+            seen = ops.forward(logits, target, None, "none", *mine)[2:]
         if shard is not None:
-            seen = merge(shard, tuple(seen), target, spec)
+            seen = merge(shard, seen, target, spec)
         kept = None if mine.compact and target.dim() == 1 else logits
         ctx.save_for_backward(kept, target, *seen)
         ctx.num_classes, ctx.spec = logits.shape[1], mine

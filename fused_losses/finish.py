@@ -93,8 +93,8 @@ class RowStatistics(NamedTuple):
 
     @classmethod
     def of(cls, statistics: Tensor, family: str) -> "RowStatistics":
-        """statistics: (rows, 3), of class-index targets."""
-        m, l_or_neg, z_y = statistics.unbind(1)
+        """statistics: (rows, 3) or (3,), of class-index targets."""
+        m, l_or_neg, z_y = statistics.unbind(-1)
         d = None
         m = m.detach()
         if family == "softmax":
@@ -117,7 +117,7 @@ def finish_rows(statistics: Tensor, spec: LossSpec, multi_hot: bool) -> tuple[Te
 
 def log_odds(statistics: Tensor) -> Tensor:
     """d (rows,) of the target among the target and S. Never via m + l, which loses digits at large offsets."""
-    m, l, z_y = statistics.unbind(1)
+    m, l, z_y = statistics.unbind(-1)
     return (z_y - m.detach()) - l  # m only shifts: the gradient of l is that of m + l
 
 

@@ -65,13 +65,15 @@ class _AfterImport:
             return None
         sys.meta_path.remove(cls)
         spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return None
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             _register(module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -92,6 +92,10 @@ class Formula(NamedTuple):
     value: Callable[..., Tensor]
     slope: Callable[..., Tensor]
 
+    @property
+    def num_params(self) -> int:
+        return self.value.__code__.co_argcount - 1
+
 
 FORMULAS = {
     "log_odds": Formula("softmax", log_odds_value, log_odds_slope),

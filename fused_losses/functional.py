@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .arguments import IGNORE_INDEX, Options, Rows, check_logits, check_options, rows_of
+from .arguments import IGNORE_INDEX, Options, Reduce, Rows, check_logits, check_options, rows_of
 from .autograd import Finish, LossFromLogits, StatisticsFromLogits
 from .finish import Reduction
 from .finish import log_odds as log_odds_of
@@ -32,7 +32,7 @@ def cross_entropy(
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduce = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -73,7 +73,7 @@ def nllr_loss(
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduce = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -96,7 +96,7 @@ def crl_loss(
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduce = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -122,7 +122,7 @@ def lr_loss(
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduce = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -152,7 +152,7 @@ def hs_lr_loss(
     alpha: float = HSLR.alpha,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduce = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -182,7 +182,7 @@ def ss_lr_loss(
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduce = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -210,7 +210,7 @@ def softmax_loss(
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduce = "mean",
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:

@@ -4,10 +4,13 @@
 ``linear_autograd.py``, ``linear_rows.py``.
 """
 
+from __future__ import annotations
+
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from .arguments import (
     FLOATING,
     IGNORE_INDEX,
     Options,
+    Reduce,
     as_int64,
     check_device,
     check_kind,
@@ -33,6 +37,9 @@ from .losses import CrossEntropy, Loss, OwnSoftmax
 from .modules import CrossEntropyLoss, RowLoss
 from .shard import ClassShard, gather_batch, move_rows, own_rows_of, width_of_shard
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 @dataclass(frozen=True)
 class LinearLossOptions:
@@ -46,10 +53,10 @@ class LinearLossOptions:
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and for SGD (without momentum: for
             sparse gradients PyTorch's buffer is a list that grows). Needs class-index targets and ``k`` (or ``ratio``)
             below C - 1. On CUDA backward waits for their number: the one synchronisation here.
-            What PyTorch does not do with sparse gradients: ``torch.compile``; weight decay; ``clip_grad_norm_`` (clip
-            by the norm of ``weight.grad.coalesce().values()``); ``DistributedDataParallel``, which takes them of
-            ``nn.Embedding`` alone, and ``fully_shard``: leave the classifier out of these two, sharded by classes with
-            ``shard`` and ``gather_input``.
+            Not under ``torch.compile``, nor with weight decay or ``clip_grad_norm_``, which know no sparse gradients:
+            clip by the norm of ``weight.grad.coalesce().values()``. Nor inside of ``DistributedDataParallel``, which
+            takes them of ``nn.Embedding`` alone, or of ``fully_shard``: leave the classifier out of these, sharded by
+            classes with ``shard`` and ``gather_input``.
     """
 
     chunk_bytes: int | None = None
@@ -75,7 +82,7 @@ def linear_cross_entropy(
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduce = "mean",
     check_targets: bool = False,
     normalize: bool = False,
     scale: float = 1.0,
@@ -121,6 +128,31 @@ def linear_cross_entropy(
     return apply(CrossEntropy(), loss_options, input, linear_weight, target, layer)[0]
 
 
+class LayerOptions(TypedDict, total=False):
+    """The arguments of :func:`linear_loss` that say how the layer is computed, for its overloads."""
+
+    linear_bias: Tensor | None
+    normalize: bool
+    scale: float
+    shard: ClassShard | None
+    gather_input: bool
+    options: LinearLossOptions | None
+
+
+@overload
+def linear_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, loss: RowLoss, return_statistics: Literal[False] = False,
+    **layer: Unpack[LayerOptions],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, loss: RowLoss, return_statistics: Literal[True],
+    **layer: Unpack[LayerOptions],
+) -> tuple[Tensor, RowStatistics]: ...  # fmt: skip
+
+
 def linear_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -154,10 +186,10 @@ def linear_loss(
     """
     _check_loss(loss)
     layer = _Layer(linear_bias, normalize, scale, gather_input, options)
-    result = apply(
+    result, statistics = apply(
         loss.loss, loss.options._replace(shard=shard), input, linear_weight, target, layer, return_statistics
     )
-    return result if return_statistics else result[0]
+    return result if statistics is None else (result, statistics)
 
 
 class LinearLoss(nn.Module):
@@ -212,13 +244,16 @@ class LinearLoss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.shard is None:
-            nn.Linear.reset_parameters(self)  # it asks for weight and bias only
-            return
-        own_rows_of(self.shard, self.weight, lambda rows: nn.init.kaiming_uniform_(rows, a=math.sqrt(5)))
+        def draw(parameter: Tensor, uniform: Callable[[Tensor], Tensor]) -> None:
+            if self.shard is None:
+                uniform(parameter)
+            else:
+                own_rows_of(self.shard, parameter, uniform)
+
+        draw(self.weight, lambda rows: nn.init.kaiming_uniform_(rows, a=math.sqrt(5)))
         if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            own_rows_of(self.shard, self.bias, lambda rows: rows.uniform_(-bound, bound))
+            bound = 1 / math.sqrt(max(1, self.in_features))
+            draw(self.bias, lambda rows: rows.uniform_(-bound, bound))
 
     def forward(
         self, input: Tensor, target: Tensor, return_statistics: bool = False
@@ -228,8 +263,8 @@ class LinearLoss(nn.Module):
             raise RuntimeError("sparse_grad=True: fully_shard takes no sparse gradients; " + WITHOUT_WRAPPER)
         layer = _Layer(self.bias, self.normalize, self.scale, self.gather_input, self.options)
         options = self.loss.options._replace(shard=self.shard)
-        result = apply(self.loss.loss, options, input, self.weight, target, layer, return_statistics)
-        return result if return_statistics else result[0]
+        result, statistics = apply(self.loss.loss, options, input, self.weight, target, layer, return_statistics)
+        return result if statistics is None else (result, statistics)
 
     def extra_repr(self) -> str:
         cosine = f", normalize=True, scale={self.scale}" if self.normalize else ""
@@ -239,7 +274,7 @@ class LinearLoss(nn.Module):
         return layer + cosine + shard + options
 
     @torch.no_grad()
-    def grown(self, num_classes: int) -> "LinearLoss":
+    def grown(self, num_classes: int) -> LinearLoss:
         """The same classifier with more classes behind the old ones: their rows are kept, the new ones are drawn.
 
         With a shard, every rank calls it, and the classes are split anew (:meth:`ClassShard.split`). A class-weight
@@ -255,9 +290,11 @@ class LinearLoss(nn.Module):
             device=self.weight.device, dtype=self.weight.dtype,
         )  # fmt: skip
         for old, new in ((self.weight, grown.weight), (self.bias, grown.bias)):
-            if old is not None and shard is None:
+            if old is None or new is None:
+                continue
+            if self.shard is None or shard is None:
                 new[: self.num_classes] = old.full_tensor() if hasattr(old, "full_tensor") else old
-            elif old is not None:
+            else:
                 move_rows(self.shard, old, shard, new)
         return grown
 
@@ -301,7 +338,7 @@ def apply(
     if gather_input:
         if shard is None or input.dim() != 2 or target.dim() != 1:
             raise ValueError("gather_input needs shard=, input of shape (N, D) and class-index targets (N,)")
-        check_target(loss, (input.shape[0], linear_weight.shape[0]), input.device, target)
+        check_target(loss, torch.Size((input.shape[0], linear_weight.shape[0])), input.device, target)
         input, target = gather_batch(shard, input, as_int64(target, options.ignore_index))
     shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
     rows = rows_of(loss, shape, dtype, input.device, target, options, num_classes)
@@ -368,9 +405,10 @@ def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torc
 
 def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, shard: ClassShard | None) -> int:
     """The number of classes, of all shards."""
-    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
-        if tensor is None and name == "linear_bias":
-            continue
+    tensors = {"input": input, "linear_weight": weight}
+    if bias is not None:
+        tensors["linear_bias"] = bias
+    for name, tensor in tensors.items():
         check_kind(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(f"expected a floating-point {name}, got {tensor.dtype}")

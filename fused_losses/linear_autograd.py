@@ -36,11 +36,11 @@ class LayerSpec(NamedTuple):
     def layer(self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> tuple:
         """What the ops take: input, weight, bias, norms, target, chunk_bytes. A weight that is normalised is cast after
         that."""
+        input = input.to(self.dtype)
         if self.normalize:
-            layer = input.to(self.dtype), weight, None, class_norms(weight)
-        else:
-            layer = input.to(self.dtype), weight.to(self.dtype), None if bias is None else bias.to(self.dtype), None
-        return *layer, target, self.chunk_bytes
+            return input, weight, None, class_norms(weight), target, self.chunk_bytes
+        bias = None if bias is None else bias.to(self.dtype)
+        return input, weight.to(self.dtype), bias, None, target, self.chunk_bytes
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------

@@ -100,13 +100,14 @@ class _Layer(NamedTuple):
 
     def directions(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Classes and their w / |w|, divided in the compute dtype."""
+        assert self.norms is not None
         most = MIB if self.weight.device.type == "cpu" else 16 * MIB
         for classes in _pieces(self.weight.shape[0], max(1, most // max(1, self.weight.shape[1]))):
             w = self.weight[classes].to(self.norms.dtype)
             yield classes, (w / self.norms[classes, None]).to(dtype)
 
     def of(self, classes: slice) -> "_Layer":
-        return _Layer(*(None if tensor is None else tensor[classes] for tensor in self))
+        return _Layer(self.weight[classes], *(None if tensor is None else tensor[classes] for tensor in self[1:]))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -160,10 +161,11 @@ class _Gradients:
         want_input, want_weight, want_bias = self.wanted
         if want_bias:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
-        if want_input and self.layer.norms is None:
+        norms = self.layer.norms
+        if want_input and norms is None:
             torch.mm(dz, self.layer.weight, out=self.input[rows])
-        elif want_input:
-            total = x.new_zeros(x.shape, dtype=self.layer.norms.dtype)
+        elif want_input and norms is not None:
+            total = x.new_zeros(x.shape, dtype=norms.dtype)
             for classes, directions in self.layer.directions(x.dtype):
                 _add_product(total, dz[:, classes], directions)
             self.input[rows] = total
@@ -201,6 +203,7 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias from the rows' coefficients: *again*."""
     spec = LossSpec(*spec)
+    _check_rows(input, target, coefficients, statistics, pick_index, pick_logit)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
     one = coefficients.new_ones(())
@@ -216,6 +219,7 @@ def _linear_at_once(
     """Values and statistics of the rows, and the gradients of input, weight and bias for the share (rows,) that each
     row has in the loss: *at once*."""
     spec = LossSpec(*spec)
+    _check_rows(input, target, share)
     _check_target(input, target, spec)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
@@ -229,8 +233,15 @@ def _linear_at_once(
     return values, statistics, *gradients.result()
 
 
+def _check_rows(*tensors: Tensor) -> None:
+    """A chunk takes its rows of each: of what has more, some would be left over."""
+    if len({tensor.shape[:1] for tensor in tensors}) > 1:
+        raise ValueError(f"expected as many rows in each tensor, got {[tuple(tensor.shape) for tensor in tensors]}")
+
+
 def _check_target(input: Tensor, target: Tensor, spec: LossSpec) -> None:
     """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here."""
+    _check_rows(input, target)
     if input.device.type == "cpu" and target.dim() == 1:
         reference.check_target(target, spec.all_classes, spec.ignore_index)
 
@@ -280,9 +291,9 @@ def _hardest_of_blocks(
         logit[:, columns] = picked_logit
         of_blocks.append(statistics)
 
-    of_blocks = torch.stack(of_blocks)  # (blocks, rows, 3)
+    seen = torch.stack(of_blocks)  # (blocks, rows, 3)
     index[:, 0] = -1
-    logit[:, 0] = of_blocks[..., 2].amax(0).masked_fill(of_blocks.isnan().any(dim=(0, 2)), math.nan)
+    logit[:, 0] = seen[..., 2].amax(0).masked_fill(seen.isnan().any(dim=(0, 2)), math.nan)
     label, among = _among_candidates(target, layer.weight.shape[0], index.shape[1], spec)
     _, _, statistics, chosen, chosen_logit = ops.forward(logit, label, None, "none", *among)
     return statistics, index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1), chosen_logit
@@ -345,15 +356,19 @@ def _sum_of_classes(factors: Tensor, classes: Tensor, weight: Tensor, norms: Ten
 
 
 def _pick_gradients(
-    coefficients, statistics, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_bytes, wanted, spec: LossSpec, only_picked: bool,
+    only_picked: bool, coefficients, statistics, pick_index, pick_logit,
+    input, weight, bias, norms, target, chunk_bytes, wanted, *spec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight and bias through the target and the k picks of each row alone: O(rows * k * features).
 
     With only_picked, those of weight and bias are of the classes that come last. No float atomics: the same bits in
     every run.
     """
+    spec = LossSpec(*spec)
     num_classes = weight.shape[0]
+    _check_rows(input, target, coefficients, statistics, pick_index, pick_logit)
+    if input.device.type == "cpu":
+        reference.check_picks(pick_index, num_classes)
     to_negatives, to_target = coefficients.split(1, dim=1)  # (rows, 1) each
     dz = reference.gradient_of_negatives(to_negatives, statistics, pick_logit.to(statistics.dtype), spec)
     classes = torch.cat((target[:, None] - spec.first_class, pick_index), dim=1)  # (rows, 1 + k)
@@ -388,13 +403,13 @@ def _pick_gradients(
 
 def _linear_backward_picks(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias from the rows' coefficients: *picks*, dense."""
-    dinput, dweight, dbias, _ = _pick_gradients(*arguments[:_BEFORE_SPEC], LossSpec(*arguments[_BEFORE_SPEC:]), False)
+    dinput, dweight, dbias, _ = _pick_gradients(False, *arguments)
     return dinput, dweight, dbias
 
 
 def _linear_backward_sparse(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same, those of weight and bias of the picked classes alone, and these classes, sorted: *picks*, sparse."""
-    return _pick_gradients(*arguments[:_BEFORE_SPEC], LossSpec(*arguments[_BEFORE_SPEC:]), True)
+    return _pick_gradients(True, *arguments)
 
 
 # --- ops --------------------------------------------------------------------------------------------------------------
@@ -402,7 +417,6 @@ def _linear_backward_sparse(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]
 _LAYER = "Tensor input, Tensor weight, Tensor? bias, Tensor? norms, Tensor target, int chunk_bytes"
 _SEEN = "Tensor statistics, Tensor pick_index, Tensor pick_logit"
 _BACKWARD = f"(Tensor coefficients, {_SEEN}, {_LAYER}, bool[] wanted, {ops.SPEC})"
-_BEFORE_SPEC = _BACKWARD.count(",") + 1 - len(LossSpec._fields)
 _GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias"
 
 

@@ -28,7 +28,8 @@ class Loss:
     formula: ClassVar[str]  # the name in formulas.py; HS-LR is LR's formula over the k hardest
 
     def __post_init__(self):
-        for name in self.__match_args__:  # the names of the fields; older compilers cannot trace vars(self)
+        names: tuple[str, ...] = self.__match_args__  # of the fields; older compilers cannot trace vars(self)
+        for name in names:
             value = getattr(self, name)
             if type(value) is not float:  # the usual case saves itself the price of Real
                 if not isinstance(value, Real) or isinstance(value, bool):

@@ -10,18 +10,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from . import functional
-from .arguments import IGNORE_INDEX, LossOptions, Options, check_options
+from .arguments import IGNORE_INDEX, LossOptions, Options, Reduce, check_options
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, OwnSoftmax
+from .shard import ClassShard
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PLAIN = {"k": operator.index, "ratio": float, "ignore_index": operator.index}
+PLAIN: dict[str, Callable] = {"k": operator.index, "ratio": float, "ignore_index": operator.index}
 RIVALS = {"k": "ratio", "ratio": "k"}
 
 
@@ -33,7 +34,14 @@ class RowLoss(nn.Module):
             meaning, defaults and errors as in :func:`fused_losses.cross_entropy`.
     """
 
+    loss: Loss
+    k: int | None
+    ratio: float | None
     weight: Tensor | None
+    ignore_index: int | None
+    reduction: Reduce
+    check_targets: bool
+    shard: ClassShard | None
 
     def __init__(self, loss: Loss, **options: Unpack[LossOptions]):
         super().__init__()
@@ -46,22 +54,25 @@ class RowLoss(nn.Module):
     def _take(self, loss: Loss, options: Options) -> None:
         """Checks all of them, then sets them."""
         check_options(loss, options)
-        super().__setattr__("loss", loss)
-        self._buffers["weight"] = options.weight  # by name, the compiler could not trace it
-        for name, value in zip(Options._fields, options, strict=True):
-            if name != "weight":
-                # NumPy's numbers become Python's: the compiler would take them for tensors
-                plain = PLAIN.get(name) if value is not None else None
-                super().__setattr__(name, plain(value) if plain else value)
+        values: dict[str, Any] = {"loss": loss, **options._asdict()}
+        self._buffers["weight"] = values.pop("weight")  # by name, the compiler could not trace it
+        for name, value in values.items():
+            # NumPy's numbers become Python's: the compiler would take them for tensors
+            plain = PLAIN.get(name) if value is not None else None
+            super().__setattr__(name, plain(value) if plain else value)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in Options._fields:
-            other = {RIVALS[name]: None} if value is not None and name in RIVALS else {}
-            self._take(self.loss, self.options._replace(**{name: value}, **other))
-        elif isinstance(getattr(type(self), name, None), _HyperParameter):
+            changed = {name: value}
+            if value is not None and name in RIVALS:
+                changed[RIVALS[name]] = None
+            self._take(self.loss, self.options._replace(**changed))
+        elif name not in HYPER_PARAMETERS:
+            super().__setattr__(name, value)
+        elif name in self.loss.__match_args__:
             self._take(replace(self.loss, **{name: value}), self.options)
         else:
-            super().__setattr__(name, value)
+            raise AttributeError(f"{type(self).__name__} has no hyper-parameter {name}")
 
     @property
     def options(self) -> Options:
@@ -85,7 +96,7 @@ class _HyperParameter:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, module: RowLoss | None, owner: type):
+    def __get__(self, module: RowLoss | None, owner: type) -> Any:
         return self if module is None else getattr(module.loss, self.name)
 
 

@@ -25,12 +25,21 @@ _library = torch.library.Library("fused_losses", "DEF")
 
 
 def define(schema: str, implementation: Callable, fake: Callable):
-    """Registers an op for every device without a kernel of its own; fake gives the shapes of its results."""
+    """Registers an op for every device without a kernel of its own; fake gives the shapes of its results.
+
+    A meta tensor among others brings the op to fake, whose results would then be memory that nobody has written.
+    """
     name = schema.partition("(")[0]
+
+    @functools.wraps(fake)
+    def shapes(*arguments, **named):
+        reference.check_same_device(*arguments, *named.values())
+        return fake(*arguments, **named)
+
     _library.define(schema)
     # no_grad: an op below autograd must not record what its implementation does inside
     _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused_losses::{name}", fake, lib=_library)
+    torch.library.register_fake(f"fused_losses::{name}", shapes, lib=_library)
     return getattr(torch.ops.fused_losses, name).default
 
 
@@ -154,21 +163,23 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _forward_on_cuda(logits, *arguments):
+def _forward_on_cuda(logits, target, weight, reduction, *spec):
+    reference.check_forward(logits, target, weight, reduction, LossSpec(*spec))
     backend = _triton_backend(logits.device, logits.dtype, logits.shape[1]) or reference
-    return backend.forward(logits, *arguments)
+    return backend.forward(logits, target, weight, reduction, *spec)
 
 
-def _finish_on_cuda(statistics, *arguments):
+def _finish_on_cuda(statistics, target, weight, reduction, *spec):
+    reference.check_finish(statistics, target, weight, reduction, LossSpec(*spec))
     backend = _triton_backend(statistics.device, statistics.dtype, 1) or reference
-    return backend.finish(statistics, *arguments)
+    return backend.finish(statistics, target, weight, reduction, *spec)
 
 
 def _backward_on_cuda(grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec):
+    tensors = grad, coefficients, logits, target, statistics, pick_index, pick_logit
+    reference.check_backward(*tensors, num_classes, LossSpec(*spec))
     backend = _triton_backend(pick_logit.device, pick_logit.dtype, num_classes) or reference
-    return backend.backward(
-        grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec
-    )  # fmt: skip
+    return backend.backward(*tensors, num_classes, *spec)
 
 
 for _name, _on_cuda in (("forward", _forward_on_cuda), ("finish", _finish_on_cuda), ("backward", _backward_on_cuda)):

@@ -7,6 +7,7 @@ from torch import Tensor
 from .arguments import IGNORE_INDEX, Options, check_options
 from .autograd import StatisticsFromLogits
 from .finish import RowStatistics
+from .finish import log_odds as log_odds_of
 from .formulas import softplus
 from .functional import rows_from_logits
 from .losses import LR, SSLR, LogOdds, Loss
@@ -30,9 +31,8 @@ def log_odds(
 
     Arguments, defaults and errors as in :func:`fused_losses.cross_entropy`.
     """
-    return row_statistics(
-        logits, target, k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard
-    ).log_odds  # fmt: skip
+    options = Options(k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard)
+    return log_odds_of(_statistics(LogOdds(), logits, target, options))
 
 
 def row_statistics(
@@ -55,9 +55,7 @@ def row_statistics(
     Arguments, defaults and errors as in :func:`fused_losses.cross_entropy`.
     """
     options = Options(k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard)
-    statistics = _statistics(LogOdds(), logits, target, options)
-    found = RowStatistics.of(statistics, "softmax")
-    return found if logits.dim() == 2 else RowStatistics(*(part.squeeze(0) for part in found))
+    return RowStatistics.of(_statistics(LogOdds(), logits, target, options), "softmax")
 
 
 def logistic_sums(
@@ -86,15 +84,17 @@ def logistic_sums(
     options = Options(k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard)
     loss = LR() if gamma is None else SSLR(gamma=gamma)
     statistics = _statistics(loss, logits, target, options)
-    pos, neg = statistics[:, 2], statistics[:, 1]
+    pos, neg = statistics[..., 2], statistics[..., 1]
     if target.dim() != logits.dim():
         pos = softplus(-pos)
         if ignore_index is not None:
-            pos = pos.masked_fill(target.reshape(-1) == ignore_index, 0)
-    return (pos, neg) if logits.dim() == 2 else (pos.squeeze(0), neg.squeeze(0))
+            pos = pos.masked_fill(target == ignore_index, 0)
+    return pos, neg
 
 
 def _statistics(loss: Loss, logits: Tensor, target: Tensor, options: Options) -> Tensor:
+    """(rows, 3 | 4); of one row alone, (3 | 4,)."""
     check_options(loss, options)
     rows, taken = rows_from_logits(loss, logits, target, options)
-    return StatisticsFromLogits.apply(rows, taken.target, taken.spec, options.shard)
+    statistics = StatisticsFromLogits.apply(rows, taken.target, taken.spec, options.shard)
+    return statistics if logits.dim() == 2 else statistics.squeeze(0)

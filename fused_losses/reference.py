@@ -24,9 +24,115 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .finish import finish
+from .finish import finish as finish_batch
 from .formulas import FORMULAS, INF, softplus
 from .losses import LossSpec
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_same_device(*arguments) -> None:
+    """Raises RuntimeError: an op with tensors of several devices is served by whichever of them comes first."""
+    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
+    if len(devices) > 1:
+        found = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {found}")
+
+
+def check_forward(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec) -> None:
+    """Raises ValueError, or RuntimeError, unless these are what forward takes; reads no values."""
+    _check_reduction(reduction)
+    check_same_device(logits, target, weight)
+    if logits.dim() != 2 or logits.dtype not in DTYPES:
+        raise ValueError(f"logits must be floating and (rows, classes), got {logits.dtype}, {tuple(logits.shape)}")
+    _check_spec(spec, target, *logits.shape)
+    _check_weight(weight, target, compute_dtype(logits.dtype), spec)
+
+
+def check_finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec) -> None:
+    """The same for finish."""
+    _check_reduction(reduction)
+    check_same_device(statistics, target, weight)
+    _check_spec(spec, target, target.shape[0] if target.dim() else 0)
+    _check_statistics(statistics, target)
+    _check_weight(weight, target, statistics.dtype, spec)
+
+
+def check_backward(
+    grad: Tensor, coefficients: Tensor, logits: Tensor | None, target: Tensor, statistics: Tensor, pick_index: Tensor,
+    pick_logit: Tensor, num_classes: int, spec: LossSpec,
+) -> None:  # fmt: skip
+    """The same for backward."""
+    check_same_device(grad, coefficients, logits, target, statistics, pick_index, pick_logit)
+    rows, dtype = target.shape[0] if target.dim() else 0, pick_logit.dtype
+    _check_spec(spec, target, rows, num_classes)
+    if dtype not in DTYPES or pick_index.dtype != torch.int32:
+        raise ValueError("picks must be what forward returned")
+    if not pick_index.shape == pick_logit.shape == (rows, spec.slots):
+        raise ValueError("picks must be what forward returned")
+    if not grad.dtype == coefficients.dtype == statistics.dtype == compute_dtype(dtype):
+        raise ValueError("grad, coefficients and statistics must be float64 for float64 logits, else float32")
+    _check_statistics(statistics, target)
+    if coefficients.shape != (rows, 2) or grad.shape not in ((), (rows,)):
+        raise ValueError("coefficients must be what forward returned, grad one number or (rows,)")
+    if logits is None and not (spec.compact and spec.k > 0 and target.dim() == 1):
+        raise ValueError("backward needs the logits here")
+    if logits is not None and (logits.shape != (rows, num_classes) or logits.dtype != dtype):
+        raise ValueError("logits must be those of forward")
+
+
+def _check_spec(spec: LossSpec, target: Tensor, rows: int, num_classes: int | None = None) -> None:
+    """num_classes: those at hand, None where none are."""
+    if spec.loss not in FORMULAS:
+        raise ValueError(f"not a loss: {spec.loss}")
+    num_params = FORMULAS[spec.loss].num_params
+    if len(spec.params) != num_params:
+        raise ValueError(f"{spec.loss} has {num_params} hyper-parameters, got {len(spec.params)}")
+    if not 0 <= spec.k < 2**31:
+        raise ValueError(f"k must be 0 or more, and fewer than 2^31, got {spec.k}")
+    if not 0 <= spec.first_class <= spec.all_classes - (1 if num_classes is None else num_classes):
+        raise ValueError(f"the classes from first_class {spec.first_class} on exceed all_classes {spec.all_classes}")
+    if num_classes is not None and not 0 < num_classes < 2**31 - 1:
+        raise ValueError(f"logits need at least one class, and fewer than 2^31 - 1, got {num_classes}")
+    if target.dim() == 2:
+        if spec.family != "logistic" or target.is_complex():
+            raise ValueError("multi-hot targets are for the logistic family only, and not complex")
+        if num_classes is not None and target.shape[1] != num_classes:
+            raise ValueError("multi-hot targets must have the shape of the logits")
+    elif target.dim() != 1 or target.dtype != torch.int64:
+        raise ValueError(f"target must be int64 class indices (rows,), got {target.dtype}, {tuple(target.shape)}")
+    if target.shape[0] != rows:
+        raise ValueError(f"target must have as many rows as the logits, {rows}, got {target.shape[0]}")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"not a reduction: {reduction}")
+
+
+def _check_statistics(statistics: Tensor, target: Tensor) -> None:
+    if statistics.shape != (target.shape[0], 4 if target.dim() == 2 else 3):
+        raise ValueError(f"statistics must have as many rows as the target, and 3 or 4 columns, got {statistics.shape}")
+    if statistics.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"statistics must be float32 or float64, got {statistics.dtype}")
+
+
+def _check_weight(weight: Tensor | None, target: Tensor, dtype: torch.dtype, spec: LossSpec) -> None:
+    if weight is None:
+        return
+    if target.dim() == 2 or weight.shape != (spec.all_classes,) or weight.dtype != dtype:
+        raise ValueError("weight must be (all classes,), of the compute dtype, with class indices")
+
+
+def check_picks(pick_index: Tensor, num_classes: int) -> None:
+    """Raises IndexError for a pick that is neither a class nor an empty slot, -1. Reads values."""
+    wrong = (pick_index < -1) | (pick_index >= num_classes)
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        raise IndexError(f"Picks must be classes or -1, which those of row {row} are not. ({num_classes} classes)")
+
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
@@ -91,8 +197,10 @@ def picks(logits: Tensor, positive: Tensor, skipped: Tensor, k: int, compact: bo
 
 
 def scatter_picks(pick_index: Tensor, values: Tensor, num_classes: int) -> Tensor:
-    """values (rows, k) at their classes in a zero matrix (rows, classes); empty slots go nowhere."""
-    column = torch.where(pick_index < 0, num_classes, pick_index).long()
+    """values (rows, k) at their classes in a zero matrix (rows, classes); empty slots, and what is no class, go
+    nowhere."""
+    outside = (pick_index < 0) | (pick_index >= num_classes)
+    column = pick_index.long().masked_fill(outside, num_classes)
     return values.new_zeros((values.shape[0], num_classes + 1)).scatter(1, column, values)[:, :num_classes]
 
 
@@ -114,6 +222,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, coefficients (rows, 2), statistics (rows, 3 | 4), pick_index and pick_logit (rows, k | 1 | 0)."""
     spec = LossSpec(*spec)
+    check_forward(logits, target, weight, reduction, spec)
     if logits.device.type == "cpu":
         check_target(target, spec.all_classes, spec.ignore_index)
     positive, ignored, bad = read_target(target, logits.shape[1], spec)
@@ -121,6 +230,12 @@ def forward(
     statistics = _statistics(logits, positive, chosen, bad, target.dim() == 2, spec)
     statistics = statistics.masked_fill(ignored[:, None], 0)
     return *finish(statistics, target, weight, reduction, *spec), statistics, pick_index, pick_logit
+
+
+def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec) -> tuple[Tensor, Tensor]:
+    """loss, coefficients (rows, 2)."""
+    check_finish(statistics, target, weight, reduction, LossSpec(*spec))
+    return finish_batch(statistics, target, weight, reduction, *spec)
 
 
 def _statistics(logits, positive, chosen, bad, multi_hot: bool, spec: LossSpec) -> Tensor:
@@ -154,17 +269,25 @@ def backward(
 ) -> Tensor:
     """dlogits (rows, classes)."""
     spec = LossSpec(*spec)
+    check_backward(grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, spec)
+    if pick_index.device.type == "cpu":
+        check_picks(pick_index, num_classes)
+        if target.dim() == 1:
+            check_target(target, spec.all_classes, spec.ignore_index)
     positive, ignored, _ = read_target(target, num_classes, spec)
     scaled = coefficients * grad.reshape(-1, 1)  # (rows, 2)
     to_negatives, to_target = scaled.split(1, dim=1)  # (rows, 1) each
     compact = spec.compact and spec.k > 0
-    z = (pick_logit if compact else logits).to(statistics.dtype)
+    seen = pick_logit if compact else logits
+    assert seen is not None, "only the compact form does without the logits"
+    z = seen.to(statistics.dtype)
     dz = gradient_of_negatives(to_negatives, statistics, z, spec)
     if compact:
         dlogits = scatter_picks(pick_index, dz, num_classes)
     else:
         dlogits = torch.where(chosen_negatives(z, positive, pick_index, pick_logit, spec.k), dz, 0)
     if target.dim() == 2:
+        assert logits is not None, "multi-hot targets need the logits in every form"
         to_target = to_target * torch.sigmoid(-logits.to(statistics.dtype))
     dlogits = torch.where(positive, to_target, dlogits)
     dlogits = torch.where(scaled.isnan().any(1, keepdim=True), math.nan, dlogits)

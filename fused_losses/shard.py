@@ -42,7 +42,7 @@ class ClassShard:
 
     def __post_init__(self):
         _check_member(self.group)
-        ranges = [None] * self.world_size
+        ranges = [(0, 0, 0)] * self.world_size
         dist.all_gather_object(ranges, (self.start, self.stop, self.num_classes), group=self.group)
         if not _tile(ranges):
             told = ", ".join(f"[{start}, {stop}) of {num_classes}" for start, stop, num_classes in ranges)
@@ -93,7 +93,9 @@ class ClassShard:
         width_of_shard(self, "rows", mine.shape, mine.shape[0])
         if self.edges != _edges_of_chunks(self.num_classes, self.world_size):
             raise ValueError(f"DTensor knows the shards of ClassShard.split only, got borders {self.edges}")
-        mesh = DeviceMesh.from_group(self.group or dist.group.WORLD, mine.device.type)
+        group = self.group or dist.group.WORLD
+        assert group is not None  # the shard was made by one of its ranks
+        mesh = DeviceMesh.from_group(group, mine.device.type)
         shape = torch.Size((self.num_classes, *mine.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(mine.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

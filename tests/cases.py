@@ -1,6 +1,7 @@
 """What the tests run over: the losses with their hyper-parameters, shapes, inputs, and the tolerance rule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 import eager
 import fused_losses as fl
 import paper
+from fused_losses import losses
+from fused_losses.formulas import FORMULAS
 
 LAYER_OPTIONS = ("linear_bias", "normalize", "scale", "shard", "gather_input", "options", "return_statistics")
 
@@ -19,8 +22,8 @@ class Loss:
     module: str
     family: str
     door: str  # the name by which the doors know its formula
-    hypers: tuple[dict, ...] = ({},)  # the defaults first, then corners
-    needs_k: bool = False
+    hypers: tuple[dict, ...]  # the defaults first, then corners
+    needs_k: bool
 
     def __str__(self) -> str:
         return self.name
@@ -49,41 +52,40 @@ class Loss:
         return [k for k in ks if k is not None or not self.needs_k]
 
 
-CE = Loss("cross_entropy", "CrossEntropyLoss", "softmax", "cross_entropy")
-NLLR = Loss("nllr_loss", "NLLRLoss", "softmax", "nllr")
-CRL = Loss(
-    "crl_loss",
-    "CRLLoss",
-    "softmax",
-    "crl",
-    (
-        {"alpha": 1.5, "beta": 1.0},
+# Hyper-parameters to test besides the defaults.
+CORNERS: dict[str, tuple[dict, ...]] = {
+    "crl_loss": (
         {"alpha": 0.0, "beta": 1.0},
         {"alpha": 0.3, "beta": 2.5},
         {"alpha": 0.0, "beta": 0.25},
         {"alpha": 4.0, "beta": 0.0},
     ),
-)
-LR = Loss("lr_loss", "LRLoss", "logistic", "lr")
-HS_LR = Loss(
-    "hs_lr_loss", "HSLRLoss", "logistic", "lr", ({"alpha": 1.0}, {"alpha": 10.0}, {"alpha": 0.0}), needs_k=True
-)
-SS_LR = Loss(
-    "ss_lr_loss",
-    "SSLRLoss",
-    "logistic",
-    "ss_lr",
-    (
-        {"alpha": 1.0, "gamma": 2.0},
-        {"alpha": 5.0, "gamma": 0.5},
-        {"alpha": 2.0, "gamma": 0.0},
-        {"alpha": 0.0, "gamma": 1.0},
-    ),
-)
+    "hs_lr_loss": ({"alpha": 10.0}, {"alpha": 0.0}),
+    "ss_lr_loss": ({"alpha": 5.0, "gamma": 0.5}, {"alpha": 2.0, "gamma": 0.0}, {"alpha": 0.0, "gamma": 1.0}),
+}
 
-LOSSES = (CE, NLLR, CRL, LR, HS_LR, SS_LR)
-SOFTMAX = (CE, NLLR, CRL)
-LOGISTIC = (LR, HS_LR, SS_LR)
+
+def named(page: ModuleType = losses) -> list[type[losses.Loss]]:
+    """The losses on a page like ``losses.py``, but for the two that are no formula: the log-odds themselves, and
+    whatever a user makes of them."""
+    found = [x for x in vars(page).values() if isinstance(x, type) and issubclass(x, losses.Loss)]
+    return [loss for loss in found if loss not in (losses.Loss, losses.LogOdds, losses.OwnSoftmax)]
+
+
+def _case(loss: type[losses.Loss]) -> Loss:
+    defaults = {field.name: field.default for field in fields(loss)}
+    hypers = (defaults, *CORNERS.get(loss.name, ()))
+    family = FORMULAS[loss.formula].family
+    return Loss(loss.name, f"{loss.__name__}Loss", family, loss.formula, hypers, needs_k=loss is losses.HSLR)
+
+
+LOSSES = tuple(map(_case, named()))
+SOFTMAX = tuple(loss for loss in LOSSES if loss.family == "softmax")
+LOGISTIC = tuple(loss for loss in LOSSES if loss.family == "logistic")
+CE, NLLR, CRL, LR, HS_LR, SS_LR = (
+    next(loss for loss in LOSSES if loss.name == name)
+    for name in ("cross_entropy", "nllr_loss", "crl_loss", "lr_loss", "hs_lr_loss", "ss_lr_loss")
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CLASSES = (1, 2, 3, 10, 751, 1000, 21841)

@@ -13,14 +13,14 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-# A wing is anything with the doors as attributes. CPU tensors reach the C++ extension through the dispatcher where
-# it was built, and the reference where it was not.
-WINGS = {"reference": reference, "dispatched": torch.ops.fused_losses}
+# A backend is anything with the three doors as attributes. CPU tensors reach the C++ extension through the dispatcher,
+# where it was built, and the reference where it was not.
+BACKENDS = {"reference": reference, "dispatched": torch.ops.fused_losses}
 
 
-@pytest.fixture(params=list(WINGS))
-def wing(request):
-    return WINGS[request.param]
+@pytest.fixture(params=list(BACKENDS))
+def backend(request):
+    return BACKENDS[request.param]
 
 
 @pytest.fixture

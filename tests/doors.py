@@ -1,4 +1,4 @@
-"""Calls to the doors of a wing: one forward, one backward, and what the paper says that they should give."""
+"""Calls to the doors of a backend: one forward, one backward, and what the paper says that they should give."""
 
 from typing import NamedTuple
 
@@ -25,9 +25,9 @@ class Formula(NamedTuple):
     def family(self) -> str:
         return FORMULAS[self.loss].family
 
-    def spec(self, num_classes: int, k=0, compact=False, ignore_index=-100) -> LossSpec:
-        """All classes are at hand."""
-        return LossSpec(self.loss, self.params, self.alpha, k, ignore_index, 0, num_classes, compact)
+    def spec(self, num_classes: int, k=0, compact=False, ignore_index=-100, part=None) -> LossSpec:
+        """part: first_class and all_classes; None: all classes are at hand."""
+        return LossSpec(self.loss, self.params, self.alpha, k, ignore_index, *(part or (0, num_classes)), compact)
 
 
 LOG_ODDS, CE, NLLR = Formula("log_odds", []), Formula("cross_entropy", []), Formula("nllr", [])
@@ -65,16 +65,19 @@ class Kept(NamedTuple):
 
 
 def forward(
-    backend, formula: Formula, logits, target, k=0, compact=False, ignore_index=-100, weight=None, reduction="none"
-) -> Kept:
-    spec = formula.spec(logits.shape[1], k, compact, ignore_index)
+    backend, formula: Formula, logits, target, k=0, compact=False, ignore_index=-100, part=None, weight=None,
+    reduction="none",
+) -> Kept:  # fmt: skip
+    spec = formula.spec(logits.shape[1], k, compact, ignore_index, part)
     return Kept(*backend.forward(logits, target, weight, reduction, *spec))
 
 
-def backward(backend, formula: Formula, grad, logits, target, kept: Kept, k=0, compact=False, ignore_index=-100):
+def backward(
+    backend, formula: Formula, grad, logits, target, kept: Kept, k=0, compact=False, ignore_index=-100, part=None
+) -> Tensor:
     """dlogits, with the logits withheld where the form must do without them."""
     withheld = compact and k > 0 and target.ndim == 1
-    spec = formula.spec(logits.shape[1], k, compact, ignore_index)
+    spec = formula.spec(logits.shape[1], k, compact, ignore_index, part)
     _, coefficients, *rest = kept
     given = None if withheld else logits
     return backend.backward(grad, coefficients, given, target, *rest, logits.shape[1], *spec)

@@ -391,11 +391,29 @@ def test_anomaly_mode_finds_nothing(loss):
 
 @each(LOSSES)
 def test_other_kinds_of_differentiation_refuse(loss):
-    """torch.func and forward mode: an error, not a wrong number."""
+    """torch.func and forward mode: an error that says the way out, not a wrong number."""
     logits, target = make_logits(5, CLASSES), make_index(5, CLASSES)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda z: loss(z, target, k=3))(logits)
+    function = lambda z: loss(z, target, k=3)  # noqa: E731
+    linear = lambda x: getattr(fl, f"linear_{loss.name}")(x, logits, target % 5, k=3)  # noqa: E731
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.vmap):
+        for transformed in (function, linear):
+            with pytest.raises(RuntimeError, match=r"not by torch\.func.*is_grads_batched=True"):
+                transform(transformed)(logits[None] if transform is torch.func.vmap else logits)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
         with pytest.raises(NotImplementedError, match="forward mode"):
-            loss(dual, target, k=3)
+            function(dual)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@each_k
+@each_form
+def test_gradients_of_single_rows(loss, form, k):
+    """The way out that the error names."""
+    logits, target = make_logits(5, CLASSES).requires_grad_(), make_target(form, 5, CLASSES)
+    rows = loss(logits, target, k=k_of(loss, k), reduction="none")
+    one_at_a_time = torch.eye(5, dtype=rows.dtype)
+    (together,) = torch.autograd.grad(rows, logits, one_at_a_time, is_grads_batched=True, retain_graph=True)
+    for number in range(5):
+        (alone,) = torch.autograd.grad(rows, logits, one_at_a_time[number], retain_graph=True)
+        torch.testing.assert_close(together[number], alone)

@@ -1,12 +1,12 @@
-"""The commands of bench.linear on shapes of no consequence."""
+"""The commands of bench.speed.linear on shapes of no consequence."""
 
 import json
 
 import pytest
 import torch
 
-from bench import linear
-from bench.linear import EAGER, PYTORCH_HS_LR, Bars, Case
+from bench.speed import linear
+from bench.speed.linear import EAGER, PYTORCH_HS_LR, Bars, Case
 
 TINY = Case("tiny", 4, 8, 400, ("ours, HS-LR",), 5, {EAGER: 0.0, PYTORCH_HS_LR: 1e9}, most_logits=1e9)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import fused_losses as fl
 import paper
-from bench.scale import Setup, load, traffic
+from bench.speed.scale import Setup, load, traffic
 from cases import (
     CE,
     CRL,

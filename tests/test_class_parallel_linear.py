@@ -1,6 +1,7 @@
 """Linear losses whose classes, and batch, are sharded over ranks: the loss, the gradients and the training of one
 process."""
 
+import copy
 import datetime
 import itertools
 import multiprocessing
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import fused_losses as fl
 from cases import LOGISTIC, LOSSES, LR, make_index, make_logits, make_target
@@ -379,6 +382,106 @@ def test_dtensors_are_refused_with_a_way_out(world):
         assert uneven == "ValueError: DTensor knows the shards of ClassShard.split only, got borders (0, 3, 10)"
         assert logits.startswith("TypeError: logits must be a plain Tensor, got a DTensor") and "to_local()" in logits
         assert weight.startswith("TypeError: linear_weight must be a plain Tensor") and "ClassShard.split" in weight
+
+
+class Net(torch.nn.Module):
+    def __init__(self, sparse_grad=False):
+        super().__init__()
+        self.body = torch.nn.Linear(FEATURES, FEATURES)
+        options = fl.LinearLossOptions(sparse_grad=sparse_grad)
+        self.head = fl.LinearLoss(FEATURES, 50, loss=fl.HSLRLoss(k=2), options=options)
+
+    def forward(self, x, target):
+        return self.head(self.body(x), target)
+
+
+def wrapped_with_sparse_gradients(group) -> list:
+    x, target = make_layer(50)[0], make_index(ROWS, 50)
+    wrap = torch.nn.parallel.DistributedDataParallel
+    said = [refusal(wrap(Net(True), process_group=group), x, target)]
+    waiting = wrap(Net(True), process_group=group)
+    with waiting.no_sync():  # nothing is reduced
+        waiting(x, target).backward()
+    ignoring = Net(True)
+    wrap._set_params_and_buffers_to_ignore_for_model(ignoring, ["head.weight"])
+    wrap(ignoring, process_group=group)(x, target).backward()
+    layouts = [net.head.weight.grad.layout == torch.sparse_coo for net in (waiting.module, ignoring)]
+    dense = wrap(Net(), process_group=group)
+    dense(x, target).backward()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    return [*said, refusal(fully_shard(Net(True).head, mesh=mesh), x, target), *layouts, dense.module.head.weight.shape]
+
+
+def test_sparse_gradients_under_wrappers_that_take_none(world):
+    for ddp, fsdp, *others in world.run(2, wrapped_with_sparse_gradients):
+        assert ddp.startswith("RuntimeError: sparse_grad=True: DistributedDataParallel takes sparse gradients of nn")
+        assert fsdp.startswith("RuntimeError: sparse_grad=True: fully_shard takes no sparse gradients")
+        assert all("ClassShard.split" in said and "give up sparse_grad" in said for said in (ddp, fsdp))
+        assert others == [True, True, (50, FEATURES)]
+
+
+def fully_sharded(group, normalize) -> list:
+    torch.manual_seed(0)
+    plain = fl.LinearLoss(FEATURES, 50, normalize=normalize)
+    head = copy.deepcopy(plain)
+    fully_shard(head, mesh=DeviceMesh.from_group(group, "cpu"))
+    x, target = make_layer(50)[0], make_index(ROWS, 50)
+    plain(x, target).backward()
+    head(x, target).backward()
+    grad = head.weight.grad.full_tensor()
+    said, grown = refusal(head.logits, x), head.grown(55)
+    kept = torch.equal(grown.weight[:50], plain.weight) and type(grown.weight) is torch.nn.Parameter
+    register_fsdp_forward_method(head, "logits")
+    return [
+        said, torch.allclose(grad, plain.weight.grad, atol=1e-6), kept, grown.weight.shape,
+        torch.equal(head.logits(x), plain.logits(x)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_logits_and_growing_after_fully_shard(world, normalize):
+    for said, *others in world.run(2, fully_sharded, normalize):
+        assert said.startswith("TypeError: logits() after fully_shard: call register_fsdp_forward_method(head,")
+        assert others == [True, True, (55, FEATURES), True]
+
+
+def short_and_long_classes(group) -> list:
+    x, w, _ = (tensor.half() for tensor in make_layer(40))
+    w[::2] *= 1000
+    w[1::2] *= 1e-3
+    shard = ClassShard.split(40, group)
+    mine = w[shard.start : shard.stop]
+    return [
+        fl.linear_cross_entropy(
+            x, mine, make_index(ROWS, 40), k=k, normalize=True, scale=64.0, shard=shard
+        ).item() for k in (None, 1, 10)
+    ]  # fmt: skip
+
+
+def test_cosines_of_short_and_long_classes_in_float16(world):
+    x, w, _ = make_layer(40, torch.float64)
+    logits = 64 * F.normalize(x) @ F.normalize(w).t()
+    true = torch.tensor([fl.cross_entropy(logits, make_index(ROWS, 40), k=k) for k in (None, 1, 10)])
+    for answer in world.run(2, short_and_long_classes):
+        torch.testing.assert_close(torch.tensor(answer), true, rtol=5e-3, atol=0, check_dtype=False)
+
+
+def ignored(group) -> list:
+    shard, results = ClassShard.split(40, group), []
+    for k in (None, 1, 20):
+        for upstream in (1.0, torch.inf, torch.nan):
+            x, w, _ = make_layer(40)
+            target = make_index(ROWS, 40)
+            x[3], target[3] = torch.nan, -100
+            leaves = x.requires_grad_(), w[shard.start : shard.stop].clone().requires_grad_()
+            value = fl.linear_cross_entropy(*leaves, target, k=k, shard=shard)
+            dx, dw = torch.autograd.grad(upstream * value, leaves)
+            results.append(bool((dx[3] == 0).all()) and (upstream != 1 or bool(dw.isfinite().all())))
+    return results
+
+
+def test_ignored_rows_are_literal_zeros(world):
+    assert all(map(all, world.run(2, ignored)))
 
 
 def lost(rank: int, store: str, how: str, answer) -> None:

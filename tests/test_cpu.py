@@ -1,6 +1,6 @@
 """What is particular to the C++ kernels: instruction sets, threads, their own exp and log1p, selection, memory.
 
-That they give what the losses are is tested elsewhere, through the doors and the functions, for all wings alike.
+That they give what the losses are is tested elsewhere, through the doors and the functions, for all backends alike.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 import doors
 from cases import assert_as_accurate
 from fused_losses import ops, reference
+from fused_losses.formulas import FORMULAS
 
 cpp = torch.ops.fused_losses
 pytestmark = pytest.mark.skipif(bool(ops._extension_failure), reason=ops._extension_failure or "built")
@@ -80,11 +81,11 @@ def nbytes(tensors) -> list[bytes]:
     return [bytes(t.contiguous().view(torch.uint8).numpy().tobytes()) for t in tensors]
 
 
-def forward_and_backward(wing, formula, logits, target, k=0, compact=False):
+def forward_and_backward(backend, formula, logits, target, k=0, compact=False):
     """All that forward gives, and dlogits for a gradient that differs from row to row."""
-    kept = doors.forward(wing, formula, logits, target, k, compact)
-    grad = torch.linspace(0.5, 2, kept.rows.numel(), dtype=kept.rows.dtype).reshape(kept.rows.shape)
-    return (*kept, doors.backward(wing, formula, grad, logits, target, kept, k, compact))
+    kept = doors.forward(backend, formula, logits, target, k, compact)
+    grad = torch.linspace(0.5, 2, kept.loss.numel(), dtype=kept.loss.dtype)
+    return (*kept, doors.backward(backend, formula, grad, logits, target, kept, k, compact))
 
 
 # --- instruction sets -------------------------------------------------------------------------------------------------
@@ -108,9 +109,9 @@ def test_every_instruction_set_agrees_with_the_reference(isa, formula, dtype):
             *kept, dlogits = forward_and_backward(cpp, formula, logits, target, k, compact)
             *truth, truth_grad = forward_and_backward(reference, formula, logits.double(), target, k, compact)
             tolerance = {"rtol": 1e-12, "atol": 1e-12} if double else {"rtol": 3e-6, "atol": 2e-6}
-            for got, want in zip(kept[:2], truth[:2], strict=True):
+            for got, want in zip(kept[:3], truth[:3], strict=True):
                 torch.testing.assert_close(got.double(), want, equal_nan=True, **tolerance)
-            assert torch.equal(kept[2].sort(1).values, truth[2].sort(1).values)
+            assert torch.equal(kept[3].sort(1).values, truth[3].sort(1).values)
             tolerance["rtol"] += step
             torch.testing.assert_close(dlogits.double(), truth_grad, equal_nan=True, **tolerance)
 
@@ -190,7 +191,7 @@ def test_threads_that_share_a_row_agree_with_the_reference(isa, threads, formula
         for k in (0, 1, 700, 69999):
             *kept, dlogits = forward_and_backward(cpp, formula, logits, target, k)
             *truth, truth_grad = forward_and_backward(reference, formula, logits.double(), target, k)
-            assert torch.equal(kept[2], truth[2]), kind
+            assert torch.equal(kept[3], truth[3]), kind
             torch.testing.assert_close(kept[0].double(), truth[0], rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(dlogits.double(), truth_grad, rtol=5e-6, atol=1e-7)
 
@@ -205,8 +206,8 @@ def test_a_nan_anywhere_in_a_shared_row_is_found(isa, threads):
             for formula in (doors.CE, doors.LR):
                 for k, compact in ((0, False), (7, True), (7, False)):
                     kept = doors.forward(cpp, formula, logits, target, k, compact)
-                    assert kept.rows.isnan().all()
-                    grad = torch.ones_like(kept.rows)
+                    assert kept.loss.isnan().all()
+                    grad = torch.ones_like(kept.loss)
                     assert doors.backward(cpp, formula, grad, logits, target, kept, k, compact).isnan().all()
 
 
@@ -221,9 +222,11 @@ def test_picks_are_those_of_a_stable_sort(isa, kind, dtype):
         for k in {1, 2, classes // 100, classes // 10, classes // 2, classes - 2, classes - 1, classes, classes + 5}:
             if k < 1:
                 continue
-            got, want = (doors.forward(wing, doors.LR, logits, target, k, True) for wing in (cpp, reference))
+            got, want = (doors.forward(backend, doors.LR, logits, target, k, True) for backend in (cpp, reference))
             assert torch.equal(got.pick_index.sort(1).values, want.pick_index.sort(1).values)
-            edge, want_edge = (doors.forward(wing, doors.LR, logits, target, k, False) for wing in (cpp, reference))
+            edge, want_edge = (
+                doors.forward(backend, doors.LR, logits, target, k, False) for backend in (cpp, reference)
+            )
             assert torch.equal(edge.pick_index, want_edge.pick_index)
             assert torch.equal(edge.pick_logit, want_edge.pick_logit)
 
@@ -235,10 +238,12 @@ def test_positives_of_multihot_rows_are_never_picked(isa, dtype, share):
     target = (torch.rand(4, 9001) < share).to(dtype)
     for k in (1, 90, 5000):
         for compact in (True, False):
-            got, want = (forward_and_backward(wing, doors.LR, logits, target, k, compact) for wing in (cpp, reference))
-            assert torch.equal(got[2].sort(1).values, want[2].sort(1).values)
-            torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(got[4], want[4], rtol=1e-5, atol=1e-7)
+            got, want = (
+                forward_and_backward(backend, doors.LR, logits, target, k, compact) for backend in (cpp, reference)
+            )
+            assert torch.equal(got[3].sort(1).values, want[3].sort(1).values)
+            torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got[5], want[5], rtol=1e-5, atol=1e-7)
 
 
 def test_equal_rows_cost_no_more_than_three_times_random_ones(isa, threads):
@@ -276,13 +281,14 @@ for rows, classes in ((1, 1), (1, 70001), (3, 15), (9, 1003)):
             for threads in (1, 4):
                 torch.set_num_threads(threads)
                 results = []
-                for wing in (cpp, reference):
+                for backend in (cpp, reference):
                     form = {"k": k, "compact": compact, "part": (0, classes + 2)}
-                    kept = doors.forward(wing, formula, logits, target, **form)
-                    grad = torch.ones_like(kept.rows)
-                    dlogits = doors.backward(wing, formula, grad, logits, target, kept, **form)
+                    kept = doors.forward(backend, formula, logits, target, **form)
+                    grad = torch.ones_like(kept.loss)
+                    dlogits = doors.backward(backend, formula, grad, logits, target, kept, **form)
                     finite = ~logits.isnan().any(1)
-                    results.append((kept.rows, kept.state[finite], kept.pick_index[finite].sort(1).values, dlogits))
+                    picks = kept.pick_index[finite].sort(1).values
+                    results.append((kept.loss, kept.coefficients, kept.statistics[finite], picks, dlogits))
                     assert (kept.pick_index >= -1).all() and (kept.pick_index < classes).all()
                 for got, want in zip(*results):
                     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True)
@@ -322,9 +328,9 @@ def test_misaligned_and_strided_inputs(isa, dtype):
 
 def test_expanded_gradients(isa):
     logits, target = logits_of("random", 6, 1003), targets_of(6, 1003)
-    for formula, shape in ((doors.CE, (6,)), (doors.LR, (6, 2))):
+    for formula in (doors.CE, doors.LR):
         kept = doors.forward(cpp, formula, logits, target)
-        expanded = torch.tensor(0.25).expand(shape)
+        expanded = torch.tensor(0.25).expand(6)
         results = [doors.backward(cpp, formula, g, logits, target, kept) for g in (expanded, expanded.contiguous())]
         assert torch.equal(*results)
 
@@ -340,7 +346,7 @@ def test_more_than_two_to_the_31_logits():
     dlogits = doors.backward(cpp, doors.CE, torch.ones(rows), logits, target, kept, 6, True)
     torch.testing.assert_close(dlogits[2, -7:].float(), torch.tensor([1 / 7] * 6 + [-6 / 7]), rtol=1e-2, atol=0)
     assert dlogits[2, :-7].count_nonzero() == 0
-    value = doors.forward(cpp, doors.CE, logits, target).rows
+    value = doors.forward(cpp, doors.CE, logits, target).loss
     torch.testing.assert_close(value[0], torch.tensor(math.log(classes)), rtol=1e-6, atol=0)
 
 
@@ -368,24 +374,79 @@ def test_multihot_entries_other_than_zero_and_one(threads):
             doors.forward(cpp, doors.LR, logits, target)
 
 
-def test_losses_of_the_other_family_and_wrong_hyper_parameters():
+def test_unknown_losses_reductions_and_wrong_hyper_parameters():
     logits, target = torch.randn(2, 5), torch.tensor([1, 2])
-    with pytest.raises(ValueError, match="not a softmax loss: lr"):
-        cpp.softmax_forward(logits, target, "lr", [], 0, -100, False)
-    with pytest.raises(ValueError, match="not a logistic loss: crl"):
-        cpp.logistic_forward(logits, target, "crl", [1.5, 1.0], 0, -100, False)
-    with pytest.raises(ValueError, match="crl has 2 hyper-parameters"):
-        cpp.softmax_forward(logits, target, "crl", [1.5], 0, -100, False)
+    for formula, reduction, error in (
+        (doors.Formula("hinge", []), "none", "not a loss: hinge"),
+        (doors.Formula("cr", [1.5, 1.0]), "none", "not a loss: cr"),
+        (doors.Formula("crl2", [1.5, 1.0]), "none", "not a loss: crl2"),
+        (doors.Formula("crl", [1.5]), "none", "crl has 2 hyper-parameters"),
+        (doors.Formula("lr", [1.5]), "none", "lr has 0 hyper-parameters"),
+        (doors.Formula("ss_lr", [1.0] * 100), "none", "ss_lr has 1 hyper-parameters"),
+        (doors.CE, "median", "not a reduction: median"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            doors.forward(cpp, formula, logits, target, reduction=reduction)
+    with pytest.raises(ValueError, match="logistic family only"):
+        doors.forward(cpp, doors.CE, logits, torch.zeros(2, 5))
+
+
+def test_the_table_of_losses_is_that_of_the_reference():
+    """Every formula is served, by its own arithmetic."""
+    logits, target = torch.randn(3, 7, dtype=torch.float64), torch.tensor([1, 2, 0])
+    for name, formula in FORMULAS.items():
+        form = doors.Formula(name, [0.7, 1.3][: formula.num_params])
+        for ours, theirs in zip(
+            *(doors.forward(backend, form, logits, target) for backend in (cpp, reference)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_memory_that_was_freed_under_a_tensor():
+    logits, target = torch.randn(3, 10), torch.tensor([1, 2, 3])
+    kept = doors.forward(cpp, doors.CE, logits, target, 2, True)
+    for name in ("target", *kept._fields[1:]):
+        tensors = {"target": target, **kept._asdict()}
+        tensors[name] = tensors[name].clone()
+        tensors[name].untyped_storage().resize_(4)
+        with pytest.raises(ValueError, match=f"the storage of {name} is smaller than the tensor"):
+            doors.backward(
+                cpp, doors.CE, torch.ones(3), logits, tensors.pop("target"), doors.Kept(**tensors), 2, True
+            )  # fmt: skip
+    logits.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="the storage of logits"):
+        doors.forward(cpp, doors.CE, logits, target)
+
+
+def test_16_bit_gradients_round_ties_to_even(isa):
+    """At logits of 0 the gradient is half of the upstream one: vectors, the rest of a row, and positives."""
+    for dtype, digits in ((torch.float16, 10), (torch.bfloat16, 7)):
+        ulp = 2.0**-digits
+        ties = 1 + ulp / 2 + ulp * torch.arange(8)
+        grads = torch.cat(
+            (ties, -ties, ties * 2**-13, torch.nextafter(ties, ties * 2), torch.nextafter(ties, ties / 2))
+        )
+        if dtype == torch.float16:  # half a unit of a subnormal number
+            grads = torch.cat((grads, 2.0**-25 * torch.arange(1, 16, 2)))
+        rows, classes = grads.shape[0], 37
+        logits, target = torch.zeros(rows, classes, dtype=dtype), torch.full((rows,), 5)
+        for k, compact in ((0, False), (36, True), (36, False)):
+            kept = doors.forward(cpp, doors.LR, logits, target, k, compact)
+            dlogits = doors.backward(cpp, doors.LR, 2 * grads, logits, target, kept, k, compact)
+            expected = grads.to(dtype)[:, None].repeat(1, classes)
+            expected[:, 5] *= -1  # the target's
+            assert (expected[:8, 0].double() != grads[:8].double()).all()
+            assert torch.equal(dlogits, expected)
 
 
 def test_calls_do_not_leak(isa):
     import resource
 
-    logits, target = torch.randn(2, 5), torch.tensor([1, 2])
+    logits, target, spec = torch.randn(2, 5), torch.tensor([1, 2]), doors.CE.spec(5)
 
     def calls(n):
         for _ in range(n):
-            cpp.softmax_forward(logits, target, "cross_entropy", [], 0, -100, False)
+            cpp.forward(logits, target, None, "mean", *spec)
 
     calls(2000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The loaders of bench/omniglot.py and bench/corel5k.py, on files of the right form that are written here."""
+"""The loaders of omniglot.py and corel5k.py in bench/evidence, on files of the right form that are written here."""
 
 import io
 import zipfile
@@ -12,8 +12,9 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from bench import corel5k, omniglot
-from bench.data import DataError, digits, padded
+from bench.evidence import corel5k, omniglot
+from bench.evidence.data import DataError, padded
+from bench.evidence.digits import digits
 
 SMALL1 = {"Balinese": 24, "Early_Aramaic": 22, "Greek": 24, "Korean": 40, "Latin": 26}
 SMALL2 = {"Greek": 24, "Japanese_(katakana)": 47, "Latin": 26, "Sanskrit": 42, "Tagalog": 17}

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -196,7 +197,7 @@ def among_classes(label: torch.Tensor) -> torch.Tensor:
 def test_labels_that_no_class_has(loss, bad):
     """Everywhere: logits, module, linear by picks, at once and again."""
     target, logits = among_classes(bad), make_logits(3, 50, torch.float32)
-    x, weight, linear = torch.rand(3, 4), torch.rand(50, 4).requires_grad_(), getattr(fl, f"linear_{loss.name}")
+    x, weight, linear = torch.rand(3, 4), torch.rand(50, 4).requires_grad_(), loss.linear
     calls = [lambda k=k: loss(logits, target, k=k) for k in loss.ks(None, 1, 30)]
     calls += [
         lambda k=k, how=how: linear(x, weight, target, k=k, reduction=how)
@@ -297,6 +298,97 @@ def test_hard_selection_without_a_size():
         fl.hs_lr_loss(LOGITS, TARGET)
     with pytest.raises(ValueError, match="hs_lr_loss needs k or ratio"):
         fl.HSLRLoss()
+
+
+@pytest.mark.parametrize("name", ["k", "ratio", "alpha"])
+def test_a_bool_is_no_number(name):
+    with pytest.raises(TypeError, match=f"{name} must be .* got bool"):
+        fl.hs_lr_loss(LOGITS, TARGET, **({} if name != "alpha" else {"k": 2}), **{name: True})
+
+
+@pytest.mark.parametrize("wrong", [-100.0, "3", True, [3], 1j])
+@each(LOSSES)
+def test_ignore_index_that_is_no_integer(loss, wrong):
+    message = f"ignore_index must be an integer, got {type(wrong).__name__}"
+    with pytest.raises(TypeError, match=message):
+        loss(LOGITS, TARGET, ignore_index=wrong, **options(loss))
+    with pytest.raises(TypeError, match=message):
+        loss.module_class()(ignore_index=wrong, **options(loss))
+    with pytest.raises(TypeError, match=message):
+        getattr(fl, f"linear_{loss.name}")(LOGITS, LOGITS, TARGET, ignore_index=wrong, **options(loss))
+
+
+@pytest.mark.parametrize("wrong", [2**63, -(2**63) - 1, 2**64 - 100])
+@each(LOSSES)
+def test_ignore_index_beyond_int64(loss, wrong):
+    with pytest.raises(ValueError, match=f"ignore_index must be an int64, got {wrong}"):
+        loss(LOGITS, TARGET, ignore_index=wrong, **options(loss))
+
+
+@each(LOSSES)
+def test_ignore_index_of_numpy(loss):
+    assert torch.equal(
+        loss(LOGITS, TARGET, ignore_index=np.int64(TARGET[0]), **options(loss)),
+        loss(LOGITS, TARGET, ignore_index=int(TARGET[0]), **options(loss)),
+    )
+
+
+LEAST = -(2**63)
+
+
+@pytest.mark.parametrize("label", [-1, -2, -100, 5, LEAST, LEAST + 1, LEAST + 2, 2**63 - 1])
+@each(LOSSES)
+def test_no_label_is_ignored_where_none_is_to_be(loss, label):
+    """ignore_index=None: there is no label that could not be somebody's mistake."""
+    target = torch.tensor([0, label, 1])
+    linear = getattr(fl, f"linear_{loss.name}")
+    for k in (1, 4, 2):
+        with pytest.raises(IndexError, match="out of bounds"):
+            loss(LOGITS, target, ignore_index=None, k=k)
+        with pytest.raises(IndexError, match="out of bounds"):
+            linear(LOGITS, LOGITS.repeat(2, 1)[:5], target, ignore_index=None, k=k)
+    assert torch.equal(loss(LOGITS, TARGET, ignore_index=None, **options(loss)), loss(LOGITS, TARGET, **options(loss)))
+
+
+@each(LOGISTIC)
+def test_ignore_index_none_with_multihot_targets(loss):
+    target = make_multihot(3, 5)
+    assert torch.equal(loss(LOGITS, target, ignore_index=None, **options(loss)), loss(LOGITS, target, **options(loss)))
+
+
+@pytest.mark.parametrize("label", [2**64 - 100, 2**63, 2**64 - 1])
+@each(LOSSES)
+def test_unsigned_labels_are_never_negative(loss, label):
+    """As int64 the first would be the default ignore_index."""
+    target = torch.tensor(np.array([0, label, 1], dtype=np.uint64))
+    for ignore_index in (-100, None, -1):
+        with pytest.raises(IndexError, match="out of bounds"):
+            loss(LOGITS, target, ignore_index=ignore_index, **options(loss))
+    ignored = torch.tensor(np.array([0, 3, 1], dtype=np.uint64))
+    assert loss(LOGITS, ignored, ignore_index=3, reduction="none", **options(loss))[1] == 0
+
+
+@each(LOSSES)
+def test_sparse_tensors_say_the_way_out(loss):
+    for sparse in (LOGITS.to_sparse(), LOGITS.to_sparse_csr()):
+        with pytest.raises(TypeError, match=r"logits must be a dense Tensor, .* give logits\.to_dense\(\)"):
+            loss(sparse, TARGET, **options(loss))
+    with pytest.raises(TypeError, match=r"target must be a dense Tensor, .* give target\.to_dense\(\)"):
+        loss(LOGITS, make_multihot(3, 5).float().to_sparse(), **options(loss))
+    with pytest.raises(TypeError, match=r"weight must be a dense Tensor, .* give weight\.to_dense\(\)"):
+        loss(LOGITS, TARGET, weight=torch.ones(5).to_sparse(), **options(loss))
+    linear = getattr(fl, f"linear_{loss.name}")
+    with pytest.raises(TypeError, match=r"input must be a dense Tensor, .* give input\.to_dense\(\)"):
+        linear(LOGITS.to_sparse(), LOGITS, TARGET, **options(loss))
+
+
+@each(LOGISTIC)
+def test_multihot_target_that_wants_a_gradient(loss):
+    target = make_multihot(3, 5).float().requires_grad_()
+    with pytest.raises(ValueError, match=r"not differentiable by a multi-hot target: pass target\.detach\(\)"):
+        loss(LOGITS, target, **options(loss))
+    with pytest.raises(ValueError, match=r"not differentiable by a multi-hot target: pass target\.detach\(\)"):
+        getattr(fl, f"linear_{loss.name}")(LOGITS, LOGITS.repeat(2, 1)[:5], target, **options(loss))
 
 
 HYPERS = [(CRL, "alpha"), (CRL, "beta"), (HS_LR, "alpha"), (SS_LR, "alpha"), (SS_LR, "gamma")]

@@ -1,4 +1,4 @@
-"""bench/evidence.py and bench/tables.py: what stands on the page is what was recorded."""
+"""bench/evidence/page.py and bench/evidence/tables.py: what stands on the page is what was recorded."""
 
 import json
 import math
@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from bench import evidence, figures, records, train
-from bench.evidence import NOTHING, PAGE, render
-from bench.significance import paired
+from bench.evidence import figures, records, train
+from bench.evidence.page import BLOCKS, NOTHING, PAGE, render
+from bench.evidence.significance import paired
 
 EPOCHS, SEEDS = 3, 4
 
@@ -35,7 +35,7 @@ def a_record(name: str, losses: dict[str, float]) -> dict:
         }
     return {
         "data": name,
-        "command": f"python -m bench.train --data {name} --record",
+        "command": f"python -m bench.evidence.train --data {name} --record",
         "versions": {"torch": "2.13.0"},
         "threads": 1,
         "budget": {"seeds": list(range(SEEDS)), "epochs": EPOCHS, "device": "cpu"},
@@ -75,7 +75,7 @@ def test_the_recorded_runs_had_the_recorded_settings():
 
 
 def test_where_nothing_was_recorded_no_number_stands(tmp_path):
-    for kind in evidence.BLOCKS:
+    for kind in BLOCKS:
         expected = f"before\n<!-- {kind} omniglot -->\n{NOTHING}\n<!-- end -->\nafter\n"
         assert render(block(kind, "omniglot"), tmp_path, tmp_path / "figures") == expected
     assert not (tmp_path / "figures").exists()
@@ -94,7 +94,7 @@ def test_results_table(tmp_path):
     difference = scores - 100 * torch.tensor(record["losses"]["CE"]["test"]["mAP"], dtype=torch.float64)
     assert hs_lr[4] == f"{difference.mean():+.2f}"
     assert float(hs_lr[5]) < 1e-4
-    assert "`python -m bench.train --data omniglot --record`: 4 seeds, 3 epochs, cpu" in text
+    assert "`python -m bench.evidence.train --data omniglot --record`: 4 seeds, 3 epochs, cpu" in text
 
 
 def test_three_ways_to_compute_one_training(tmp_path):

@@ -168,9 +168,9 @@ def test_values_at_zero_logits():
         "hs_lr_loss": 2 * log2,
         "ss_lr_loss": 1.25 * log2,
     }
-    for loss in LOSSES:
-        given = {"k": 7} if loss.needs_k else {}
-        assert loss(logits, target, **given).item() == pytest.approx(expected[loss.name], rel=1e-6)
+    for name, value in expected.items():
+        given = {"k": 7} if name == "hs_lr_loss" else {}
+        assert getattr(fl, name)(logits, target, **given).item() == pytest.approx(value, rel=1e-6)
 
 
 # --- cross_entropy is torch's -----------------------------------------------------------------------------------------
@@ -312,8 +312,13 @@ def test_index_targets_of_any_integer_dtype(loss, dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float32, torch.float64], ids=str
-)
+    "dtype",
+    [
+        torch.bool, torch.uint8, torch.int32, torch.int64, torch.bfloat16, torch.float32, torch.float64,
+        torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
+    ],
+    ids=str,
+)  # fmt: skip
 @each(LOGISTIC)
 def test_multihot_targets_of_any_dtype(loss, dtype):
     logits, target = make_logits(5, 12), make_multihot(5, 12)
@@ -321,6 +326,13 @@ def test_multihot_targets_of_any_dtype(loss, dtype):
     expected, expected_grad = value_and_grad(lambda z: loss.paper(z, target, 4, **loss.hypers[0]).mean(), logits)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(grad, expected_grad)
+    x, weight, linear = torch.rand(5, 4), torch.rand(12, 4), getattr(fl, f"linear_{loss.name}")
+    for reduction in ("mean", "none"):
+        of_bool, of_dtype = (
+            value_and_grad(lambda w, t=t: linear(x, w, t, k=4, reduction=reduction).sum(), weight)
+            for t in (target, target.to(dtype))
+        )
+        assert all(map(torch.equal, of_bool, of_dtype))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1062,7 +1063,8 @@ def test_initialisation_is_that_of_nn_linear(bias):
     assert not torch.equal(ours.weight, before)
 
 
-def test_logits_of_cosines_are_differentiable_and_copy_no_weight():
+def test_logits_of_cosines_are_differentiable_and_copy_no_weight(monkeypatch):
+    monkeypatch.setattr("fused_losses.linear.MIB", 100 * 300)
     x, w, _ = make_layer(3, 300, 500)
     module = fl.LinearLoss(300, 500, normalize=True, scale=16.0, dtype=torch.float64)
     module.weight = nn.Parameter(w)
@@ -1214,6 +1216,9 @@ Y = make_index(ROWS, CLASSES)
         (TypeError, "options must be LinearLossOptions, got dict", lambda: CRL.linear(X, W, Y, options={})),
         (TypeError, "options must be LinearLossOptions, got dict", lambda: fl.LinearLoss(8, 100, options={})),
         (ValueError, "chunk_bytes must be at least 1, got 0", lambda: fl.LinearLossOptions(chunk_bytes=0)),
+        (TypeError, "dense Tensor.*give input.to_dense", lambda: CRL.linear(X.to_sparse(), W, Y)),
+        (TypeError, "dense Tensor.*give linear_weight.to_", lambda: CRL.linear(X, W.to_sparse_csr(), Y)),
+        (TypeError, "scale must be a number, got Tensor", lambda: CRL.linear(X, W, Y, scale=torch.ones(()))),
         (TypeError, "chunk_bytes must be an integer, got float", lambda: fl.LinearLossOptions(chunk_bytes=1e6)),
         (
             TypeError,
@@ -1235,6 +1240,17 @@ Y = make_index(ROWS, CLASSES)
 def test_errors(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32])
+def test_chunk_bytes_of_any_integer_type(kind):
+    options = fl.LinearLossOptions(chunk_bytes=kind(800))
+    assert type(options.chunk_bytes) is int
+    assert options == fl.LinearLossOptions(chunk_bytes=800)
+    assert torch.equal(
+        CRL.linear(X, W, Y, options=options),
+        CRL.linear(X, W, Y, options=fl.LinearLossOptions(chunk_bytes=800)),
+    )
 
 
 @pytest.mark.parametrize("check_targets", [False, True])

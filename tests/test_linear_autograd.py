@@ -200,7 +200,7 @@ def with_ignored(layer, target):
 @each_gradient
 @each_layer
 def test_ignored_rows_are_literal_zeros(k, sparse_grad, reduction, normalize, upstream):
-    """In the loss, in their own gradient and in that of the weight, whatever they hold, whatever comes from above."""
+    """In the loss, in their own gradient and in the weight's, whatever they hold and whatever comes from above."""
     (x, w, b), target = with_ignored(make_layer(), make_index(ROWS, CLASSES))
     kept = target != -100
     layer = (x, w) if normalize else (x, w, b)
@@ -305,6 +305,22 @@ def test_cosines_of_short_and_long_classes_in_float16(loss, k, reduction, autoca
     fits = ((size <= 1e3) & (size >= 1e-3)).squeeze(1) if not autocast else torch.ones(CLASSES, dtype=torch.bool)
     ours, theirs = ((gradient.double() * size)[fits] for gradient in (dw, true_dw))  # elsewhere float16 has no such
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
+
+
+@each_way
+def test_small_gradients_through_long_classes_in_float16(k):
+    """gradient / |w| is below what float16 holds, (gradient / |w|) * w is not."""
+    (x, w, _), target = make_layer(dtype=torch.float16), make_index(ROWS, CLASSES)
+    w *= 1e4
+    up = torch.tensor(2.0**-6)
+
+    def grad(function, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(up * function(x), x)[0].double()
+
+    ours = grad(lambda x: CRL.linear(x, w, target, k=k, normalize=True), x)
+    true = grad(lambda x: fl.crl_loss(cosines(x, w.double(), 1.0), target, k=k), x.double())
+    torch.testing.assert_close(ours, true, rtol=1e-2, atol=1e-2 * true.abs().max().item())
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float16", "autocast"])

@@ -1,4 +1,4 @@
-"""The gates of bench/machine_code.py: what the GPU kernels compile to. Needs Triton, but no GPU."""
+"""The gates of bench/speed/machine_code.py: what the GPU kernels compile to. Needs Triton, but no GPU."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def compiled(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     arguments = ["--targets", "sm_80", "sm_90", "--dtypes", "bf16", "fp32", "--losses", "cross_entropy", "ss_lr"]
     done = subprocess.run(
-        [sys.executable, "-m", "bench.machine_code", *arguments, "--gates", "--json", str(path)],
+        [sys.executable, "-m", "bench.speed.machine_code", *arguments, "--gates", "--json", str(path)],
         env=environment,
         capture_output=True,
         text=True,
@@ -50,7 +50,7 @@ def test_every_kernel_was_looked_at(compiled, target, dtype):
 def test_a_kernel_that_losses_share_is_listed_once():
     """Walks and backward kernels of the softmax family know no loss; what ends a row does."""
     command = """
-from bench.machine_code import kernels
+from bench.speed.machine_code import kernels
 found = kernels("sm_90", ["bf16"], ["cross_entropy", "nllr", "crl"])
 for launched, losses, _, _ in found:
     print(launched.kernel.__name__, len({loss.split(",")[0] for loss in losses}))

@@ -1,4 +1,4 @@
-"""bench/mechanisms.py against the definitions, by hand."""
+"""bench/evidence/mechanisms.py against the definitions, by hand."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("sklearn")
 
 import fused_losses as fl
-from bench.mechanisms import EASY, mechanisms, probe_of
-from bench.split import Split
+from bench.evidence.data import Split
+from bench.evidence.mechanisms import EASY, mechanisms, probe_of
 
 LOGITS = torch.tensor([[2.0, 1.0, -4.0, -5.0, 0.5], [-3.0, 0.0, 3.0, -6.0, -7.0]])
 TARGET = torch.tensor([0, 2])

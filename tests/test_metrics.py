@@ -1,4 +1,4 @@
-"""bench/metrics.py against scikit-learn and against answers that are known."""
+"""bench/evidence/metrics.py against scikit-learn and against answers that are known."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ pytest.importorskip("sklearn")
 
 from sklearn.metrics import average_precision_score
 
-from bench.metrics import accuracy, average_precision, label_ranking, retrieval
-from bench.split import Split
+from bench.evidence.data import Split
+from bench.evidence.metrics import accuracy, average_precision, label_ranking, retrieval
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 1000])  # of the scores: many ties, few, none

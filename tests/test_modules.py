@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -154,3 +155,106 @@ def test_in_a_training_loop(loss):
 def test_documented(loss):
     for thing in (getattr(fl, loss.name), loss.module_class()):
         assert len(inspect.getdoc(thing)) > 40
+
+
+# --- assigned anew ----------------------------------------------------------------------------------------------------
+
+
+@each(LOSSES)
+def test_an_assigned_argument_takes_effect(loss):
+    """In the value, and in everything that shows or copies the module: as if it had been made so."""
+    logits, target = make_logits(6, 12), make_index(6, 12)
+    module, wanted = loss.module_class()(**needed(loss)), everything(loss)
+    linear = fl.LinearLoss(8, 12, loss=module)
+    for name, value in wanted.items():
+        before = repr(module)
+        setattr(module, name, value)
+        assert getattr(module, name) is value
+        assert repr(module) != before
+    fresh = loss.module_class()(**wanted)
+    assert repr(module) == repr(fresh)
+    assert torch.equal(module(logits, target), fresh(logits, target))
+    assert torch.equal(module(logits, target), loss(logits, target, **wanted))
+    assert torch.equal(module.state_dict()["weight"], wanted["weight"])
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(twin) == repr(module)
+        for name in loss.hypers[0]:
+            setattr(twin, name, 0.2)
+            assert getattr(module, name) == 0.7
+    features = torch.randn(6, 8)
+    torch.testing.assert_close(
+        linear(features, target), loss(features @ linear.weight.t(), target, **wanted), check_dtype=False
+    )
+    module.weight = None
+    assert module.state_dict() == {}
+
+
+@each(LOSSES)
+def test_hyper_parameters_can_be_read(loss):
+    module = loss.module_class()(**needed(loss))
+    for name, value in loss.hypers[0].items():
+        assert getattr(module, name) == value
+
+
+@each(LOSSES)
+def test_k_and_ratio_replace_each_other(loss):
+    module = loss.module_class()(k=3)
+    module.ratio = 0.25
+    assert (module.k, module.ratio) == (None, 0.25)
+    module.k = 4
+    assert (module.k, module.ratio) == (4, None)
+    module.ratio = None
+    assert module.k == 4
+
+
+@each(LOSSES)
+def test_assignment_is_checked_and_changes_nothing_if_refused(loss):
+    wrong = {
+        "k": (0, 2.5, True),
+        "ratio": (0.0, 1.5, "1%", True),
+        "reduction": ("avg", None),
+        "ignore_index": (1.5, "3", False, 2**63),
+        "weight": (
+            [1.0],
+            torch.ones(3, dtype=torch.long),
+            torch.ones(3, requires_grad=True),
+            torch.ones(3).to_sparse(),
+        ),
+        "check_targets": ("no", None),
+        "shard": (3,),
+    }
+    wrong |= {name: (-1, float("nan"), float("inf"), "1", None, True) for name in loss.hypers[0]}
+    module = loss.module_class()(**everything(loss))
+    before = repr(module)
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=name):
+                setattr(module, name, value)
+            assert repr(module) == before
+
+
+@each(LOSSES)
+def test_hyper_parameters_of_another_loss_cannot_be_assigned(loss):
+    module = loss.module_class()(**needed(loss))
+    for name in {"alpha", "beta", "gamma"} - set(loss.hypers[0]):
+        with pytest.raises(AttributeError, match=f"{loss.module} has no hyper-parameter {name}"):
+            setattr(module, name, 1.0)
+
+
+def test_hard_selection_keeps_a_size():
+    module = fl.HSLRLoss(k=3)
+    with pytest.raises(ValueError, match="needs k or ratio"):
+        module.k = None
+    assert module.k == 3
+
+
+@each(LOSSES)
+def test_numpy_numbers_become_pythons(loss):
+    """To the compiler NumPy's are arrays."""
+    hypers = {name: np.float32(0.5) for name in loss.hypers[0]}
+    module = loss.module_class()(ratio=np.float64(0.25), ignore_index=np.int64(3), **hypers)
+    assert type(module.ratio) is float and type(module.ignore_index) is int
+    module.k = np.int32(4)
+    assert type(module.k) is int
+    for name in hypers:
+        assert type(getattr(module, name)) is float

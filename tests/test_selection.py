@@ -135,21 +135,21 @@ def test_subnormal_logits_keep_their_order():
     assert chosen_by(LR, logits, torch.tensor([4]), k=3) == [[0, 1, 2]]
 
 
-def test_masked_classes_are_picked_after_all_finite_ones(wing):
+def test_masked_classes_are_picked_after_all_finite_ones(backend):
     logits = torch.tensor([[-INF, 1.0, -INF, -5.0, -3e38]])
     target = torch.tensor([1])
-    picks = {k: forward(wing, LR_DOOR, logits, target, k, True).pick_index[0].tolist() for k in (1, 2, 3, 4)}
+    picks = {k: forward(backend, LR_DOOR, logits, target, k, True).pick_index[0].tolist() for k in (1, 2, 3, 4)}
     assert {k: sorted(p) for k, p in picks.items()} == {1: [3], 2: [3, 4], 3: [0, 3, 4], 4: [0, 2, 3, 4]}
 
 
-def test_every_order_of_a_small_row(wing):
+def test_every_order_of_a_small_row(backend):
     """All arrangements of a row with ties, every k and every target: nothing about the data's order can matter."""
     arrangements = sorted(set(itertools.permutations([2.0, 2.0, 1.0, 1.0, 0.0])))
     logits = torch.tensor(arrangements)
     for y, k in itertools.product(range(5), (1, 2, 3, 4)):
         target = torch.full((len(arrangements),), y)
         chosen = paper.negatives(logits, target, k)
-        kept = forward(wing, LR_DOOR, logits, target, k, True)
+        kept = forward(backend, LR_DOOR, logits, target, k, True)
         picked = torch.zeros_like(chosen).scatter(1, kept.pick_index.long(), True)
         assert torch.equal(picked, chosen)
 
@@ -157,7 +157,7 @@ def test_every_order_of_a_small_row(wing):
 @pytest.mark.parametrize(
     "pattern", ["random", "ascending", "descending", "equal", "one peak", "sawtooth", "mostly masked"]
 )
-def test_data_that_would_break_a_clever_selection(wing, pattern):
+def test_data_that_would_break_a_clever_selection(backend, pattern):
     classes = 5000
     j = torch.arange(classes, dtype=torch.float32)
     row = {
@@ -172,9 +172,9 @@ def test_data_that_would_break_a_clever_selection(wing, pattern):
     logits, target = row.repeat(3, 1), torch.tensor([0, 3210, classes - 1])
     for k in (1, 50, 500, 4998):
         chosen = paper.negatives(logits, target, k)
-        kept = forward(wing, LR_DOOR, logits, target, k, True)
+        kept = forward(backend, LR_DOOR, logits, target, k, True)
         assert torch.equal(torch.zeros_like(chosen).scatter(1, kept.pick_index.long(), True), chosen)
-        edge = forward(wing, LR_DOOR, logits, target, k, False)
+        edge = forward(backend, LR_DOOR, logits, target, k, False)
         last = [max(row.nonzero().flatten().tolist(), key=lambda j: (-logits[0, j].item(), j)) for row in chosen]
         assert edge.pick_index.flatten().tolist() == last
 

@@ -1,4 +1,4 @@
-"""bench.train on a budget of seconds: what it prints, draws and records, and which rows it reads."""
+"""bench.evidence.train on a budget of seconds: what it prints, draws and records, and which rows it reads."""
 
 import dataclasses
 import json
@@ -18,14 +18,14 @@ pytest.importorskip("tqdm")
 
 from tqdm import tqdm
 
-from bench import records, train, tuning
-from bench.contenders import cases
-from bench.data import Dataset, digits, padded
-from bench.fit import Run, fit, pace
-from bench.metrics import label_ranking, retrieval
-from bench.networks import embedding, regularised_perceptron
-from bench.split import Split
-from bench.tuning import TUNING_SEEDS
+from bench.evidence import records, train, tuning
+from bench.evidence.contenders import cases
+from bench.evidence.data import Dataset, Split, padded
+from bench.evidence.digits import digits
+from bench.evidence.fit import Run, fit, pace
+from bench.evidence.metrics import label_ranking, retrieval
+from bench.evidence.networks import embedding, regularised_perceptron
+from bench.evidence.tuning import TUNING_SEEDS
 
 LOSSES = ["CE", "NLLR", "CRL", "LR", "HS-LR", "SS-LR", "CE, k hardest", "CRL, k hardest"]
 
@@ -289,7 +289,7 @@ def test_runs_are_recorded_by_seed_and_merged_by_loss(tmp_path, monkeypatch, cap
     record = json.loads((tmp_path / "characters-runs.json").read_text())
     assert list(record["losses"]) == ["CE", "HS-LR"]  # in the order of the table, not of the runs
     assert record["budget"] == {"seeds": [0, 1], "epochs": 2, "device": "cpu"}
-    assert record["command"] == "python -m bench.train --data omniglot --root DIR --record"
+    assert record["command"] == "python -m bench.evidence.train --data omniglot --root DIR --record"
     case = cases(data)[0]
     for seed, score in enumerate(record["losses"]["CE"]["test"]["mAP"]):
         run = fit(data, case, record["losses"]["CE"]["settings"], seed, 2, tqdm(disable=True))
@@ -338,7 +338,7 @@ def test_many_classes_are_tuned_and_trained_apart(tmp_path, capsys):
     train.main([*command, "--record", "--seeds", "2", "--output", str(tmp_path)])
     for number in (40, 200):
         record = json.loads((tmp_path / f"digits-{number}-runs.json").read_text())
-        assert record["command"] == f"python -m bench.train --data digits --many-classes {number} --record"
+        assert record["command"] == f"python -m bench.evidence.train --data digits --many-classes {number} --record"
         assert list(record["losses"]) == ["CE", "HS-LR"]
     assert "digits-200: 2 seeds" in capsys.readouterr().out
 
@@ -365,7 +365,7 @@ def test_sharded_over_processes_the_training_is_the_same(tmp_path):
     """torchrun and --class-parallel against --linear in one process, through the command line."""
     write_settings(tmp_path, digits(), 0.05)
     losses = ["--losses", "CE", "CRL", "HS-LR", "SS-LR"]
-    asked = ["-m", "bench.train", "--record", "--seeds", "1", "--epochs", "5", *losses]
+    asked = ["-m", "bench.evidence.train", "--record", "--seeds", "1", "--epochs", "5", *losses]
     folders = ["--results", str(tmp_path), "--output", str(tmp_path)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]  # 10 classes: 4, 4 and 2
     asked += ["--dtype", "float64"]
@@ -378,7 +378,7 @@ def test_sharded_over_processes_the_training_is_the_same(tmp_path):
     )
     assert (
         sharded["command"]
-        == "torchrun --nproc-per-node 3 -m bench.train --data digits --class-parallel --dtype float64 --record"
+        == "torchrun --nproc-per-node 3 -m bench.evidence.train --data digits --class-parallel --dtype float64 --record"
     )
     for loss, of in one["losses"].items():
         assert len(of["first_losses"][0]) == 50

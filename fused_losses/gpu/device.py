@@ -150,6 +150,8 @@ def _multi_hot_beside(z: Matrix, target: Tensor) -> Matrix:
     """A multi-hot target whose rows begin at the same remainders by vector as the logits' rows: if need be a copy."""
     if target.dtype == torch.bool:
         target = target.view(torch.uint8)
+    elif target.dtype.is_floating_point and target.element_size() == 1:  # not every device's kernels know float8
+        target = target.to(torch.bfloat16)
     vector = 16 // z.base.element_size()
     found = as_matrix(target)
     if (found.phase - z.phase) % vector == 0 and (found.stride - z.stride) % vector == 0:

@@ -93,7 +93,7 @@ def scatter_kernel(
         slot = start + tl.arange(0, LANES)
         classes = tl.load(pick_index_ptr + number * k + slot, mask=slot < k, other=-1)
         z = tl.load(pick_logit_ptr + number * k + slot, mask=slot < k, other=float("-inf")).to(tl.float32)
-        here = (classes >= 0) & _filled_here(classes - drow.head, drow, TILE)
+        here = (classes >= 0) & (classes < num_classes) & _filled_here(classes - drow.head, drow, TILE)
         values = scale.c * NEGATIVE(z, scale.p, scale.q, FAST)
         tl.store(drow.ptr + (classes - drow.head), values.to(element), mask=here)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from triton_driver import Emulator, active
 
-from bench.machine_code import TARGETS
+from bench.speed.machine_code import TARGETS
 from fused_losses import ops
 from fused_losses.gpu import device as gpu
 from fused_losses.gpu import doors

@@ -1,4 +1,4 @@
-"""bench.gpu on tiny shapes, its ``ours`` through the GPU doors."""
+"""bench.speed.gpu on tiny shapes, its ``ours`` through the GPU doors."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_doors import INTERPRETED
 
-from bench import cases, gpu, speed
+from bench.speed import cases, cpu, gpu
 from fused_losses import ops
 from fused_losses.gpu import doors
 
@@ -68,7 +68,7 @@ def test_family_writes_after_every_row_and_goes_on(tmp_path, monkeypatch):
 @pytest.fixture
 def report():
     pytest.importorskip("matplotlib")  # a bare image with a GPU need not have it
-    from bench import report
+    from bench.speed import report
 
     return report
 
@@ -121,11 +121,11 @@ def test_report(tmp_path, monkeypatch, capsys, report, drawn):
 def test_report_of_the_cpu(tmp_path, monkeypatch, capsys, report, drawn):
     case = cases.Case(cases.TINY_SHAPES[0], "fp32", 4)
     monkeypatch.setattr(cases, "CPU_CASES", (case,))
-    monkeypatch.setattr(speed, "BARS", {case: []})
-    monkeypatch.setattr(speed, "RESULTS", tmp_path / "cpu.json")
+    monkeypatch.setattr(cpu, "BARS", {case: []})
+    monkeypatch.setattr(cpu, "RESULTS", tmp_path / "cpu.json")
     threads = torch.get_num_threads()
     try:
-        assert speed.main(["--write", "--rounds", "1", "--threads", "1"]) == 0
+        assert cpu.main(["--write", "--rounds", "1", "--threads", "1"]) == 0
     finally:
         torch.set_num_threads(threads)
     capsys.readouterr()
@@ -136,7 +136,7 @@ def test_report_of_the_cpu(tmp_path, monkeypatch, capsys, report, drawn):
     assert drawn[0][0][str(case)]["CE"]["eager"] == median["CE, eager"]
 
 
-@pytest.mark.parametrize("device, command", [("gpu", "bench.gpu"), ("cpu", "bench.speed --write")])
+@pytest.mark.parametrize("device, command", [("gpu", "bench.speed.gpu"), ("cpu", "bench.speed --write")])
 def test_nothing_to_report(tmp_path, capsys, report, device, command):
     with pytest.raises(SystemExit, match="2"):
         report.main(["--device", device, "--results", str(tmp_path)])

@@ -229,7 +229,14 @@ def test_index_targets_of_any_stride(formula, device):
     compare(formula, logits.to(device), torch.tensor(7, device=device).expand(4))
 
 
-@pytest.mark.parametrize("target_dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "target_dtype",
+    [
+        torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float32, torch.uint16, torch.uint32, torch.uint64,
+        torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e5m2fnuz,
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("formula", [LR, SS_LR], ids=str)
 def test_multi_hot(formula, dtype, target_dtype, device):

@@ -1,11 +1,11 @@
 """Train the same small network with each loss on the same schedule, and print what comes of it.
 
-    python -m bench.train                                      digits: table and curves, with the recorded settings
-    python -m bench.train --data omniglot --root DIR           unseen characters; corel5k: photographs with keywords
-    python -m bench.train --many-classes                       digits among 1,000 to 100,000 classes, most distractors
-    python -m bench.train ... --tune                           choose the settings on the validation split, record them
-    python -m bench.train ... --record                         keep what the runs gave, for python -m bench.evidence
-    torchrun --nproc-per-node 2 -m bench.train ... --class-parallel      the classifier sharded over processes
+    python -m bench.evidence.train                              digits: table and curves, with the recorded settings
+    python -m bench.evidence.train --data omniglot --root DIR   unseen characters; corel5k: photographs with keywords
+    python -m bench.evidence.train --many-classes               digits among 1,000 to 100,000 classes, most distractors
+    python -m bench.evidence.train ... --tune                   choose the settings on the validation split, record them
+    python -m bench.evidence.train ... --record                 keep what the runs gave, for python -m bench.evidence
+    torchrun --nproc-per-node 2 -m bench.evidence.train ... --class-parallel    the classifier sharded over processes
 
 Every loss is given the same network, initial weights, batches, optimiser, schedule and number of tuning trials. The
 test split is read once at the end of each reported run, and not at all while tuning. Omniglot and Corel5k train on the
@@ -22,16 +22,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fused_losses as fl
-from bench import figures, records
-from bench.contenders import Case, cases
-from bench.corel5k import corel5k
-from bench.data import DataError, Dataset, digits, padded
-from bench.fit import Run, fit
-from bench.mechanisms import probe_of
-from bench.omniglot import omniglot
-from bench.records import RecordError
-from bench.tables import counted, spell, spread, table
-from bench.tuning import TUNING_SEEDS, tune
+from bench.evidence import figures, records
+from bench.evidence.contenders import Case, cases
+from bench.evidence.corel5k import corel5k
+from bench.evidence.data import DataError, Dataset, padded
+from bench.evidence.digits import digits
+from bench.evidence.fit import Run, fit
+from bench.evidence.mechanisms import probe_of
+from bench.evidence.omniglot import omniglot
+from bench.evidence.records import RecordError
+from bench.evidence.tables import counted, spell, spread, table
+from bench.evidence.tuning import TUNING_SEEDS, tune
 
 DATA = {"digits": digits}
 FOLDERS = {"omniglot": omniglot, "corel5k": corel5k}  # these need --root
@@ -135,7 +136,7 @@ def report(data: Dataset, chosen: list[Case], options: argparse.Namespace, comma
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.evidence.train", description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=[*DATA, *FOLDERS], default="digits")
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder with the files of omniglot or corel5k")
     parser.add_argument(
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     launcher = "python"
     if options.class_parallel:
         launcher = join_ranks(parser, options.device)
-    command = f"{launcher} -m bench.train --data {options.data}" + (" --root DIR" if options.root else "")
+    command = f"{launcher} -m bench.evidence.train --data {options.data}" + (" --root DIR" if options.root else "")
     try:
         data = load(options.data, options.root, hold_out=options.tune).to(options.device, getattr(torch, options.dtype))
         variants = [data]
@@ -201,7 +202,9 @@ def main(argv: list[str] | None = None) -> None:
 def join_ranks(parser: argparse.ArgumentParser, device: str) -> str:
     """Becomes a rank of those that torchrun has started; how they were."""
     if not dist.is_torchelastic_launched():
-        parser.error("argument --class-parallel: needs processes: torchrun --nproc-per-node 2 -m bench.train ...")
+        parser.error(
+            "argument --class-parallel: needs processes: torchrun --nproc-per-node 2 -m bench.evidence.train ..."
+        )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -1,4 +1,4 @@
-"""What the GPU kernels compile to, on a machine without a GPU: ``python -m bench.machine_code``.
+"""What the GPU kernels compile to, on a machine without a GPU: ``python -m bench.speed.machine_code``.
 
 The doors are called with a recorder in the place of the launch, so every kernel is compiled with exactly the tile,
 warps and arguments that the launcher gives it; Triton's own ptxas and disassembler do the rest. The table counts, for
@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.assembly import (
+from bench.speed.assembly import (
     amd_access,
     amd_code,
     amd_loops,

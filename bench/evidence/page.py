@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import figures, records
-from bench.fit import FIRST
-from bench.significance import paired
-from bench.tables import counted, spell, spread, table
+from bench.evidence import figures, records
+from bench.evidence.fit import FIRST
+from bench.evidence.significance import paired
+from bench.evidence.tables import counted, spell, spread, table
 
-PAGE = Path(__file__).parent.parent / "docs" / "evidence.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "*Not measured yet.*"
 BASELINES = ("CE", "LR")  # what the others are compared with: the first of them that took part
@@ -237,7 +237,3 @@ def main(arguments: list[str] | None = None) -> None:
     rendered = render(page, options.results, options.page.parent / "figures")
     options.page.write_text(rendered)
     print(f"{options.page}: {'unchanged' if rendered == page else 'rewritten'}, {rendered.count(NOTHING)} not measured")
-
-
-if __name__ == "__main__":
-    main()

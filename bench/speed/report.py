@@ -1,9 +1,9 @@
-"""Tables and a chart of recorded measurements: ``python -m bench.report [--device cpu] [--only TEXT ...]``.
+"""Tables and a chart of recorded measurements: ``python -m bench.speed.report [--device cpu] [--only TEXT ...]``.
 
-From the JSON files that ``python -m bench.gpu --part PART --out bench/results`` wrote on a machine with a GPU, or, with
-``--device cpu``, from that of ``python -m bench.speed --write``. Prints Markdown, one table per file, with the device
-and the versions above it, and draws every step beside those of the other providers. Times are medians of forward and
-backward together, on a GPU with cold caches.
+From the JSON files that ``python -m bench.speed.gpu --part PART --out bench/results`` wrote on a machine with a GPU,
+or, with ``--device cpu``, from that of ``python -m bench.speed --write``. Prints Markdown, one table per file, with the
+device and the versions above it, and draws every step beside those of the other providers. Times are medians of forward
+and backward together, on a GPU with cold caches.
 """
 
 import argparse
@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import cases, chart
+from bench.speed import cases, chart
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PARTS = {
     "family": "All negatives",
     "hardest": "The k hardest negatives",
@@ -109,7 +109,7 @@ def records(device: str, folder: Path) -> dict[str, Record]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.report", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files (default: %(default)s)")
     parser.add_argument("--charts", type=Path, default=Path("out"), help="folder of the charts (default: %(default)s)")
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not found:
         parser.error(
             f"nothing was measured on a GPU: {options.results} holds no {', '.join(f'{part}.json' for part in PARTS)}; "
-            "run python -m bench.gpu where there is one"
+            "run python -m bench.speed.gpu where there is one"
             if options.device == "gpu"
             else f"no cpu.json in {options.results}: run python -m bench.speed --write"
         )

@@ -1,8 +1,8 @@
-"""The losses on one GPU: ``python -m bench.gpu --part check|family|hardest|peers --out DIR``.
+"""The losses on one GPU: ``python -m bench.speed.gpu --part check|family|hardest|peers --out DIR``.
 
-check runs the GPU tests on the device, with compute-sanitizer over a few of them, and a matrix of more than 2^31
-logits. family times every loss of the family over all negatives; hardest times
-HS-LR over the k hardest, on logits of several kinds; peers times cross-entropy beside other projects.
+check runs the GPU backend's tests on the device, with compute-sanitizer over a few of them, and a matrix of more than
+2^31 logits. family times every loss of the family over all negatives; hardest times HS-LR over the k hardest, on logits
+of several kinds; peers times cross-entropy beside other projects.
 Forward, backward and both: median, 20th and 80th percentile, with the caches flushed before every run and not; GB/s by
 the bytes that must move (forward 1 U, backward 2 U, or 1 U where the picks were kept) and the share of a device copy's
 speed, measured in the same run; peak memory beyond the logits; kernels per step. Results are written after every row to
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import triton
 
-from bench import cases
+from bench.speed import cases
 from fused_losses import ops
 
 PASSES = {"forward": 1, "backward": 2, "full": 3}  # U, in the byte model
@@ -232,7 +232,7 @@ def beyond_int32() -> None:
 
 
 def check(out: Path, device: str, tiny: bool, seconds: float) -> int:
-    """The GPU tests, then compute-sanitizer over the split rows and the layouts, then more than 2^31 logits."""
+    """The GPU backend's tests, then compute-sanitizer over split rows and layouts, then more than 2^31 logits."""
     out.mkdir(parents=True, exist_ok=True)
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "--confcutdir=tests/gpu"]
     chosen = ["-k", "gradient_rows" if tiny else "not bench"]

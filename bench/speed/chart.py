@@ -1,4 +1,4 @@
-"""Draws the JSON of the pytest-benchmark suite: ``python -m bench.chart out/bench.json out/bench.png``."""
+"""Draws the JSON of the pytest-benchmark suite: ``python -m bench.speed.chart out/bench.json out/bench.png``."""
 
 import argparse
 import json
@@ -47,7 +47,7 @@ def draw(found: Times, path: Path, caption: str = "") -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.chart", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.chart", description=__doc__)
     parser.add_argument("record", type=Path)
     parser.add_argument("figure", type=Path)
     options = parser.parse_args(arguments)

@@ -1,15 +1,18 @@
-"""What a data set is to `bench.train`, and the one that needs no files. The others: `omniglot.py`, `corel5k.py`."""
+"""What a data set is to `bench.evidence.train`. The loaders: `digits.py`, `omniglot.py`, `corel5k.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import nn
+from torch import Tensor, nn
 
-from bench import metrics, networks
-from bench.split import Split
+
+class Split(NamedTuple):
+    """Rows of a data set and what they are to be recognised as."""
+
+    inputs: Tensor  # (rows, ...)
+    target: Tensor  # (rows,) class indices, or (rows, classes) multi-hot
 
 
 @dataclass(frozen=True)
@@ -53,27 +56,6 @@ class Dataset:
 
 class DataError(Exception):
     """A file of a data set is missing, or does not hold what it should. Says which, what, and where it comes from."""
-
-
-def digits() -> Dataset:
-    """The 1797 handwritten digits (8 x 8 pixels) in scikit-learn: 718 to train, 360 to validate, 719 to test."""
-    images, labels = load_digits(return_X_y=True)
-    inputs, target = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)  # (1797, 64), (1797,)
-    rows, test = train_test_split(torch.arange(len(target)), test_size=719, stratify=target, random_state=0)
-    train, validation = train_test_split(rows, test_size=360, stratify=target[rows], random_state=0)
-    return Dataset(
-        name="digits",
-        train=Split(inputs[train], target[train]),
-        validation=Split(inputs[validation], target[validation]),
-        test=Split(inputs[test], target[test]),
-        num_classes=10,
-        network=lambda: networks.perceptron(64, 128),
-        features=128,
-        metrics=metrics.accuracy,
-        hardest=(1, 2, 3, 5),
-        epochs=40,
-        batch_size=64,
-    )
 
 
 def padded(data: Dataset, num_classes: int) -> Dataset:

@@ -5,9 +5,9 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from bench.contenders import Case, shared_space
-from bench.data import Dataset
-from bench.fit import fit
+from bench.evidence.contenders import Case, shared_space
+from bench.evidence.data import Dataset
+from bench.evidence.fit import fit
 
 TUNING_SEEDS = (100, 101, 102, 103, 104)  # apart from the seeds 0, 1, ... of the reported runs
 

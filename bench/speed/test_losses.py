@@ -1,7 +1,7 @@
 """The pytest-benchmark suite: every provider of every loss on every CPU case, forward, backward and both.
 
     make bench                                     runs it, writes out/bench.json, draws out/bench.png
-    pytest bench --benchmark-compare=0001          against an earlier run saved with --benchmark-save
+    pytest bench/speed --benchmark-compare=0001    against an earlier run saved with --benchmark-save
 
 One group per case, loss and pass: within a group, the same numbers by different hands.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from bench import cases
+from bench.speed import cases
 
 ROWS = [
     pytest.param(

@@ -9,7 +9,6 @@ below and exits with 1 if one is missed; ``--write`` records the medians, with t
 
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
@@ -22,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench import cases
-from bench.cases import Case
+from bench.speed import cases
+from bench.speed.cases import Case
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = Path(__file__).parents[1] / "results" / "cpu.json"
 
 # glibc gives large blocks back to the system at once, or keeps them, as it was used before: fresh gradients then cost
 # their page faults, or nothing. Keep them, for every provider alike.
@@ -142,7 +141,7 @@ def machine() -> dict[str, str | int]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="on a GPU: python -m bench.gpu")
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="on a GPU: python -m bench.speed.gpu")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     parser.add_argument("--write", action="store_true", help=f"record the medians in {RESULTS.name}")
     parser.add_argument(
@@ -169,9 +168,3 @@ def main(arguments: list[str] | None = None) -> int:
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print("\n" + ("\n".join(["missed:", *missed]) if missed else "every bar met"))
     return int(options.check and bool(missed))
-
-
-if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "bench.speed", *sys.argv[1:]], os.environ | MALLOC)
-    sys.exit(main())

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses as fl
-from fused_losses import ops
+from fused_losses.arguments import Options
+from fused_losses.autograd import LossFromLogits
+from fused_losses.functional import rows_from_logits
+from fused_losses.losses import HSLR
 
 Provider = Callable[[Tensor, Tensor], Tensor]
 
@@ -175,11 +178,9 @@ def ours_in_form(k: int, compact: bool) -> Provider:
     """Ours with the form of the picks forced, to find out where scattered stores cost more than reading again."""
 
     def provider(logits: Tensor, target: Tensor) -> Tensor:
-        honest, ops.keeps_picks = ops.keeps_picks, lambda *_: compact
-        try:
-            return fl.hs_lr_loss(logits, target, k=k)
-        finally:
-            ops.keeps_picks = honest
+        rows, taken = rows_from_logits(HSLR(), logits, target, Options(k=k))
+        loss, _ = LossFromLogits.apply(rows, *taken._replace(spec=taken.spec._replace(compact=compact)))
+        return loss
 
     return provider
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 import fused_losses as fl
-from bench.data import Dataset
+from bench.evidence.data import Dataset
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fused_losses as fl
-from bench.split import Split
+from bench.evidence.data import Split
 
 EASY = 0.1  # a negative class is easy for a row if the model gives it less than this probability, sigma(z_j)
 ROWS = 256

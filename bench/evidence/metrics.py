@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.split import Split
+from bench.evidence.data import Split
 
 CHUNK = 1024  # rows at a time: at 100,000 classes their logits take 400 MB
 

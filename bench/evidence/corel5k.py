@@ -10,10 +10,9 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from bench import networks
-from bench.data import DataError, Dataset
-from bench.metrics import label_ranking
-from bench.split import Split
+from bench.evidence import networks
+from bench.evidence.data import DataError, Dataset, Split
+from bench.evidence.metrics import label_ranking
 
 SOURCE = "https://mulan.sourceforge.net/datasets-mlc.html"
 TRAIN, TRAIN_ROWS = "Corel5k-train-sparse.arff", 4500

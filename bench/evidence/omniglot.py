@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bench import networks
-from bench.data import DataError, Dataset
-from bench.metrics import retrieval
-from bench.split import Split
+from bench.evidence import networks
+from bench.evidence.data import DataError, Dataset, Split
+from bench.evidence.metrics import retrieval
 
 SOURCE = "https://github.com/brendenlake/omniglot (folder python)"
 TRAIN, TRAIN_CHARACTERS = "images_background_small1.zip", 136

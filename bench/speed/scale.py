@@ -1,13 +1,13 @@
 """What a class-parallel step sends, holds and computes per rank, from formulas: nothing is measured here.
 
-python -m bench.scale                       the tables of docs/scale.md
-python -m bench.scale --classes 29000000 --ranks 8 --rows 1024 --features 512 --k 1000
+python -m bench.speed.scale                 the tables of docs/scale.md
+python -m bench.speed.scale --classes 29000000 --ranks 8 --rows 1024 --features 512 --k 1000
 """
 
 import argparse
 from dataclasses import dataclass
 
-from bench.tables import table
+from bench.evidence.tables import table
 
 STATISTICS_BYTES = 12  # m, l, z_y or m, neg, z_y in float32
 INDEX_BYTES = 4  # of a picked class

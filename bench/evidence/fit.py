@@ -10,9 +10,9 @@ from torch import nn
 from tqdm import tqdm
 
 import fused_losses as fl
-from bench.contenders import Case
-from bench.data import Dataset
-from bench.mechanisms import Probe
+from bench.evidence.contenders import Case
+from bench.evidence.data import Dataset
+from bench.evidence.mechanisms import Probe
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 FIRST = 50  # steps whose losses are kept: two ways to compute a loss must agree there, before rounding has grown

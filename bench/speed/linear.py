@@ -1,7 +1,7 @@
 """Time and peak memory of one training step of a linear layer with its loss: ours, and what else there is.
 
-    python -m bench.linear                    the tables
-    python -m bench.linear --check            and exit 1 if a bar of the tables is missed
+    python -m bench.speed.linear              the tables
+    python -m bench.speed.linear --check      and exit 1 if a bar of the tables is missed
 
 Times are medians of steps that take turns in one process, so that a busy machine slows all alike; a ratio is the median
 of the peer over ours, the slower one if two of ours are judged. Memory is what a step takes at its peak beyond input,
@@ -42,6 +42,11 @@ Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # input (rows, features), wei
 
 
 # --- who computes it --------------------------------------------------------------------------------------------------
+
+
+def linear_step(loss: nn.Module) -> Step:
+    """Ours."""
+    return lambda x, w, target: fl.linear_loss(x, w, target, loss=loss)
 
 
 def eager_hs_lr(k: int) -> Step:
@@ -114,9 +119,9 @@ class Case:
         return 4 * self.rows * self.classes
 
     def steps(self, device: str) -> dict[str, Step]:
-        ours: dict[str, Step] = {"ours, CRL": fl.linear_crl_loss, "ours, CE": fl.linear_cross_entropy}
+        ours: dict[str, Step] = {"ours, CRL": linear_step(fl.CRLLoss()), "ours, CE": fl.linear_cross_entropy}
         if self.k is not None:
-            ours = {"ours, HS-LR": lambda x, w, y: fl.linear_hs_lr_loss(x, w, y, k=self.k)}
+            ours = {"ours, HS-LR": linear_step(fl.HSLRLoss(k=self.k))}
             ours[PYTORCH_HS_LR] = eager_hs_lr(self.k)
         return ours | peers(device)
 
@@ -246,7 +251,7 @@ def million(normalize: bool, device: str) -> dict[str, float]:
 
 def in_a_process(*arguments: str, device: str, threads: int) -> dict[str, float]:
     """What it prints as JSON. Its malloc is as the system has it: held, but no longer used, would count as used."""
-    command = [sys.executable, "-m", "bench.linear", "--device", device, "--threads", str(threads), *arguments]
+    command = [sys.executable, "-m", "bench.speed.linear", "--device", device, "--threads", str(threads), *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
@@ -310,7 +315,7 @@ def report_million(device: str, threads: int, bars: Bars) -> list[list[str]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.linear", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed.linear", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
     parser.add_argument("--rounds", type=int, default=11, help="steps of each kind (default 11)")
@@ -333,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(million(options.normalize, options.device)))
         return
 
-    from bench.tables import table  # the measured processes are spared its imports
+    from bench.evidence.tables import table  # the measured processes are spared its imports
 
     bars = Bars()
     chosen = options.cases or [*CASES, "million"]
@@ -356,5 +361,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if "--keep-memory" in sys.argv and any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "bench.linear", *sys.argv[1:]], os.environ | KEEP_MEMORY)
+        os.execve(sys.executable, [sys.executable, "-m", "bench.speed.linear", *sys.argv[1:]], os.environ | KEEP_MEMORY)
     main()

@@ -1,0 +1,1 @@
+"""How fast the losses are, and what their kernels are made of."""

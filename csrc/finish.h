@@ -1,0 +1,177 @@
+// From the statistics of the rows to the loss, and to the coefficients of its gradient: what fused_losses/finish.py
+// says, for many rows at a time. (One by one, the formula of a row would cost as much as 500 of its logits.)
+#pragma once
+
+#include "formulas.h"
+#include "threads.h"
+
+namespace fused_losses {
+namespace FUSED_LOSSES_ISA {
+
+// --- of V::lanes rows, before weights and reduction
+
+template <class V>
+struct Finished {
+  V value, of_negatives, of_target;
+};
+
+template <class V, class Loss>
+class SoftmaxRows {
+ public:
+  using Statistics = SoftmaxStatistics<typename V::Scalar>;
+
+  explicit SoftmaxRows(Loss loss) : loss_(loss) {}
+
+  FUSED_LOSSES_INLINE Finished<V> operator()(const Statistics* rows, int64_t n) const {
+    typename V::Scalar log_odds[V::lanes] = {};
+    // Never via max + log_sum, which loses digits at large offsets.
+    for (int64_t i = 0; i < n; ++i) log_odds[i] = (rows[i].target - rows[i].max) - rows[i].log_sum;
+    const V d = V::load(log_odds), slope = loss_.slope(d);
+    return {loss_.value(d), V(0) - slope, slope};
+  }
+
+ private:
+  Loss loss_;
+};
+
+template <class V>
+class LogisticRows {
+ public:
+  using T = typename V::Scalar;
+  using Statistics = LogisticStatistics<T>;
+
+  explicit LogisticRows(const Finish& door) {
+    if (!door.spec.takes_means) return;
+    const int64_t negatives = door.spec.all_classes - 1;
+    const int64_t chosen = door.spec.k > 0 && door.spec.k < negatives ? door.spec.k : negatives;
+    of_negatives_ = static_cast<T>(door.spec.alpha / static_cast<double>(chosen > 1 ? chosen : 1));
+  }
+
+  FUSED_LOSSES_INLINE Finished<V> operator()(const Statistics* rows, int64_t n) const {
+    T negatives[V::lanes] = {}, target[V::lanes] = {};
+    for (int64_t i = 0; i < n; ++i) negatives[i] = rows[i].negatives, target[i] = rows[i].target;
+    const V sum = V::load(negatives), z = V::load(target), scale(of_negatives_), nan(kNaN<T>);
+    const auto poisoned = unordered(sum, z);
+    return {softplus(V(0) - z) + scale * sum, select(poisoned, nan, scale),
+            select(poisoned, nan, V(0) - sigmoid(V(0) - z))};
+  }
+
+ private:
+  T of_negatives_ = 1;
+};
+
+// The sum of what body(begin, end) gives for blocks of the rows. The order of the additions is that of the rows,
+// whoever does them.
+template <class Body>
+inline double sum_over_blocks(int64_t rows, const Body& body) {
+  constexpr int64_t kBlock = 1024, kGrain = 4;  // rows; blocks that are worth waking a thread
+  if (rows <= kBlock) return body(0, rows).total();
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  Buffer<CompensatedSum> sums(blocks);
+  parallel(blocks, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      sums[block] = body(block * kBlock, (block + 1) * kBlock < rows ? (block + 1) * kBlock : rows);
+    }
+  });
+  CompensatedSum total;
+  for (int64_t block = 0; block < blocks; ++block) total.add(sums[block]);
+  return total.total();
+}
+
+// The sum of number(row).
+template <class Number>
+inline double sum_over_rows(int64_t rows, const Number& number) {
+  return sum_over_blocks(rows, [&](int64_t begin, int64_t end) {
+    CompensatedSum sum;
+    for (int64_t row = begin; row < end; ++row) sum.add(number(row));
+    return sum;
+  });
+}
+
+// Means over the terms of the batch, or plain sums.
+template <class V>
+class MultiHotRows {
+ public:
+  using T = typename V::Scalar;
+  using Statistics = MultiHotStatistics<T>;
+
+  explicit MultiHotRows(const Finish& door) {
+    if (!door.spec.takes_means) return;
+    const Statistics* statistics = static_cast<const Statistics*>(door.statistics);
+    const double rows = static_cast<double>(door.rows), k = static_cast<double>(door.spec.k);
+    const double positives = sum_over_rows(door.rows, [&](int64_t row) { return statistics[row].num_positives; });
+    const double chosen = sum_over_rows(door.rows, [&](int64_t row) {
+      const double negatives = static_cast<double>(door.spec.all_classes) - statistics[row].num_positives;
+      return k > 0 && k < negatives ? k : negatives;
+    });
+    of_positives_ = static_cast<T>(rows / (positives > 1 ? positives : 1));
+    of_negatives_ = static_cast<T>(door.spec.alpha * rows / (chosen > 1 ? chosen : 1));
+  }
+
+  FUSED_LOSSES_INLINE Finished<V> operator()(const Statistics* rows, int64_t n) const {
+    T negatives[V::lanes] = {}, positives[V::lanes] = {};
+    for (int64_t i = 0; i < n; ++i) negatives[i] = rows[i].negatives, positives[i] = rows[i].positives;
+    const V neg = V::load(negatives), pos = V::load(positives), of_neg(of_negatives_), of_pos(of_positives_);
+    const auto poisoned = unordered(neg, pos);
+    const V nan(kNaN<T>);
+    return {of_pos * pos + of_neg * neg, select(poisoned, nan, of_neg), select(poisoned, nan, V(0) - of_pos)};
+  }
+
+ private:
+  T of_positives_ = 1, of_negatives_ = 1;
+};
+
+// --- of the batch
+
+// What a row counts in the loss: the weight of its class, 1 without weights, 0 if it is ignored.
+template <class T>
+inline double count_of(const Finish& door, int64_t row) {
+  if (door.target.ignored(row, door.spec)) return 0;
+  if (door.weight == nullptr) return 1;
+  const int64_t y = door.target.label(row), last = door.spec.all_classes - 1;
+  // The row of a target that is no class is NaN already: only never read outside.
+  return static_cast<const T*>(door.weight)[(y < 0 ? 0 : y < last ? y : last) * door.weight_stride];
+}
+
+template <class T>
+inline double divisor_of(const Finish& door) {
+  if (door.reduction != Reduction::mean) return 1;
+  if (door.weight == nullptr && (door.target.multi_hot || !door.spec.ignores)) return static_cast<double>(door.rows);
+  return sum_over_rows(door.rows, [&](int64_t row) { return count_of<T>(door, row); });
+}
+
+template <class T, class Rows>
+inline void finish_rows(const Finish& door, const Rows& rows) {
+  using V = VecOf<T>;
+  const auto* statistics = static_cast<const typename Rows::Statistics*>(door.statistics);
+  auto* coefficients = static_cast<Coefficients<T>*>(door.coefficients);
+  T* loss = static_cast<T*>(door.loss);
+  const bool summed = door.reduction != Reduction::none;
+  const double divisor = divisor_of<T>(door);
+
+  const double total = sum_over_blocks(door.rows, [&](int64_t begin, int64_t end) {
+    CompensatedSum sum;
+    T value[V::lanes], of_negatives[V::lanes], of_target[V::lanes];
+    for (int64_t first = begin; first < end; first += V::lanes) {
+      const int64_t n = end - first < V::lanes ? end - first : V::lanes;
+      const Finished<V> finished = rows(statistics + first, n);
+      finished.value.store(value);
+      finished.of_negatives.store(of_negatives);
+      finished.of_target.store(of_target);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t row = first + i;
+        const bool ignored = door.target.ignored(row, door.spec);
+        const double count = count_of<T>(door, row), counted = ignored ? 0 : count * value[i];
+        const T share = static_cast<T>(count / divisor);  // of the row in the loss
+        coefficients[row] =
+            ignored ? Coefficients<T>{0, 0} : Coefficients<T>{of_negatives[i] * share, of_target[i] * share};
+        summed ? sum.add(counted) : void(loss[row] = static_cast<T>(counted));
+      }
+    }
+    return sum;
+  });
+  if (summed) *loss = static_cast<T>(total / divisor);
+}
+
+}  // namespace FUSED_LOSSES_ISA
+}  // namespace fused_losses
