@@ -24,7 +24,7 @@ test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
 	$(BIN)/python -m pytest tests/emulator $(ARGS)
 
-gpu-proof: $(INSTALLED) ## run the GPU kernels as compiled, on an emulator: every case, every target, 2,000 random ones (an hour)
+gpu-proof: $(INSTALLED) ## run the GPU kernels as compiled, on an emulator: every case, every target, 2,000 random ones (tens of minutes)
 	$(BIN)/python -m pytest tests/emulator -m "" $(ARGS)
 
 machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions

@@ -65,7 +65,7 @@ def pytest_terminal_summary(terminalreporter):
         f"emulator: {cases} cases on {', '.join(sorted({device.target for device in devices}))}: "
         f"{sum(sum(wing.calls.values()) for wing in wings)} door calls, "
         f"{sum(sum(device.launches.values()) for device in devices)} launches of "
-        f"{sum(len(device.binaries) for device in devices)} binaries, "
+        f"{len(set().union(*(device.binaries for device in devices)))} binaries, "
         f"{sum(device.instructions for device in devices) / 1e6:.1f} million instructions of warps, "
         f"{sum(wing.faulty for wing in wings)} door calls with faults, {time.time() - started:.0f} s"
     )
