@@ -116,7 +116,7 @@ def test_a_read_of_what_was_never_written(wing, planted):
 
 def test_a_result_that_is_not_written(wing, planted):
     planted("forward_kernel", without(r"st\.global", 1))
-    with pytest.raises(Faulty, match=r"undefined result.*result 1 of forward"):
+    with pytest.raises(Faulty, match=r"undefined result.*result 2 of forward"):
         step(wing, CE)
 
 

@@ -219,13 +219,11 @@ def test_picks_that_are_no_classes_are_written_nowhere(traffic):
     """They come from whoever kept them since forward."""
     classes, outside = 131, torch.tensor([[131, -1, 7, 132, 10**6, 2**31 - 1, -2, -(2**31)]], dtype=torch.int32)
     logits, target = torch.randn((1, classes), generator=torch.Generator().manual_seed(8)), torch.tensor([3])
-    for kind, formula in (("softmax", "crl"), ("logistic", "lr")):
-        loss, params = FORMULAS[formula]
-        outputs = getattr(hardest, f"{kind}_forward")(logits, target, loss, params, 8, IGNORED, True)
-        backward, grad = getattr(hardest, f"{kind}_backward"), torch.ones_like(outputs[0])
+    for formula in (CRL, LR):
+        kept = forward(gpu_backend, formula, logits, target, 8, compact=True)
         before = traffic.everything()[1]
-        options = loss, params, 8, IGNORED, classes, True
-        dlogits = backward(grad, None, target, outputs[1], outside, outputs[3], *options)
+        elsewhere = kept._replace(pick_index=outside)
+        dlogits = backward(gpu_backend, formula, torch.ones(1), logits, target, elsewhere, 8, compact=True)
         assert traffic(dlogits)[1] == traffic.everything()[1] - before == classes + 2
         assert dlogits.nonzero()[:, 1].tolist() == [3, 7]
 
