@@ -49,8 +49,12 @@ class RowLoss(nn.Module):
         """Spells the options out, for ``help()`` and ``inspect``."""
         super().__init_subclass__(**kwargs)
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = Options._field_defaults.items()
-        shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in options]
+        shared = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Options.__annotations__[name]
+            )
+            for name, default in Options._field_defaults.items()
+        ]
         cls.__signature__ = inspect.Signature([*own[1:], *shared])  # type: ignore[attr-defined]
 
     def __init__(self, loss: Loss, **options: Unpack[LossOptions]):

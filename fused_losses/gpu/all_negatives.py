@@ -197,7 +197,7 @@ _WRITES = {1: write_index, 2: write_multi_hot}
 
 def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> None:
     num_rows, num_classes = logits.shape
-    z, walk = device.as_matrix(logits), device.walk_of(logits, num_classes)
+    z, walk = device.as_matrix(logits), device.walk_of(logits, num_classes, halved=target.dim() == 2)
     labels = device.labels_beside(z, target, spec)
     phi, a, b = None, 0.0, 0.0
     if spec.family == "logistic":
@@ -205,8 +205,6 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> N
     walked = {
         "TARGET": _TARGETS[target.dim()], "WALK": _WALKS[spec.family, target.dim()], "PHI": phi, **walk.tiles
     }  # fmt: skip
-    if target.dim() == 2:
-        walked |= device.limited_registers(logits)
     if walk.parts == 1:
         device.launch(
             forward_kernel, (num_rows,), walk.warps, *ending.outputs, *z, num_classes, *labels, a, b, ending.p,

@@ -99,10 +99,13 @@ class Walk:
     tiles: dict[str, int]  # FAST: shorter primitives for what is done once per logit; ROWS and LANES of a tile
 
 
-def walk_of(rows: Tensor, num_classes: int) -> Walk:
-    """rows: a tensor of as many rows, of the logits' dtype and on their device."""
+def walk_of(rows: Tensor, num_classes: int, halved: bool = False) -> Walk:
+    """rows: a tensor of as many rows, of the logits' dtype and on their device. halved: for kernels that hold two
+    numbers per logit at a time."""
     device, itemsize = profile(rows.device), rows.element_size()
     tile = tile_for(num_classes, itemsize)
+    if halved:
+        tile = Tile(tile.warps, tile.rows // 2)
     parts = parts_for(device, rows.shape[0], triton.cdiv(num_classes, tile.classes(device, itemsize)))
     shape = {"ROWS": tile.rows, "LANES": tile.lanes(device, itemsize)}
     return Walk(tile.warps, parts, {"FAST": device.nvidia, **shape})
