@@ -32,7 +32,7 @@ machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without
 
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
-	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/test_machine_code.py $(ARGS)
+	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench/test_machine_code.py $(ARGS)
 
 # What pyproject.toml promises, with what pip makes of it: the oldest torch, or another, under any Python; and a build of
 # the C++ extension against that torch.
@@ -44,7 +44,7 @@ test-torch: ## the tests with another torch and Python: make test-torch TORCH=2.
 	cd $(ELSEWHERE)/src && ../bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" "setuptools>=77" && \
 		FUSED_LOSSES_BUILD_EXT=1 ../bin/python -m pip install --disable-pip-version-check --no-build-isolation \
 		--editable ".[test,bench]"
-	cd $(ELSEWHERE)/src && ../bin/python -m pytest --ignore=tests/test_machine_code.py $(ARGS)
+	cd $(ELSEWHERE)/src && ../bin/python -m pytest --ignore=tests/bench/test_machine_code.py $(ARGS)
 	cd $(ELSEWHERE)/src && ../bin/python -m pytest tests/gpu $(ARGS)
 
 # -O1: with sanitizers, -O3 takes the compiler ten times as long
@@ -57,11 +57,11 @@ sanitized: $(INSTALLED)
 		../../$(BIN)/python setup.py -q build_ext --inplace
 
 test-sanitized: sanitized ## the tests that reach C++, on a build with AddressSanitizer and UndefinedBehaviorSanitizer
-	$(SANITIZED) tests/test_cpu.py tests/test_reference.py tests/test_selection.py tests/test_edges.py tests/test_fuzz_ops.py \
-		--deselect tests/test_cpu.py::test_calls_do_not_leak $(ARGS)  # it counts pages, and the sanitizer's own come in between
+	$(SANITIZED) tests/losses/test_cpu.py tests/losses/test_reference.py tests/losses/test_selection.py tests/losses/test_edges.py tests/losses/test_fuzz_ops.py \
+		--deselect tests/losses/test_cpu.py::test_calls_do_not_leak $(ARGS)  # it counts pages, and the sanitizer's own come in between
 
 fuzz-sanitized: sanitized ## 20,000 random arguments of the raw ops on that build
-	$(SANITIZED) tests/test_fuzz_ops.py -m slow $(ARGS)
+	$(SANITIZED) tests/losses/test_fuzz_ops.py -m slow $(ARGS)
 
 bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark), write out/bench.json, draw out/bench.png
 	mkdir -p out

@@ -6,13 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-import fused_losses as fl
-from cases import CRL, HS_LR, LOSSES, LR, SS_LR, each, make_index, make_target
-from fused_losses import linear_autograd, linear_rows
-from test_linear import (
+from layers import (
     CLASSES,
     FEATURES,
     ROWS,
@@ -28,6 +22,12 @@ from test_linear import (
     make_upstream,
     value_and_grads,
 )
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fused_losses as fl
+from cases import CRL, HS_LR, LOSSES, LR, SS_LR, each, make_index, make_target
+from fused_losses import linear_autograd, linear_rows
 
 
 def how(sparse_grad: bool) -> fl.LinearLossOptions:

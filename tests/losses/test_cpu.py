@@ -297,7 +297,7 @@ for rows, classes in ((1, 1), (1, 70001), (3, 15), (9, 1003)):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_every_element_of_every_output_is_written():
-    tests = os.path.dirname(__file__)
+    tests = os.path.dirname(os.path.dirname(__file__))
     path = os.pathsep.join([os.path.dirname(tests), tests, os.environ.get("PYTHONPATH", "")])
     sanitizer = os.environ.get("ASAN_OPTIONS", "") + ":max_malloc_fill_size=1000000000:malloc_fill_byte=165"
     environment = {**os.environ, "MALLOC_PERTURB_": str(0x5A), "ASAN_OPTIONS": sanitizer, "PYTHONPATH": path}

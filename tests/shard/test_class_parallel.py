@@ -398,7 +398,7 @@ def test_sends_what_the_formulas_of_bench_scale_say(world):
 
 def test_docs_hold_the_tables_of_bench_scale():
     setups = [Setup(c, ranks, k=k) for c in (10**7, 10**8) for ranks in (8, 16, 32, 64) for k in (0, 100)]
-    text = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
     assert traffic(setups) in text and load(setups) in text
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import CLASSES, FEATURES, ROWS, each_layer, each_way, k_of, make_layer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_losses as fl
 from cases import CRL, HS_LR, SS_LR, make_index, make_target
 from test_import import run
-from test_linear import CLASSES, FEATURES, ROWS, each_layer, each_way, k_of, make_layer
 
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])  # at once, and not
 
