@@ -1,4 +1,4 @@
-// The doors of the CPU wing: arguments are checked, outputs allocated, and the kernels of the best instruction set
+// The doors of the CPU backend: arguments are checked, outputs allocated, and the kernels of the best instruction set
 // called.
 //
 // The schema stands in fused_losses/ops.py; what the arguments mean, in fused_losses/reference.py. Built against the

@@ -9,10 +9,8 @@ from torch import Tensor
 from . import ops
 from .autograd import coefficients_of, once
 from .finish import Reduction, ignored_rows
-from .linear_rows import (
+from .linear_ops import (
     class_norms,
-    gathers_picks,
-    gradient_shapes,
     linear_at_once,
     linear_backward,
     linear_backward_picks,
@@ -20,6 +18,7 @@ from .linear_rows import (
     linear_forward,
     linear_forward_picks,
 )
+from .linear_rows import gathers_picks, gradient_shapes
 from .losses import LossSpec
 from .merge import merge, nothing, offered
 

@@ -10,7 +10,7 @@ Never more logits than fit a budget. Three ways lead to the gradients:
   matmuls instead of four), and backward only multiplies by the upstream scalar, in place.
 - *again*: chunks of rows where that scalar cannot be factored out. Backward computes their logits once more.
 
-``linear_autograd.py`` chooses. The ops here are opaque to the compiler, which would unroll the loop over chunks.
+``linear_autograd.py`` chooses; ``linear_ops.py`` makes ops of these functions.
 """
 
 import math
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import flops, ops, reference
+from . import ops, reference
 from .finish import ignored_rows
 from .losses import LossSpec
 
@@ -64,6 +64,23 @@ def _buffer(like: Tensor, rows: int, classes: int) -> Tensor:
     """Empty (rows, classes) whose rows start at multiples of 64 bytes: a matmul writes them up to 1.7 times as fast."""
     unit = 64 // like.element_size()
     return like.new_empty((rows, -(-classes // unit) * unit))[:, :classes]
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec):
+    return ops.empty_statistics(input, multi_hot=target.dim() == 2), *ops.empty_picks(input, LossSpec(*spec))
+
+
+def gradient_shapes(input, weight, wanted):
+    want_input, want_weight, want_bias = wanted
+    dtype = reference.compute_dtype(input.dtype)
+    return (
+        input.new_empty(input.shape if want_input else (0,)),
+        input.new_empty(weight.shape if want_weight else (0,), dtype=dtype),
+        input.new_empty(weight.shape[:1] if want_bias else (0,), dtype=dtype),
+    )
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -120,7 +137,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _class_norms(weight: Tensor) -> Tensor:
+def class_norms(weight: Tensor) -> Tensor:
     """|w| of each class, (classes,), in the compute dtype. In pieces: torch copies a 16-bit tensor to reduce it so."""
     pieces = weight.split(max(1, MIB // max(1, weight.shape[1])))
     dtype = reference.compute_dtype(weight.dtype)
@@ -185,11 +202,11 @@ class _Gradients:
 # --- chunks of rows through the doors ---------------------------------------------------------------------------------
 
 
-def _linear_forward(input, weight, bias, norms, target, chunk_bytes, *spec) -> tuple[Tensor, Tensor, Tensor]:
+def linear_forward(input, weight, bias, norms, target, chunk_bytes, *spec) -> tuple[Tensor, Tensor, Tensor]:
     """What the forward door sees of all rows: *again*."""
     spec = LossSpec(*spec)
     _check_target(input, target, spec)
-    seen = _forward_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)
+    seen = seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)
     for rows, _, z in _Layer(weight, bias, norms).chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
         _, _, *part = ops.forward(z, target[rows], None, "none", *spec)
         for whole, of_rows in zip(seen, part, strict=True):
@@ -197,7 +214,7 @@ def _linear_forward(input, weight, bias, norms, target, chunk_bytes, *spec) -> t
     return seen
 
 
-def _linear_backward(
+def linear_backward(
     coefficients, statistics, pick_index, pick_logit,
     input, weight, bias, norms, target, chunk_bytes, wanted, *spec,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -213,7 +230,7 @@ def _linear_backward(
     return gradients.result()
 
 
-def _linear_at_once(
+def linear_at_once(
     share, input, weight, bias, norms, target, chunk_bytes, wanted, *spec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values and statistics of the rows, and the gradients of input, weight and bias for the share (rows,) that each
@@ -249,7 +266,7 @@ def _check_target(input: Tensor, target: Tensor, spec: LossSpec) -> None:
 # --- picks alone ------------------------------------------------------------------------------------------------------
 
 
-def _linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, *spec) -> tuple[Tensor, Tensor, Tensor]:
+def linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, *spec) -> tuple[Tensor, Tensor, Tensor]:
     """What the compact door sees of all rows: *picks*.
 
     The k hardest of the layer are among the k hardest of each block of classes: these are the candidates. A matmul is
@@ -257,7 +274,7 @@ def _linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, *spec
     """
     spec = LossSpec(*spec)
     _check_target(input, target, spec)
-    seen = _forward_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)
+    seen = seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)
     chunk_elements = _chunk_elements(input, weight, chunk_bytes, True)
     least = max(LEAST_BLOCK, LEAST_BLOCK_PER_PICK * spec.k)
     blocks = _pieces(weight.shape[0], max(least, chunk_elements // max(1, input.shape[0])))
@@ -401,85 +418,12 @@ def _pick_gradients(
     return dinput, dweight, dbias, picked
 
 
-def _linear_backward_picks(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def linear_backward_picks(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias from the rows' coefficients: *picks*, dense."""
     dinput, dweight, dbias, _ = _pick_gradients(False, *arguments)
     return dinput, dweight, dbias
 
 
-def _linear_backward_sparse(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_backward_sparse(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same, those of weight and bias of the picked classes alone, and these classes, sorted: *picks*, sparse."""
     return _pick_gradients(True, *arguments)
-
-
-# --- ops --------------------------------------------------------------------------------------------------------------
-
-_LAYER = "Tensor input, Tensor weight, Tensor? bias, Tensor? norms, Tensor target, int chunk_bytes"
-_SEEN = "Tensor statistics, Tensor pick_index, Tensor pick_logit"
-_BACKWARD = f"(Tensor coefficients, {_SEEN}, {_LAYER}, bool[] wanted, {ops.SPEC})"
-_GRADIENTS = "Tensor dinput, Tensor dweight, Tensor dbias"
-
-
-def _forward_shapes(input, weight, bias, norms, target, chunk_bytes, *spec):
-    return ops.empty_statistics(input, multi_hot=target.dim() == 2), *ops.empty_picks(input, LossSpec(*spec))
-
-
-def gradient_shapes(input, weight, wanted):
-    want_input, want_weight, want_bias = wanted
-    dtype = reference.compute_dtype(input.dtype)
-    return (
-        input.new_empty(input.shape if want_input else (0,)),
-        input.new_empty(weight.shape if want_weight else (0,), dtype=dtype),
-        input.new_empty(weight.shape[:1] if want_bias else (0,), dtype=dtype),
-    )
-
-
-def _backward_shapes(
-    coefficients, statistics, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_bytes, wanted, *spec,
-):  # fmt: skip
-    return gradient_shapes(input, weight, wanted)
-
-
-def _sparse_shapes(
-    coefficients, statistics, pick_index, pick_logit,
-    input, weight, bias, norms, target, chunk_bytes, wanted, *spec,
-):  # fmt: skip
-    _, want_weight, want_bias = wanted
-    picked = torch.library.get_ctx().new_dynamic_size() if want_weight or want_bias else 0
-    dinput, dweight, dbias = gradient_shapes(input, weight, wanted)
-    if want_weight:
-        dweight = dweight.new_empty((picked, *weight.shape[1:]))
-    if want_bias:
-        dbias = dbias.new_empty((picked,))
-    return dinput, dweight, dbias, target.new_empty((picked,))
-
-
-def _at_once_shapes(share, input, weight, bias, norms, target, chunk_bytes, wanted, *spec):
-    statistics = ops.empty_statistics(input, multi_hot=target.dim() == 2)
-    return torch.empty_like(share), statistics, *gradient_shapes(input, weight, wanted)
-
-
-class_norms = ops.define(
-    "class_norms(Tensor weight) -> Tensor",
-    _class_norms,
-    lambda weight: weight.new_empty(weight.shape[:1], dtype=reference.compute_dtype(weight.dtype)),
-)
-linear_forward = ops.define(f"linear_forward({_LAYER}, {ops.SPEC}) -> ({_SEEN})", _linear_forward, _forward_shapes)
-linear_forward_picks = ops.define(
-    f"linear_forward_picks({_LAYER}, {ops.SPEC}) -> ({_SEEN})", _linear_forward_picks, _forward_shapes
-)
-linear_at_once = ops.define(
-    f"linear_at_once(Tensor share, {_LAYER}, bool[] wanted, {ops.SPEC}) "
-    f"-> (Tensor values, Tensor statistics, {_GRADIENTS})",
-    _linear_at_once,
-    _at_once_shapes,
-)
-linear_backward = ops.define(f"linear_backward{_BACKWARD} -> ({_GRADIENTS})", _linear_backward, _backward_shapes)
-linear_backward_picks = ops.define(
-    f"linear_backward_picks{_BACKWARD} -> ({_GRADIENTS})", _linear_backward_picks, _backward_shapes
-)
-linear_backward_sparse = ops.define(
-    f"linear_backward_sparse{_BACKWARD} -> ({_GRADIENTS}, Tensor picked)", _linear_backward_sparse, _sparse_shapes
-)
-flops.register_when_imported()

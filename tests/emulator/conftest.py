@@ -9,7 +9,7 @@ import torch
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
 
-from emulated_wing import Wing
+from emulated_backend import Backend
 from triton_driver import Emulator
 
 import emulator
@@ -22,7 +22,7 @@ DEVICES = {  # target, seed of the errors of approximate instructions
     "sm_90, as inexact as PTX allows": ("sm_90", 1),
 }
 started = time.time()
-wings: list[Wing] = []
+backends: list[Backend] = []
 
 
 @pytest.fixture(scope="session", params=[d if d == "sm_90" else pytest.param(d, marks=slow) for d in DEVICES])
@@ -32,15 +32,15 @@ def device(request) -> Emulator:
 
 
 @pytest.fixture(scope="session")
-def session_wing(device) -> Wing:
-    wings.append(Wing(device))
-    return wings[-1]
+def session_backend(device) -> Backend:
+    backends.append(Backend(device))
+    return backends[-1]
 
 
 @pytest.fixture
-def wing(session_wing):
-    with session_wing.launched():
-        yield session_wing
+def backend(session_backend):
+    with session_backend.launched():
+        yield session_backend
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +60,12 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter):
     """Door calls of other processes, the ranks of class_parallel, are not among these."""
     cases = sum(len(terminalreporter.stats.get(outcome, ())) for outcome in ("passed", "failed"))
-    devices = [wing.device for wing in wings]
+    devices = [backend.device for backend in backends]
     terminalreporter.write_line(
         f"emulator: {cases} cases on {', '.join(sorted({device.target for device in devices}))}: "
-        f"{sum(sum(wing.calls.values()) for wing in wings)} door calls, "
+        f"{sum(sum(backend.calls.values()) for backend in backends)} door calls, "
         f"{sum(sum(device.launches.values()) for device in devices)} launches of "
         f"{len(set().union(*(device.binaries for device in devices)))} binaries, "
         f"{sum(device.instructions for device in devices) / 1e6:.1f} million instructions of warps, "
-        f"{sum(wing.faulty for wing in wings)} door calls with faults, {time.time() - started:.0f} s"
+        f"{sum(backend.faulty for backend in backends)} door calls with faults, {time.time() - started:.0f} s"
     )

@@ -7,7 +7,7 @@ import torch
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-from emulated_wing import Wing
+from emulated_backend import Backend
 from triton_driver import Emulator
 
 import fused_losses as fl
@@ -27,8 +27,8 @@ def step_of_shard(group, target_device: str, name: str, inputs: list, target: li
     shard = fl.ClassShard.split(sharded.shape[0 if before else 1], group)
     own = slice(shard.start, shard.stop)
     leaf = (sharded[own] if before else sharded[:, own]).clone().requires_grad_()
-    wing = Wing(Emulator(target_device, seed=1))
-    with wing.launched(), wing.serving():
+    backend = Backend(Emulator(target_device, seed=1))
+    with backend.launched(), backend.serving():
         value = loss_of(name, shard=shard, **selection)(*before, leaf, torch.tensor(target))
         value.backward(torch.full_like(value, 0.7))
-    return value.item(), leaf.grad.tolist(), sum(wing.calls.values())
+    return value.item(), leaf.grad.tolist(), sum(backend.calls.values())

@@ -18,7 +18,7 @@ FORMULAS = {torch.float32: (CE, LR), torch.bfloat16: (CRL, SS_LR), torch.float16
 @pytest.mark.parametrize(
     ("device", "seed"), [(list(DEVICES)[seed % len(DEVICES)], seed) for seed in range(CASES)], indirect=["device"]
 )
-def test_fuzz(seed, wing):
+def test_fuzz(seed, backend):
     draw = torch.Generator().manual_seed(seed)
     pick = lambda among: among[int(torch.randint(len(among), (1,), generator=draw))]  # noqa: E731
     dtype, classes, offset = pick(DTYPES), pick(LENGTHS), pick(range(9))
@@ -26,4 +26,4 @@ def test_fuzz(seed, wing):
     k, compact = pick(((0, False), *((pick(range(1, max(2, most))), form) for form in (True, False, True))))
     rows = list(rows_of_every_kind(classes + 20, max(1, k), dtype, seed).values())
     logits = torch.stack(rows[seed % 5 :: 5])[:, offset : offset + classes]
-    compare(FORMULAS[dtype][not compact], logits, targets_for(logits, seed), k, compact, backend=wing)
+    compare(FORMULAS[dtype][not compact], logits, targets_for(logits, seed), k, compact, backend=backend)

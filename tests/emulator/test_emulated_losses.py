@@ -3,7 +3,7 @@ served; and the finish of N numbers."""
 
 import pytest
 import torch
-from emulated_wing import Wing
+from emulated_backend import Backend
 from gpu_doors import DTYPES, IGNORED, assert_as_accurate, make
 from shapes import part
 from shards import loss_of, step_of_shard
@@ -35,12 +35,12 @@ def step(loss, inputs, target, **options):
     return value.detach().reshape(-1), *(leaf.grad for leaf in leaves)
 
 
-def compare(wing: Wing, loss: str, inputs, target, **options) -> None:
+def compare(backend: Backend, loss: str, inputs, target, **options) -> None:
     """Held against the CPU's kernels in the same precision and in float64."""
-    calls = sum(wing.calls.values())
-    with wing.serving():
+    calls = sum(backend.calls.values())
+    with backend.serving():
         ours = step(loss, inputs, target, **options)
-    assert sum(wing.calls.values()) >= calls + 2
+    assert sum(backend.calls.values()) >= calls + 2
     theirs = step(loss, inputs, target, **options)
     truth = step(loss, [x.double() for x in inputs], target, **options)
     for place, of in enumerate(zip(ours, theirs, truth, strict=True)):
@@ -51,10 +51,10 @@ def compare(wing: Wing, loss: str, inputs, target, **options) -> None:
 
 @pytest.mark.parametrize(("loss", "selection"), part(CASES, 5))
 @pytest.mark.parametrize("reduction", part(["mean", "none", "sum"], 3))
-def test_losses(loss, selection, reduction, wing):
+def test_losses(loss, selection, reduction, backend):
     logits, target = make(7, 2100 if selection else 751, DTYPES[LOSSES.index(loss) % 3])
     target[2] = IGNORED
-    compare(wing, loss, (logits,), target, reduction=reduction, **selection)
+    compare(backend, loss, (logits,), target, reduction=reduction, **selection)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -63,7 +63,7 @@ def test_losses(loss, selection, reduction, wing):
     "formula, multi_hot", [(CRL, False), (SS_LR._replace(alpha=1.5), False), (LR._replace(alpha=1.5), True)], ids=str
 )
 @pytest.mark.parametrize("rows", part([1025, 1, 2, 1000, 1024, 4097], 6))
-def test_finish(rows, formula, multi_hot, weighted, reduction, wing):
+def test_finish(rows, formula, multi_hot, weighted, reduction, backend):
     generator = torch.Generator().manual_seed(rows)
     statistics = torch.rand((rows, 4 if multi_hot else 3), generator=generator)
     target, weight = torch.zeros((rows, 50)), None
@@ -74,7 +74,7 @@ def test_finish(rows, formula, multi_hot, weighted, reduction, wing):
         target[1::3] = IGNORED
         weight = torch.rand(50, generator=generator) if weighted else None
     spec = formula.spec(50, 7)
-    loss, coefficients = wing.finish(statistics, target, weight, reduction, *spec)
+    loss, coefficients = backend.finish(statistics, target, weight, reduction, *spec)
     weight = None if weight is None else weight.double()
     expected, expected_coefficients = finish.finish(statistics.double(), target, weight, reduction, *spec)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=1e-7)
@@ -82,7 +82,7 @@ def test_finish(rows, formula, multi_hot, weighted, reduction, wing):
 
 
 @pytest.mark.parametrize(("loss", "selection"), part(LINEAR_CASES, 5))
-def test_linear_losses(loss, selection, wing):
+def test_linear_losses(loss, selection, backend):
     """In chunks of rows, at once and again; by picks from blocks of classes."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator) for shape in ((7, 16), (2100, 16)))
@@ -90,7 +90,7 @@ def test_linear_losses(loss, selection, wing):
     target[2] = IGNORED
     for reduction in ("mean", "none"):
         options = LinearLossOptions(chunk_bytes=3 * 2100 * 4)
-        compare(wing, loss, (x, weight), target, reduction=reduction, options=options, **selection)
+        compare(backend, loss, (x, weight), target, reduction=reduction, options=options, **selection)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from emulated_wing import Wing
+from emulated_backend import Backend
 from gpu_doors import make
 from gpu_rows import targets_for
 from triton_driver import Faulty
@@ -15,9 +15,9 @@ from fused_losses.gpu import picks
 
 
 @pytest.fixture
-def wing(device):
-    with Wing(device).launched() as wing:  # its faults are not the project's
-        yield wing
+def backend(device):
+    with Backend(device).launched() as backend:  # its faults are not the project's
+        yield backend
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def planted(device):
     device.faults.clear()
 
 
-def step(wing, formula, k=0, compact=False, classes=2203):
+def step(backend, formula, k=0, compact=False, classes=2203):
     """Forward and backward of three rows in the last of which two logits in three are equal."""
     logits, _ = make(3, classes, torch.bfloat16)
     logits[2, ::3] = logits[2, 1::3] = 1.0
     target = targets_for(logits)
-    kept = forward(wing, formula, logits, target, k, compact)
-    return backward(wing, formula, grad_like(logits), logits, target, kept, k, compact)
+    kept = forward(backend, formula, logits, target, k, compact)
+    return backward(backend, formula, grad_like(logits), logits, target, kept, k, compact)
 
 
 def without(instruction: str, number: int):
@@ -75,52 +75,52 @@ def of_line(function, text: str, pattern: str, replacement: str, number: int = 0
 BARRIER = r"bar\.sync"
 
 
-def test_a_race(wing, planted):
+def test_a_race(backend, planted):
     """Without the barrier between filling a row of the gradient and writing the picks into it."""
-    step(wing, CRL, 20, True)
+    step(backend, CRL, 20, True)
     planted("scatter_kernel", without(BARRIER, 0))
     with pytest.raises(Faulty, match="race between warps"):
-        step(wing, CRL, 20, True)
+        step(backend, CRL, 20, True)
 
 
-def test_a_race_in_shared_memory(wing, planted):
+def test_a_race_in_shared_memory(backend, planted):
     """Without the barrier in front of the sum that the warps of a program make together."""
     planted("forward_kernel", without(BARRIER, 0))
     with pytest.raises(Faulty, match=r"race between warps.*shared byte"):
-        step(wing, CE)
+        step(backend, CE)
 
 
-def test_a_store_out_of_bounds(wing, planted):
+def test_a_store_out_of_bounds(backend, planted):
     """With the mask of the last tile forgotten."""
     planted("backward_kernel", lambda ptx: re.sub(r"@%p\d+ (st\.global\.v4)", r"\1", ptx))
     with pytest.raises(Faulty, match="out of bounds"):
-        step(wing, SS_LR)
+        step(backend, SS_LR)
 
 
-def test_a_store_into_the_gap_between_two_rows(wing, planted):
+def test_a_store_into_the_gap_between_two_rows(backend, planted):
     """The same inside of the gradient's memory, where a GPU would not notice."""
     logits, target = make(3, 2203, torch.bfloat16)
     wide = torch.cat((logits, logits), dim=1)[:, :2203]
-    kept = forward(wing, CE, wide, target)
+    kept = forward(backend, CE, wide, target)
     planted("backward_kernel", lambda ptx: re.sub(r"@%p\d+ (st\.global\.v4)", r"\1", ptx))
     with pytest.raises(Faulty, match=r"written around a result|race between"):
-        backward(wing, CE, torch.ones(3), wide, target, kept)
+        backward(backend, CE, torch.ones(3), wide, target, kept)
 
 
-def test_a_read_of_what_was_never_written(wing, planted):
+def test_a_read_of_what_was_never_written(backend, planted):
     """Without the padding behind a list of candidates, which the next search reads."""
     planted("blocks_kernel", of_line(picks.listed, "logit_ptr + padding", r"@%p\d+ st\.global[^;]*;", ""))
     with pytest.raises(Faulty, match="undefined"):
-        step(wing, CRL, 5, True)
+        step(backend, CRL, 5, True)
 
 
-def test_a_result_that_is_not_written(wing, planted):
+def test_a_result_that_is_not_written(backend, planted):
     planted("forward_kernel", without(r"st\.global", 1))
     with pytest.raises(Faulty, match=r"undefined result.*result 2 of forward"):
-        step(wing, CE)
+        step(backend, CE)
 
 
-def test_a_barrier_that_half_a_warp_reaches(wing, planted):
+def test_a_barrier_that_half_a_warp_reaches(backend, planted):
     planted(
         "scatter_kernel",
         lambda ptx: re.sub(
@@ -132,7 +132,7 @@ def test_a_barrier_that_half_a_warp_reaches(wing, planted):
         ),
     )
     with pytest.raises(Faulty, match="barrier reached by a part of a warp"):
-        step(wing, CRL, 20, True)
+        step(backend, CRL, 20, True)
 
 
 BARRIERS = {  # of the search by blocks: behind what is written for others to read
@@ -143,8 +143,8 @@ BARRIERS = {  # of the search by blocks: behind what is written for others to re
 
 
 @pytest.mark.parametrize("behind", BARRIERS)
-def test_a_race_between_lists(behind, wing, planted):
+def test_a_race_between_lists(behind, backend, planted):
     function, number = BARRIERS[behind]
     planted("blocks_kernel", of_line(function, "tl.debug_barrier()", r"bar\.sync[^;]*;", "", number))
     with pytest.raises(Faulty, match=r"race between (warps|lanes)"):
-        step(wing, CRL, 20, True)
+        step(backend, CRL, 20, True)

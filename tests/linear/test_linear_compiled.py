@@ -26,6 +26,7 @@ from cases import (
     make_index,
     make_target,
 )
+from fused_losses.losses import LossSpec
 
 
 @pytest.fixture
@@ -125,20 +126,19 @@ def test_opcheck(loss, form, k, normalize):
     ops = torch.ops.fused_losses
     (x, w, b), target = make_layer(dtype=torch.float32), make_target(form, ROWS, CLASSES)
     norms = w.norm(dim=1) if normalize else None
+    layer = x, w, None if normalize else b, norms, target, 3 * CLASSES
     params = {"crl": [1.5, 1.0], "ss_lr": [2.0]}[loss.door]
-    layer = x, w, None if normalize else b, norms, target
-    arguments = 3 * CLASSES, loss.family, loss.door, params, k or 0, -100
     picks = "_picks" if k == 3 else ""
-    grad = torch.randn((ROWS,) if loss.family == "softmax" else (ROWS, 2))
+    spec = LossSpec(loss.door, params, None, k or 0, -100, 0, CLASSES, bool(picks))
 
     def opcheck(name, *args):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its dispatch test runs backward through an op that has none
             torch.library.opcheck(getattr(ops, name).default, args)
 
-    opcheck(f"linear_forward{picks}", *layer, *arguments)
-    _, *saved = getattr(ops, f"linear_forward{picks}")(*layer, *arguments)
+    opcheck(f"linear_forward{picks}", *layer, *spec)
+    seen = getattr(ops, f"linear_forward{picks}")(*layer, *spec)
     for wanted in ([True, True, not normalize], [True, False, False], [False, True, False]):
-        opcheck(f"linear_backward{picks}", grad, *saved, *layer, *arguments, wanted)
+        opcheck(f"linear_backward{picks}", torch.randn(ROWS, 2), *seen, *layer, wanted, *spec)
         if not picks:
-            opcheck("linear_at_once", grad, *layer, *arguments, wanted)
+            opcheck("linear_at_once", torch.randn(ROWS), *layer, wanted, *spec)

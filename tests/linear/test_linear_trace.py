@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_losses as fl
 from cases import CRL, HS_LR, SS_LR, make_index, make_target
+from fused_losses.losses import LossSpec
 from test_import import run
 
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "none"])  # at once, and not
@@ -138,12 +139,12 @@ def test_devices_that_hold_nothing(loss, form, k, reduction, normalize):
 def test_opcheck_of_the_ops_of_normalised_classes_and_sparse_gradients():
     ops, (x, w, target) = torch.ops.fused_losses, arguments()
     torch.library.opcheck(ops.class_norms.default, (w,))
-    layer = x, w, None, ops.class_norms(w), target
-    how = 0, "softmax", "crl", [1.5, 1.0], 3, -100
-    _, *saved = ops.linear_forward_picks(*layer, *how)
+    layer = x, w, None, ops.class_norms(w), target, 0
+    spec = LossSpec("crl", [1.5, 1.0], None, 3, -100, 0, CLASSES, True)
+    seen = ops.linear_forward_picks(*layer, *spec)
     for wanted in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
         torch.library.opcheck(
-            ops.linear_backward_sparse.default, (torch.randn(ROWS), *saved, *layer, *how, wanted),
+            ops.linear_backward_sparse.default, (torch.randn(ROWS, 2), *seen, *layer, wanted, *spec),
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 

@@ -441,7 +441,9 @@ def fully_sharded(group, normalize) -> list:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_logits_and_growing_after_fully_shard(world, normalize):
     for said, *others in world.run(2, fully_sharded, normalize):
-        assert said.startswith("TypeError: logits() after fully_shard: call register_fsdp_forward_method(head,")
+        assert said.startswith(
+            "TypeError: logits() after fully_shard: call torch.distributed.fsdp.register_fsdp_forward_method("
+        )
         assert others == [True, True, (55, FEATURES), True]
 
 

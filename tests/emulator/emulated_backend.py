@@ -13,7 +13,7 @@ from fused_losses.gpu import device as gpu
 from fused_losses.gpu import doors
 
 
-class Wing:
+class Backend:
     """``fused_losses.gpu.doors`` on an emulated device. Every call raises what the device found, a result that was not
     written wholly, whatever else was written, and an access beside the elements of the arguments."""
 
@@ -45,7 +45,7 @@ class Wing:
 
     @contextmanager
     def serving(self):
-        """CPU tensors take the way of CUDA tensors, through the doors of this wing."""
+        """CPU tensors take the way of CUDA tensors, through the doors of this backend."""
         keeps_picks, cuda = ops.keeps_picks, torch.device("cuda")
         with pytest.MonkeyPatch.context() as patches:
             patches.setattr(ops, "_triton_backend", lambda *_: self)
