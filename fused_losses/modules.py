@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .shard import ClassShard
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-HYPER_PARAMETERS = {name for loss in Loss.__subclasses__() for name in loss.__match_args__}
+HYPER_PARAMETERS = {field.name for loss in Loss.__subclasses__() for field in fields(loss)}
 PLAIN: dict[str, Callable] = {"k": operator.index, "ratio": float, "ignore_index": operator.index}
 RIVALS = {"k": "ratio", "ratio": "k"}
 
