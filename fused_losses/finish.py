@@ -123,7 +123,7 @@ def log_odds(statistics: Tensor) -> Tensor:
 
 def _softmax(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     d = log_odds(statistics)
-    _, value, slope = FORMULAS[spec.loss]
+    value, slope = FORMULAS[spec.loss]
     at_d = slope(d, *spec.params)
     return value(d, *spec.params), -at_d, at_d
 

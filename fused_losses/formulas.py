@@ -88,7 +88,6 @@ def ss_lr_phi_slope(z: Tensor, gamma: float) -> Tensor:
 class Formula(NamedTuple):
     """value(x, *params) and slope(x, *params): x is d (softmax) or one negative's z (logistic)."""
 
-    family: str
     value: Callable[..., Tensor]
     slope: Callable[..., Tensor]
 
@@ -98,10 +97,10 @@ class Formula(NamedTuple):
 
 
 FORMULAS = {
-    "log_odds": Formula("softmax", log_odds_value, log_odds_slope),
-    "cross_entropy": Formula("softmax", cross_entropy_value, cross_entropy_slope),
-    "nllr": Formula("softmax", nllr_value, nllr_slope),
-    "crl": Formula("softmax", crl_value, crl_slope),
-    "lr": Formula("logistic", lr_phi, lr_phi_slope),
-    "ss_lr": Formula("logistic", ss_lr_phi, ss_lr_phi_slope),
+    "log_odds": Formula(log_odds_value, log_odds_slope),
+    "cross_entropy": Formula(cross_entropy_value, cross_entropy_slope),
+    "nllr": Formula(nllr_value, nllr_slope),
+    "crl": Formula(crl_value, crl_slope),
+    "lr": Formula(lr_phi, lr_phi_slope),
+    "ss_lr": Formula(ss_lr_phi, ss_lr_phi_slope),
 }

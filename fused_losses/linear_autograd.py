@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops
+from . import reference
 from .autograd import coefficients_of, once
 from .finish import Reduction, ignored_rows
 from .linear_ops import (
@@ -167,7 +167,7 @@ class LinearLossAtOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, target, class_weight, reduction, layer_spec, spec):
         layer = layer_spec.layer(input, weight, bias, target)
-        rows = ops.empty_statistics(layer[0], multi_hot=False)[:, 0]
+        rows = reference.empty_statistics(layer[0], multi_hot=False)[:, 0]
         reduced = Reduction.of(target, class_weight, reduction, spec.ignore_index, rows)
         share = reduced.without_ignored(reduced.share)
         values, statistics, *gradients = linear_at_once(share, *layer, layer_spec.wanted, *spec)

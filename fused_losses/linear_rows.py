@@ -70,7 +70,9 @@ def _buffer(like: Tensor, rows: int, classes: int) -> Tensor:
 
 
 def seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec):
-    return ops.empty_statistics(input, multi_hot=target.dim() == 2), *ops.empty_picks(input, LossSpec(*spec))
+    return reference.empty_statistics(input, multi_hot=target.dim() == 2), *reference.empty_picks(
+        input, LossSpec(*spec)
+    )
 
 
 def gradient_shapes(input, weight, wanted):
@@ -241,7 +243,7 @@ def linear_at_once(
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
     values = torch.empty_like(share)
-    statistics = ops.empty_statistics(input, multi_hot=target.dim() == 2)
+    statistics = reference.empty_statistics(input, multi_hot=target.dim() == 2)
     for rows, x, z in layer.chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
         values[rows], coefficients, statistics[rows], *picks = ops.forward(z, target[rows], None, "none", *spec)
         saved = z, target[rows], statistics[rows], *picks

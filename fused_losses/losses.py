@@ -17,8 +17,6 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from .formulas import FORMULAS
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -26,6 +24,7 @@ class Loss:
 
     name: ClassVar[str]
     formula: ClassVar[str]  # the name in formulas.py; HS-LR is LR's formula over the k hardest
+    family: ClassVar[str] = "softmax"  # or "logistic": what the formula is a function of
 
     def __post_init__(self):
         names: tuple[str, ...] = self.__match_args__  # of the fields; older compilers cannot trace vars(self)
@@ -37,10 +36,6 @@ class Loss:
                 object.__setattr__(self, name, float(value))
             if not 0 <= value < math.inf:  # not math.isfinite: the compiler knows it of no symbolic number
                 raise ValueError(f"{self.name}: {name} must be finite and >= 0, got {value}")
-
-    @property
-    def family(self) -> str:
-        return FORMULAS[self.formula].family
 
     @property
     def params(self) -> list[float]:
@@ -92,6 +87,7 @@ class LR(Loss):
 
     name = "lr_loss"
     formula = "lr"
+    family = "logistic"
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,7 @@ class HSLR(Loss):
 
     name = "hs_lr_loss"
     formula = "lr"
+    family = "logistic"
     alpha: float = 1.0
 
     @property
@@ -119,6 +116,7 @@ class SSLR(Loss):
 
     name = "ss_lr_loss"
     formula = "ss_lr"
+    family = "logistic"
     alpha: float = 1.0
     gamma: float = 2.0
 
@@ -152,6 +150,9 @@ class OwnSoftmax(Loss):
             raise TypeError(f"value must be a function of the log-odds (N,), got {type(self.value).__name__}")
 
 
+FAMILIES = {loss.formula: loss.family for loss in Loss.__subclasses__()}
+
+
 class LossSpec(NamedTuple):
     """What is done with a row: one value through all floors, and the last arguments of every op, in this order.
 
@@ -170,7 +171,7 @@ class LossSpec(NamedTuple):
 
     @property
     def family(self) -> str:
-        return FORMULAS[self.loss].family
+        return FAMILIES[self.loss]
 
     @property
     def slots(self) -> int:

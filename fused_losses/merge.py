@@ -20,7 +20,7 @@ are those of one loss, not of their sum.
 import torch
 from torch import Tensor
 
-from . import ops
+from . import reference
 from .finish import ignored_rows
 from .formulas import FORMULAS
 from .losses import LossSpec
@@ -108,10 +108,10 @@ def _hardest(index: Tensor, logit: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def nothing(rows: int, like: Tensor, target: Tensor, spec: LossSpec) -> Seen:
     """What a forward door would have seen of rows without classes: nothing to add, nothing to pick."""
-    statistics = ops.empty_statistics(like.new_empty((rows, 0)), multi_hot=target.dim() == 2).zero_()
+    statistics = reference.empty_statistics(like.new_empty((rows, 0)), multi_hot=target.dim() == 2).zero_()
     if target.dim() == 1:
         statistics[:, 1 if spec.family == "softmax" else 2 :] = -torch.inf
     if spec.family == "logistic":
         statistics[:, 0] = -torch.inf
-    pick_index, pick_logit = ops.empty_picks(like.new_empty((rows, 0)), spec)
+    pick_index, pick_logit = reference.empty_picks(like.new_empty((rows, 0)), spec)
     return statistics, pick_index.fill_(-1), pick_logit.fill_(-torch.inf)

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from . import reference
 from .gpu.layout import gradient_row_stride
@@ -52,26 +51,15 @@ SPEC = (
 )
 
 
-def empty_statistics(like: Tensor, multi_hot: bool) -> Tensor:
-    """(rows, 3 | 4) for rows of this number and dtype."""
-    return like.new_empty((like.shape[0], 4 if multi_hot else 3), dtype=reference.compute_dtype(like.dtype))
-
-
-def empty_picks(like: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """pick_index and pick_logit for the rows and the dtype of like."""
-    pick_logit = like.new_empty((like.shape[0], spec.slots))
-    return torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
-
-
 def _finish_shapes(statistics, target, weight, reduction, *spec):
     rows = statistics.shape[0]
     return statistics.new_empty((rows,) if reduction == "none" else ()), statistics.new_empty((rows, 2))
 
 
 def _forward_shapes(logits, target, weight, reduction, *spec):
-    statistics = empty_statistics(logits, multi_hot=target.dim() == 2)
+    statistics = reference.empty_statistics(logits, multi_hot=target.dim() == 2)
     finished = _finish_shapes(statistics, target, weight, reduction)
-    return *finished, statistics, *empty_picks(logits, LossSpec(*spec))
+    return *finished, statistics, *reference.empty_picks(logits, LossSpec(*spec))
 
 
 def _backward_shapes(

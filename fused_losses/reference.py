@@ -143,6 +143,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty_statistics(like: Tensor, multi_hot: bool) -> Tensor:
+    """(rows, 3 | 4) for rows of this number and dtype."""
+    return like.new_empty((like.shape[0], 4 if multi_hot else 3), dtype=compute_dtype(like.dtype))
+
+
+def empty_picks(like: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """pick_index and pick_logit for the rows and the dtype of like."""
+    pick_logit = like.new_empty((like.shape[0], spec.slots))
+    return torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
+
+
 def check_target(target: Tensor, all_classes: int, ignore_index: int | None) -> None:
     """Raises IndexError for a class out of range, ValueError for a multi-hot entry other than 0 and 1. Reads values."""
     if target.dim() == 2:
@@ -250,7 +261,7 @@ def _statistics(logits, positive, chosen, bad, multi_hot: bool, spec: LossSpec) 
         m = m.masked_fill(m == -INF, 0)
         l = (negatives - m[:, None]).exp().sum(1).log()
         return torch.stack((m, l, z_y.masked_fill(poisoned | (z_y == INF), math.nan)), dim=1)
-    _, phi, _ = FORMULAS[spec.loss]
+    phi, _ = FORMULAS[spec.loss]
     neg = torch.where(chosen, phi(z, *spec.params), 0).sum(1).masked_fill(poisoned, math.nan)
     if not multi_hot:
         return torch.stack((m, neg, z_y.masked_fill(poisoned, math.nan)), dim=1)

@@ -11,7 +11,6 @@ import eager
 import fused_losses as fl
 import paper
 from fused_losses import losses
-from fused_losses.formulas import FORMULAS
 
 LAYER_OPTIONS = ("linear_bias", "normalize", "scale", "shard", "gather_input", "options", "return_statistics")
 
@@ -75,8 +74,7 @@ def named(page: ModuleType = losses) -> list[type[losses.Loss]]:
 def _case(loss: type[losses.Loss]) -> Loss:
     defaults = {field.name: field.default for field in fields(loss)}
     hypers = (defaults, *CORNERS.get(loss.name, ()))
-    family = FORMULAS[loss.formula].family
-    return Loss(loss.name, f"{loss.__name__}Loss", family, loss.formula, hypers, needs_k=loss is losses.HSLR)
+    return Loss(loss.name, f"{loss.__name__}Loss", loss.family, loss.formula, hypers, needs_k=loss is losses.HSLR)
 
 
 LOSSES = tuple(map(_case, named()))

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 import paper
-from fused_losses.formulas import FORMULAS
-from fused_losses.losses import LossSpec
+from fused_losses.losses import FAMILIES, LossSpec
 
 
 class Formula(NamedTuple):
@@ -23,7 +22,7 @@ class Formula(NamedTuple):
 
     @property
     def family(self) -> str:
-        return FORMULAS[self.loss].family
+        return FAMILIES[self.loss]
 
     def spec(self, num_classes: int, k=0, compact=False, ignore_index=-100, part=None) -> LossSpec:
         """part: first_class and all_classes; None: all classes are at hand."""

@@ -54,7 +54,7 @@ def focal_slope(d: Tensor, gamma: float) -> Tensor:
 
 # --- logistic losses""",
         ),
-        ('    "lr": Formula(', '    "focal": Formula("softmax", focal_value, focal_slope),\n    "lr": Formula('),
+        ('    "lr": Formula(', '    "focal": Formula(focal_value, focal_slope),\n    "lr": Formula('),
     ],
     "fused_losses/losses.py": [
         (
