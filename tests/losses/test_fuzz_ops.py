@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,7 +230,10 @@ def case(number: int) -> str:
     if name not in DOORS and any(map(is_freed, arguments)):
         return "none"  # PyTorch's own ops read freed memory
     sound = [a for a in arguments if type(a) is Tensor and a.layout == torch.strided and not a.is_nested]
-    before = [a.detach().clone() for a in sound if not a.is_meta and not is_freed(a)]
+    try:
+        before = [a.detach().clone() for a in sound if not a.is_meta and not is_freed(a)]
+    except NotImplementedError:
+        return "none"  # PyTorch copies no negated view of an unsigned tensor
     found = outcome(getattr(OPS, name), arguments)
     for now, then in zip((a for a in sound if not a.is_meta and not is_freed(a)), before, strict=True):
         torch.testing.assert_close(now.detach(), then, rtol=0, atol=0, equal_nan=True)
@@ -259,8 +263,8 @@ def run(first: int, stop: int) -> None:
 
 
 def fuzz(first: int, stop: int) -> None:
-    tests = os.path.dirname(__file__)
-    path = os.pathsep.join([os.path.dirname(tests), tests, os.environ.get("PYTHONPATH", "")])
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     sanitizer = os.environ.get("ASAN_OPTIONS", "") + ":allocator_may_return_null=1"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, str(first), str(stop)],
