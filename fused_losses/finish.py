@@ -121,6 +121,11 @@ def log_odds(statistics: Tensor) -> Tensor:
     return (z_y - m.detach()) - l  # m only shifts: the gradient of l is that of m + l
 
 
+def _number(x: float, like: Tensor) -> Tensor:
+    """x as a scalar of like's dtype, infinite where that does not hold it."""
+    return like.new_full((), x, dtype=torch.float64).to(like.dtype)
+
+
 def _softmax(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     d = log_odds(statistics)
     value, slope = FORMULAS[spec.loss]
@@ -130,10 +135,11 @@ def _softmax(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor
 
 def _logistic(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     _, neg, z_y = statistics.unbind(1)
+    of_neg = _number(spec.weight_of_negatives, neg)
     poison = neg.isnan() | z_y.isnan()
     return (
-        softplus(-z_y) + spec.weight_of_negatives * neg,
-        torch.full_like(neg, spec.weight_of_negatives).masked_fill(poison, torch.nan),
+        softplus(-z_y) + of_neg * neg,
+        of_neg.expand(neg.shape).masked_fill(poison, torch.nan),
         -torch.sigmoid(-z_y).masked_fill(poison, torch.nan),
     )
 
@@ -147,7 +153,7 @@ def _multi_hot(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tens
         chosen = negatives.clamp(max=spec.k) if spec.k > 0 else negatives
         rows = positives.shape[0]
         of_pos = rows / positives.sum().clamp(min=1)
-        of_neg = spec.alpha * rows / chosen.sum().clamp(min=1)
+        of_neg = _number(spec.alpha, neg) * rows / chosen.sum().clamp(min=1)
     poison = neg.isnan() | pos.isnan()
     return (
         of_pos * pos + of_neg * neg,
