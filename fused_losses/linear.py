@@ -391,9 +391,7 @@ def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torc
 
     def seen(tensor: Tensor) -> torch.dtype:
         device_type = tensor.device.type
-        if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):  # "meta" has none
-            return tensor.dtype
-        if not torch.is_autocast_enabled(device_type):
+        if tensor.dtype == torch.float64 or tensor.is_meta or not torch.is_autocast_enabled(device_type):
             return tensor.dtype
         return torch.get_autocast_dtype(device_type)
 
