@@ -34,7 +34,7 @@ def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction:
     spec = LossSpec(*spec)
     values, coefficients = finish_rows(statistics, spec, multi_hot=target.dim() == 2)
     reduced = Reduction.of(target, weight, reduction, spec.ignore_index, values)
-    coefficients = coefficients * reduced.share[:, None]
+    coefficients = coefficients * reduced.share()[:, None]
     return reduced.loss(values), reduced.without_ignored(coefficients)
 
 
@@ -65,8 +65,7 @@ class Reduction(NamedTuple):
             counts = counts.masked_fill(ignored, 0)
         return cls(counts, ignored, counts.sum() if reduction == "mean" else None, reduction != "none")
 
-    @property
-    def share(self) -> Tensor:
+    def share(self) -> Tensor:  # no property: torch 2.10 traces none of a tuple
         """d(loss) / d(value) of each row, (rows,)."""
         return self.counts if self.divisor is None else self.counts / self.divisor
 

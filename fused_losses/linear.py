@@ -364,7 +364,7 @@ def apply(
     else:
         statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec, shard)
         result = finished(loss, statistics, rows)
-    found = RowStatistics.of(statistics.detach(), spec.family) if return_statistics else None
+    found = RowStatistics.of(statistics.detach(), loss.family) if return_statistics else None
     return result.squeeze(0) if one_row and reduction == "none" else result, found
 
 

@@ -103,7 +103,7 @@ def gradients_at_once(layer: LayerSpec, num_classes: int, target: Tensor, reduct
     """
     multi_hot = target.dim() == 2
     way = way_of(num_classes, spec.k, multi_hot, layer.sparse_grad)
-    counts_terms = spec.family == "logistic" and multi_hot and spec.alpha is not None
+    counts_terms = multi_hot and spec.alpha is not None
     return (
         way is Again and any(layer.wanted) and reduction != "none" and layer.dtype != torch.float16 and not counts_terms
     )
@@ -169,7 +169,7 @@ class LinearLossAtOnce(torch.autograd.Function):
         layer = layer_spec.layer(input, weight, bias, target)
         rows = reference.empty_statistics(layer[0], multi_hot=False)[:, 0]
         reduced = Reduction.of(target, class_weight, reduction, spec.ignore_index, rows)
-        share = reduced.without_ignored(reduced.share)
+        share = reduced.without_ignored(reduced.share())
         values, statistics, *gradients = linear_at_once(share, *layer, layer_spec.wanted, *spec)
         gradients = in_dtypes_of((input, weight, bias), gradients, layer_spec.wanted)
         if torch.compiler.is_compiling():  # a compiled graph keeps what backward needs by itself
