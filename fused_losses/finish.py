@@ -117,7 +117,7 @@ def finish_rows(statistics: Tensor, spec: LossSpec, multi_hot: bool) -> tuple[Te
 def log_odds(statistics: Tensor) -> Tensor:
     """d (rows,) of the target among the target and S. Never via m + l, which loses digits at large offsets."""
     m, l, z_y = statistics.unbind(-1)
-    return (z_y - m.detach()) - l  # m only shifts: the gradient of l is that of m + l
+    return (z_y - m) - l
 
 
 def _number(x: float, like: Tensor) -> Tensor:

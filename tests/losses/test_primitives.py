@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import fused_losses as fl
@@ -20,6 +21,8 @@ from cases import (
     make_multihot,
     value_and_grad,
 )
+from fused_losses.losses import LossSpec
+from ranks import refusal
 
 IGNORED = -100
 ROWS, CLASSES = 6, 40
@@ -279,3 +282,75 @@ def test_statistics_want_class_indices():
     x, w = make_logits(ROWS, 8), make_logits(CLASSES, 8)
     with pytest.raises(ValueError, match="class-index targets only"):
         LR.linear(x, w, make_multihot(ROWS, CLASSES), return_statistics=True)
+
+
+# --- ignored rows, ranks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_what_a_loss_gives_for_an_ignored_row_does_not_count(reduction):
+    """At d = 0, where it is called for such a row, this one is infinite."""
+    logits, target = batch()
+    counted = target != IGNORED
+    ours, grad = value_and_grad(
+        lambda z: fl.softmax_loss(z, target, lambda d: 1 / d, reduction=reduction), logits, torch.tensor(2.0).expand(
+            (ROWS,) if reduction == "none" else ())
+    )  # fmt: skip
+    expected = fl.softmax_loss(logits[counted], target[counted], lambda d: 1 / d, reduction=reduction)
+    torch.testing.assert_close(ours[counted] if reduction == "none" else ours, expected)
+    assert ours.isfinite().all() and (grad[2] == 0).all() and grad.isfinite().all()
+
+
+def test_coefficients_are_zeros_where_nothing_counts(backend):
+    """Their share of a mean over nothing is 0 / 0."""
+    spec = LossSpec("cross_entropy", [], None, 0, IGNORED, 0, CLASSES, False)
+    target = torch.full((3,), IGNORED)
+    loss, coefficients = backend.finish(torch.zeros(3, 3), target, None, "mean", *spec)
+    assert loss.isnan() and (coefficients == 0).all()
+
+
+def statistics_of_shard(group) -> list:
+    shard = fl.ClassShard.split(CLASSES, group)
+    logits, target = batch()
+    x, w = make_logits(ROWS, 8, seed=1), make_logits(CLASSES, 8, seed=2)
+    mine = slice(shard.start, shard.stop)
+    _, of_linear = fl.linear_loss(x, w[mine], target, loss=fl.LRLoss(), shard=shard, return_statistics=True)
+    return [
+        fl.row_statistics(logits[:, mine], target, shard=shard),
+        fl.row_statistics(logits[:, mine], target, k=3, shard=shard),
+        fl.logistic_sums(logits[:, mine], target, gamma=2.0, shard=shard),
+        of_linear[1:],
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_statistics_sharded(world, ranks):
+    logits, target = batch()
+    x, w = make_logits(ROWS, 8, seed=1), make_logits(CLASSES, 8, seed=2)
+    whole = [
+        fl.row_statistics(logits, target),
+        fl.row_statistics(logits, target, k=3),
+        fl.logistic_sums(logits, target, gamma=2.0),
+        fl.row_statistics(F.linear(x, w), target)[1:],
+    ]
+    for of_rank in world.run(ranks, statistics_of_shard):
+        for got, expected in zip(of_rank, whole, strict=True):
+            torch.testing.assert_close(tuple(got), tuple(expected))
+
+
+def bad_label_beside_an_empty_shard(group) -> list[str]:
+    rank = dist.get_rank(group)
+    shard = fl.ClassShard((0, 10)[rank], 10, 10, group)
+    logits, target = torch.zeros(3, len(shard)), torch.tensor([1, 10, 2])
+    x, w = torch.zeros(3, 4), torch.zeros(len(shard), 4)
+    return [
+        refusal(fl.cross_entropy, logits, target, shard=shard),
+        refusal(fl.log_odds, logits, target, shard=shard),
+        refusal(fl.linear_cross_entropy, x, w, target, shard=shard),
+    ]
+
+
+def test_a_rank_without_classes_refuses_a_bad_label_too(world):
+    """It enters no door, and would wait for the others."""
+    for said in world.run(2, bad_label_beside_an_empty_shard):
+        assert all(text.startswith("IndexError: Target 10 is out of bounds. (row 1, 10 classes)") for text in said)
