@@ -32,7 +32,7 @@ def once(gradient: Tensor, *through: Tensor) -> Tensor:
     """A gradient that refuses to be differentiated, under ``create_graph=True``.
 
     ``through``: the upstream gradient, and a tensor that leads back to the inputs. In the compact form nothing is kept
-    that does; hence the row states leave forward as a second output, which does.
+    that does; hence the statistics leave forward as a second output, which does.
     """
     if not torch.is_grad_enabled():  # the engine's own word for create_graph=False
         return gradient

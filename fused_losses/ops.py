@@ -1,7 +1,7 @@
 """The raw ops: schema, shapes, and who serves which device.
 
 Three ops, ``torch.ops.fused_losses.{forward,finish,backward}``, are served by every backend. ``reference.py`` states
-the contract of forward and backward, ``finish.py`` that of finish, which both forward doors have as their last step.
+the contract of forward and backward, ``finish.py`` that of finish, the last step of every forward door.
 PyTorch's dispatcher picks the backend by device: the C++ extension serves the CPU where it was built, the reference
 every other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
 """
