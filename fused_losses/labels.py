@@ -60,9 +60,7 @@ class Labels(NamedTuple):
         return cls(index, torch.tensor(padded, dtype=torch.float32, device=device).view(len(classes), most))
 
     @classmethod
-    def from_csr(
-        cls, crow: Tensor, col: Tensor, weight: Tensor | None = None, *, most: int | None = None
-    ) -> "Labels":
+    def from_csr(cls, crow: Tensor, col: Tensor, weight: Tensor | None = None, *, most: int | None = None) -> "Labels":
         """Labels from compressed sparse rows: those of row i are col[crow[i] : crow[i + 1]].
 
         Args:

@@ -34,8 +34,8 @@ from .arguments import (
 )
 from .finish import RowStatistics, ignored_rows
 from .functional import finished
-from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
 from .labels import Labels
+from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
 from .linear_rows import MIB
 from .losses import CrossEntropy, Loss, OwnSoftmax
 from .margin import Margin, MarginTerms
@@ -132,9 +132,7 @@ def linear_cross_entropy(
             ``sparse_grad`` where the gradient is not sparse.
         RuntimeError: also for input and weight of different dtypes.
     """
-    loss_options = Options(
-        k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard
-    )
+    loss_options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     layer = _Layer(linear_bias, normalize, scale, gather_input, options)
     return apply(CrossEntropy(), loss_options, input, linear_weight, target, layer)[0]
 
@@ -152,8 +150,8 @@ class LayerOptions(TypedDict, total=False):
 
 @overload
 def linear_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor | Labels, *, loss: RowLoss, return_statistics: Literal[False] = False,
-    **layer: Unpack[LayerOptions],
+    input: Tensor, linear_weight: Tensor, target: Tensor | Labels, *, loss: RowLoss,
+    return_statistics: Literal[False] = False, **layer: Unpack[LayerOptions],
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -290,7 +288,7 @@ class LinearLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss; with ``return_statistics`` also :class:`fused_losses.RowStatistics`, as in :func:`linear_loss`."""
         if target is None:
-            raise TypeError("LinearLoss gives the loss and needs the target: head(input, target); for logits call logits()")
+            raise TypeError("LinearLoss gives a loss, head(input, target), and got no target; for logits call logits()")
         if self.options is not None and self.options.sparse_grad and hasattr(self, "set_requires_gradient_sync"):
             raise RuntimeError("sparse_grad=True: fully_shard takes no sparse gradients; " + WITHOUT_WRAPPER)
         layer = _Layer(self.bias, self.normalize, self._scale(), self.gather_input, self.options)
@@ -299,9 +297,9 @@ class LinearLoss(nn.Module):
         return result if statistics is None else (result, statistics)
 
     def _scale(self) -> float | Tensor:
-        return self.scale if self.log_scale is None else self.log_scale.to(torch.promote_types(
-            self.log_scale.dtype, torch.float32
-        )).exp()
+        if self.log_scale is None:
+            return self.scale
+        return self.log_scale.to(reference.compute_dtype(self.log_scale.dtype)).exp()
 
     def extra_repr(self) -> str:
         scale = "learned" if self.scale is None else self.scale
@@ -322,11 +320,12 @@ class LinearLoss(nn.Module):
         if num_classes < self.num_classes or self.loss.weight is not None:
             raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes, or with class weights")
         shard = None if self.shard is None else ClassShard.split(num_classes, self.shard.group)
+        one_bias = self.bias is not None and self.bias.dim() == 0
         grown = LinearLoss(
-            self.in_features, num_classes, loss=self.loss, bias=self.bias is not None and self.bias.dim() > 0,
-            normalize=self.normalize, scale="learned" if self.scale is None else self.scale,
-            logit_bias=self.bias is not None and self.bias.dim() == 0, shard=shard, gather_input=self.gather_input, options=self.options,
-            device=self.weight.device, dtype=self.weight.dtype,
+            self.in_features, num_classes, loss=self.loss, bias=self.bias is not None and not one_bias,
+            normalize=self.normalize, scale="learned" if self.scale is None else self.scale, logit_bias=one_bias,
+            shard=shard, gather_input=self.gather_input, options=self.options, device=self.weight.device,
+            dtype=self.weight.dtype,
         )  # fmt: skip
         for old, new in ((self.weight, grown.weight), (self.bias, grown.bias), (self.log_scale, grown.log_scale)):
             if old is None or new is None:
@@ -375,7 +374,7 @@ def apply(
     bias, normalize, scale, gather_input, how = layer
     shard, reduction = options.shard, options.reduction
     check_options(loss, options)
-    scale = _check_options(how, bias is not None and bias.dim() > 0, normalize, scale)
+    scale = _check_options(how, isinstance(bias, Tensor) and bias.dim() > 0, normalize, scale)
     how = LinearLossOptions() if how is None else how
     num_classes = _check_layer(input, linear_weight, bias, normalize, shard)
     dtype = _dtype_of_linear(input, linear_weight, bias)
@@ -409,7 +408,7 @@ def apply(
             x, linear_weight, bias, target, label_weight, weight, reduction, margin, layer_spec, spec
         )
     else:
-        statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec, shard)
+        statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec.of_statistics, shard)
         result = finished(loss, statistics, rows, margin)
     found = RowStatistics.of(statistics.detach(), loss.family) if return_statistics else None
     return result.squeeze(0) if one_row and reduction == "none" else result, found
@@ -480,9 +479,7 @@ def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torc
     return seen(input)
 
 
-def _check_layer(
-    input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: ClassShard | None
-) -> int:
+def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: ClassShard | None) -> int:
     """The number of classes, of all shards."""
     tensors = {"input": input, "linear_weight": weight}
     if bias is not None:
@@ -533,7 +530,9 @@ def _check_options(
     if options is not None and not isinstance(options, LinearLossOptions):
         raise TypeError(f"options must be LinearLossOptions, got {type(options).__name__}")
     if has_bias and normalize:
-        raise ValueError("cosine logits (normalize=True) take no bias of each class: one for all, () or logit_bias=True")
+        raise ValueError(
+            "cosine logits (normalize=True) take no bias of each class: one for all, linear_bias () or logit_bias=True"
+        )
     if isinstance(scale, Tensor):
         return _check_scale(scale, normalize)
     if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):  # to the compiler NumPy's numbers are arrays
@@ -550,7 +549,9 @@ def _check_options(
 def _check_scale(scale: Tensor, normalize: bool) -> Tensor:
     """A tensor, whose value only a CPU may look at: other devices would have to be waited for."""
     if scale.dim() != 0 or scale.dtype not in FLOATING:
-        raise ValueError(f"expected scale to be a number or a floating tensor (), got {scale.dtype}, {tuple(scale.shape)}")
+        raise ValueError(
+            f"expected scale to be a number or a floating tensor (), got {scale.dtype}, {tuple(scale.shape)}"
+        )
     if not normalize:
         raise ValueError("scale belongs to cosine logits: pass normalize=True")
     if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 < scale.item() < math.inf:

@@ -97,13 +97,10 @@ class MarginTerms(NamedTuple):
     offset: float | Tensor  # a bias that all logits have, and no cosine
 
     @classmethod
-    def of(
-        cls, margin: Margin, scale: float | Tensor, offset: float | Tensor, dtype: torch.dtype
-    ) -> "MarginTerms":
+    def of(cls, margin: Margin, scale: float | Tensor, offset: float | Tensor, dtype: torch.dtype) -> "MarginTerms":
         """dtype: the compute dtype."""
         angle, cosine = (
-            value.to(dtype)[:, None] if isinstance(value, Tensor) else value
-            for value in (margin.angle, margin.cosine)
+            value.to(dtype)[:, None] if isinstance(value, Tensor) else value for value in (margin.angle, margin.cosine)
         )
         if isinstance(angle, Tensor):
             return cls(angle.cos(), angle.sin(), cosine, angle * angle.sin(), scale, offset)
