@@ -264,8 +264,8 @@ def softmax_loss(
 def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options) -> Tensor:
     """The one way from a user's arguments to the autograd functions."""
     check_options(loss, options)
-    margin = margin_from_logits(options.margin, logits.dtype)
     rows, taken = rows_from_logits(loss, logits, target, options)
+    margin = margin_from_logits(options.margin, logits.dtype)
     plain = options.shard is None and margin is None and not taken.spec.labels
     if plain and not isinstance(loss, OwnSoftmax):
         result, _ = LossFromLogits.apply(rows, taken.target, taken.weight, taken.reduction, taken.spec)
