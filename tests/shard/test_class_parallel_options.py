@@ -109,7 +109,8 @@ def through_layer(group, edges, gathered: bool) -> list:
         leaves = [leaf.requires_grad_() for leaf in leaves]
         chosen, of_rows = MARGINS[margin], TARGETS[target]
         if isinstance(of_rows, fl.Labels):
-            of_rows = fl.Labels(*(None if part is None else part[rows] for part in of_rows))
+            most = max(1, (of_rows.index[rows] >= 0).sum(1).max())  # ranks have different numbers of labels
+            of_rows = fl.Labels(*(None if part is None else part[rows, :most] for part in of_rows))
         else:
             of_rows = of_rows[rows]
         if chosen is not None:
