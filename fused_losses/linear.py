@@ -23,6 +23,7 @@ from .arguments import (
     Options,
     Reduce,
     as_int64,
+    as_integer,
     check_device,
     check_kind,
     check_labels,
@@ -37,6 +38,7 @@ from .functional import finished
 from .labels import Labels
 from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
 from .linear_rows import MIB
+from .linear_topk import TopK, topk_of_layer
 from .losses import CrossEntropy, Loss, OwnSoftmax
 from .margin import Margin, MarginTerms
 from .modules import CrossEntropyLoss, RowLoss
@@ -288,7 +290,7 @@ class LinearLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss; with ``return_statistics`` also :class:`fused_losses.RowStatistics`, as in :func:`linear_loss`."""
         if target is None:
-            raise TypeError("LinearLoss gives a loss, head(input, target), and got no target; for logits call logits()")
+            raise TypeError("LinearLoss gives a loss and got no target; for classes call topk(), for logits logits()")
         if self.options is not None and self.options.sparse_grad and hasattr(self, "set_requires_gradient_sync"):
             raise RuntimeError("sparse_grad=True: fully_shard takes no sparse gradients; " + WITHOUT_WRAPPER)
         layer = _Layer(self.bias, self.normalize, self._scale(), self.gather_input, self.options)
@@ -350,6 +352,42 @@ class LinearLoss(nn.Module):
         input = _direction(input, self._scale()).to(input.dtype)
         pieces = self.weight.split(max(1, MIB // max(1, self.in_features)))  # no normalised copy here either
         return torch.cat([F.linear(input, _direction(w, 1.0).to(w.dtype), self._bias_of(w)) for w in pieces], dim=1)
+
+    def topk(self, input: Tensor, k: int) -> TopK:
+        """The k classes with the largest logits, values and indices (N, k), largest first: exact nearest identities.
+
+        The lowest class comes first among equals. No more logits at a time than ``options.chunk_bytes``; no margin, no
+        smoothing, no gradient. With a shard a collective, which gives every rank the same answer among all classes:
+        input is the same on every rank, also with ``gather_input``.
+
+        Args:
+            input: (N, D) or (D,), floating.
+            k: from 1 to C.
+        """
+        k = as_integer("k", k)
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k must be from 1 to the {self.num_classes} classes, got {k}")
+        layer_bias = self.bias if self.bias is not None and self.bias.dim() > 0 else None
+        scale = _check_options(self.options, layer_bias is not None, self.normalize, self._scale())
+        _check_layer(input, self.weight, self.bias, self.normalize, self.shard)
+        x = input if input.dim() == 2 else input[None]
+        if self.normalize:
+            x = _direction(x, scale)
+        chunk_bytes = 0 if self.options is None else self.options.chunk_bytes or 0
+        dtype = _dtype_of_linear(input, self.weight, self.bias)
+        layer_spec = LayerSpec(dtype, self.normalize, chunk_bytes, False, [False] * 3)
+        found = topk_of_layer(x, self.weight, self.bias, k, layer_spec, self.shard, self.num_classes)
+        return found if input.dim() == 2 else TopK(*(part.squeeze(0) for part in found))
+
+    def predict(self, input: Tensor) -> Tensor:
+        """The class with the largest logit, (N,): ``topk(input, 1)``."""
+        return self.topk(input, 1).indices.squeeze(-1)
+
+    @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        """The classes' vectors as a search index wants them, (C, D), of this rank's classes if they are sharded: of
+        length 1 with ``normalize``, where the logits are scale times the inner product with a vector of length 1."""
+        return _direction(self.weight, 1.0).to(self.weight.dtype) if self.normalize else self.weight.detach().clone()
 
     def _bias_of(self, classes: Tensor) -> Tensor | None:
         """The one bias, of each of these classes."""
