@@ -151,3 +151,25 @@ def test_through_a_linear_layer(world, ranks, edges, gathered):
         answers = [[[value, x / ranks, *others] for value, x, *others in of_rank] for of_rank in answers]
     along = [None, 0 if gathered else None, 0, None, None]
     compare(answers, through_layer(None, None, gathered), along)
+
+
+# --- serving ----------------------------------------------------------------------------------------------------------
+
+
+def nearest(group, edges) -> list:
+    """topk of a layer with equal classes, for several k."""
+    shard = None if group is None else shard_of(group, edges)
+    own = slice(None) if shard is None else slice(shard.start, shard.stop)
+    _, x, w, b = tensors()
+    w[20:40] = w[3]
+    head = fl.LinearLoss(FEATURES, CLASSES, bias=True, shard=shard, dtype=torch.float64)
+    head.weight.data, head.bias.data = w[own], b[own] * 0
+    return [part.numpy() for k in (1, 5, CLASSES) for part in head.topk(x, k)]
+
+
+@each_world
+def test_every_rank_gets_the_nearest_of_all(world, ranks, edges):
+    expected = nearest(None, None)
+    for of_rank in world.run(ranks, nearest, edges):
+        for found, true in zip(of_rank, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(true), rtol=1e-13, atol=1e-13)
