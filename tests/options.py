@@ -17,9 +17,9 @@ ROWS, CLASSES, SCALE = 6, 40, 6.0
 IGNORED = -100
 
 
-def focal(d: Tensor) -> Tensor:
-    """Of the log-odds: (1 - p)^2 of -log p."""
-    return -(torch.sigmoid(-d) ** 2) * torch.nn.functional.logsigmoid(d)
+def poly(d: Tensor) -> Tensor:
+    """Of the log-odds: -log p + 1 - p, Poly-1 with epsilon 1 (Leng et al., arXiv 2204.12511)."""
+    return torch.nn.functional.softplus(-d) + torch.sigmoid(-d)
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,26 @@ class Own(Loss):
     """A loss of the user's own, called as those with a name are."""
 
     def __call__(self, logits, target, **options) -> Tensor:
-        return fl.softmax_loss(logits, target, focal, **options)
+        return fl.softmax_loss(logits, target, poly, **options)
 
     def module_class(self) -> Callable[..., torch.nn.Module]:
-        return lambda **options: fl.SoftmaxLoss(focal, **options)
+        return lambda **options: fl.SoftmaxLoss(poly, **options)
 
     @property
     def paper(self):
-        def focal_of_p(logits, target, k):
+        def poly_of_p(logits, target, k):
             p, wrong = paper.target_and_wrong(logits, target, k)
-            return -(wrong**2) * p.log()
+            return -p.log() + wrong
 
-        return focal_of_p
+        return poly_of_p
 
     @property
     def eager(self):
-        def focal_of_log_p(logits, target, k):
+        def poly_of_log_p(logits, target, k):
             log_p, wrong = eager.softmax_terms(logits, target, k)
-            return -(wrong**2) * log_p
+            return -log_p + wrong
 
-        return focal_of_log_p
+        return poly_of_log_p
 
 
 OWN = Own("own", "SoftmaxLoss", "softmax", "log_odds", ({},), needs_k=False)

@@ -26,7 +26,8 @@ def same(loss, ours, theirs, **options):
 def lists_of(form):
     """Classes and weights of the rows, without empty places."""
     rows = [
-        [(c, w) for c, w in zip(*row, strict=True) if c != -1] for row in zip(INDEX[form], make_weight(form).tolist())
+        [(c, w) for c, w in zip(*row, strict=True) if c != -1]
+        for row in zip(INDEX[form], make_weight(form).tolist(), strict=True)
     ]
     return [[c for c, _ in row] for row in rows], [[w for _, w in row] for row in rows]
 

