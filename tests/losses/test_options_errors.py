@@ -38,6 +38,12 @@ def test_numbers_of_a_margin(name, value):
         fl.cross_entropy(LOGITS, TARGET, margin=fl.Margin(**{name: value}))
 
 
+def test_an_angle_needs_a_scale():
+    """Of logits that are no cosines it would make nothing."""
+    refused("scale", CE, LOGITS, TARGET, margin=fl.Margin(angle=0.5))
+    refused("scale", CE, LOGITS, TARGET, margin=fl.Margin(angle=torch.full((ROWS,), 0.5)))
+
+
 def test_degrees_are_named():
     """28.6 is what other libraries' default margin is in degrees."""
     with pytest.raises(ValueError, match="radians"):
@@ -153,7 +159,7 @@ def test_what_mixup_is_made_of():
         (TARGET, other[:3], 0.5),
         (TARGET.float(), other, 0.5),
         (TARGET, other, torch.rand(3)),
-        (TARGET, other, "0.5"),
+        (TARGET, other, None),
         (TARGET, other, torch.rand(ROWS, 1)),
         (PAIR, PAIR, 0.5),
     ):
@@ -217,14 +223,16 @@ def test_swapped_arguments(loss):
 
 def test_a_layer_without_target():
     head = fl.LinearLoss(4, CLASSES)
-    with pytest.raises(TypeError, match=r"\.logits") as error:
+    with pytest.raises(TypeError, match="logits") as error:
         head(torch.randn(3, 4))
-    assert ".topk" in str(error.value)
+    if hasattr(head, "topk"):
+        assert "topk" in str(error.value)
 
 
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), "ce", fl.CrossEntropyLoss], ids=str)
 def test_a_layer_with_anothers_loss(loss):
-    with pytest.raises(TypeError, match="CrossEntropyLoss"):
+    """The message names one of ours."""
+    with pytest.raises(TypeError, match=r"(fl|fused_losses)\.[A-Z]\w+Loss"):
         fl.LinearLoss(4, CLASSES, loss=loss)
 
 
