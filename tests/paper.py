@@ -174,13 +174,14 @@ def label_matrix(logits: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
 
 def with_margin(logits: Tensor, labels: Labels, margin: Margin | None) -> Tensor:
     """psi in the place of every label's logit."""
-    rows = []
-    for row, (z, of_row) in enumerate(zip(logits, labels, strict=True)):
-        entries = list(z)
-        for label in of_row:
-            entries[label] = psi(z[label], Margin() if margin is None else margin.of_row(row))
-        rows.append(torch.stack(entries))
-    return torch.stack(rows)
+    if margin is None:
+        return logits
+    places = [(row, label) for row, of_row in enumerate(labels) for label in of_row]
+    if not places:
+        return logits
+    moved = [psi(logits[row, label], margin.of_row(row)) for row, label in places]
+    row, label = torch.tensor(places).T
+    return logits.index_put((row, label), torch.stack(moved))
 
 
 def softmax_rows(
