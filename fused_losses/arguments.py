@@ -275,6 +275,8 @@ def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
             "Labels.mixup(y, y.flip(0), lam), or, for what timm's Mixup(label_smoothing=0) gives, "
             f"Labels.from_dense(target, 2), with label_smoothing= here; {_shapes(shape, target)}"
         )
+    if not same and not hint and not (target.dtype.is_floating_point or target.dtype.is_complex):
+        hint = "; several classes per row, -1 in empty places, are fused_losses.Labels(target)"
     if loss.family == "softmax":
         raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {_shapes(shape, target)}{hint}")
     if not same:
@@ -334,6 +336,10 @@ def check_margin(margin: Margin | None, rows: int, device: torch.device) -> None
         check_device(f"the margin's {name}", value, device)
         if value.shape != (rows,):
             raise ValueError(f"expected the margin's {name} to be a number or ({rows},), got {tuple(value.shape)}")
+    angle = None if margin is None else margin.angle
+    looked_at = isinstance(angle, Tensor) and angle.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and not (angle.abs() <= torch.tensor(math.pi, dtype=angle.dtype)).all():
+        raise ValueError("expected the margin's angle from -pi to pi (radians)")
 
 
 def margin_from_logits(margin: Margin | None, dtype: torch.dtype) -> MarginTerms | None:

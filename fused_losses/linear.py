@@ -491,8 +491,8 @@ def wanted_of(*parameters: Tensor | None) -> list[bool]:
 
 def _check_loss(loss: RowLoss) -> None:
     if not isinstance(loss, RowLoss):
-        hint = ": fused_losses.CrossEntropyLoss()" if isinstance(loss, nn.CrossEntropyLoss) else ""
-        raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}{hint}")
+        got = loss.__name__ if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(f"loss must be a loss module, like fused_losses.CrossEntropyLoss(), got {got}")
     if loss.shard is not None:
         raise ValueError("give the shard to the linear layer, not to its loss")
 

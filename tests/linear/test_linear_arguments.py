@@ -123,7 +123,7 @@ Y = make_index(ROWS, CLASSES)
         (TypeError, "chunk_bytes must be an integer, got float", lambda: fl.LinearLossOptions(chunk_bytes=1e6)),
         (
             TypeError,
-            "loss module of fused_losses, got CrossEntropyLoss",
+            r"loss module, like fused_losses.CrossEntropyLoss\(\), got CrossEntropyLoss",
             lambda: fl.LinearLoss(8, 100, loss=nn.CrossEntropyLoss()),
         ),
         (ValueError, "hs_lr_loss needs k or ratio", lambda: HS_LR.linear(X, W, Y)),

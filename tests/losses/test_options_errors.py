@@ -121,9 +121,9 @@ def test_class_weights_with_labels(loss):
 @each(EVERY_LOSS)
 def test_labels_of_another_number_of_rows(loss):
     for rows in (ROWS - 1, 1):
-        refused("", loss, LOGITS, fl.Labels(PAIR[:rows], torch.ones(rows, 2)))
-    refused("", loss, LOGITS[0], fl.Labels(PAIR, torch.ones(ROWS, 2)))
-    refused("", loss, LOGITS, fl.Labels(PAIR[0], torch.ones(2)))
+        refused(r"labels \(N, P\)", loss, LOGITS, fl.Labels(PAIR[:rows], torch.ones(rows, 2)))
+    refused(r"labels \(N, P\)", loss, LOGITS[0], fl.Labels(PAIR, torch.ones(ROWS, 2)))
+    refused(r"labels \(N, P\)", loss, LOGITS, fl.Labels(PAIR[0], torch.ones(2)))
 
 
 @pytest.mark.parametrize("bad", [CLASSES, -2, -100, 2**40])
@@ -217,7 +217,7 @@ def test_positional_k(loss):
 
 @pytest.mark.parametrize("loss", (CE, NLLR, CRL, LR, SS_LR), ids=str)
 def test_swapped_arguments(loss):
-    message = refused("", loss, TARGET, LOGITS)
+    message = refused("logits come first", loss, TARGET, LOGITS)
     assert "logits" in message and "target" in message
 
 

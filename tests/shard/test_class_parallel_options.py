@@ -161,6 +161,7 @@ def nearest(group, edges) -> list:
     shard = None if group is None else shard_of(group, edges)
     own = slice(None) if shard is None else slice(shard.start, shard.stop)
     _, x, w, b = tensors()
+    x, w = (4 * x).round(), (4 * w).round()  # no sum rounds these: equal classes have equal logits in every shard
     w[20:40] = w[3]
     head = fl.LinearLoss(FEATURES, CLASSES, bias=True, shard=shard, dtype=torch.float64)
     head.weight.data, head.bias.data = w[own], b[own] * 0
