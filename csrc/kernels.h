@@ -19,8 +19,10 @@
 // AVX2 vector through memory, at five times the cost of exp itself.)
 #if defined(__GNUC__)
 #define FUSED_LOSSES_INLINE inline __attribute__((always_inline))
+#define FUSED_LOSSES_NOINLINE __attribute__((noinline))
 #else
 #define FUSED_LOSSES_INLINE inline
+#define FUSED_LOSSES_NOINLINE
 #endif
 
 namespace fused_losses {

@@ -37,7 +37,7 @@ class LogisticForward {
     }));
     partial.max = max_lane(largest);
     if (smoothed_) {  // a second look at a piece in the first cache
-      partial.of_logits = CompensatedSum(sum_negatives(row, begin, end, positives, [](V z) { return z; }, 0));
+      partial.of_logits = CompensatedSum(sum_above(row, begin, end, positives, T(0)));
     }
     return partial;
   }

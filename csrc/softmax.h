@@ -36,8 +36,7 @@ class SoftmaxForward {
     partial.sum = CompensatedSum(
         sum_negatives<kPiece>(row, begin, end, positives, [&](V z) { return exp_nonpositive(z - shift); }));
     if (smoothed_) {  // a third look at a piece in the first cache
-      const auto below = [&](V z) { return z - shift; };
-      partial.below = CompensatedSum(sum_negatives(row, begin, end, positives, below, level));
+      partial.below = CompensatedSum(sum_above(row, begin, end, positives, level));
       partial.count = static_cast<double>(count_negatives(begin, end, positives));
     }
     return partial;

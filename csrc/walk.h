@@ -94,6 +94,16 @@ FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t en
   return sum.total();
 }
 
+// The sum of z - level over the negatives, for label smoothing. Never a part of its callers, whose own loops a compiler
+// is to arrange as if it were not there.
+template <class S>
+FUSED_LOSSES_NOINLINE double sum_above(const S* row, int64_t begin, int64_t end, Positives positives,
+                                       Compute<S> level) {
+  using V = VecOf<S>;
+  const V shift(level);
+  return sum_negatives(row, begin, end, positives, [&](V z) { return z - shift; }, level);
+}
+
 // How many negatives there are among [begin, end).
 inline int64_t count_negatives(int64_t begin, int64_t end, Positives positives) {
   int64_t count = end - begin;
