@@ -86,7 +86,7 @@ struct Target {
 
 // What is kept of a row, and what its gradient is made of, in the compute dtype: float64 for float64 logits, float32
 // for all others. The numbers are explained in fused_losses/finish.py. Lists of labels have one number more of the row
-// as a whole, for label smoothing, in front of those of the labels: walk.h, RowTable.
+// as a whole, for label smoothing, in front of those of the labels: rows.h.
 template <class T>
 struct SoftmaxStatistics {
   T max, log_sum, target;
