@@ -7,21 +7,24 @@
 namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
-template <class S>
+template <class S, bool kSmoothed>
 class SoftmaxForward {
  public:
   using T = Compute<S>;
 
-  // below and count are for label smoothing only. Differences, since a sum of logits loses digits at a large offset.
-  struct Partial {
-    T max = -kInfinity<T>;
-    CompensatedSum sum;    // of exp(z - max)
-    CompensatedSum below;  // of z - max
-    double count = 0;      // of all z
+  // Differences, since a sum of logits loses digits at a large offset.
+  struct Below {
+    CompensatedSum sum;  // of z - max
+    double count = 0;    // of all z
   };
 
-  explicit SoftmaxForward(const Forward& door)
-      : statistics_(door, kNaN<T>), smoothed_(door.problem.spec.label_smoothing != 0) {}
+  struct Partial {
+    T max = -kInfinity<T>;
+    CompensatedSum sum;                                     // of exp(z - max)
+    std::conditional_t<kSmoothed, Below, Nothing> below{};  // short rows feel it where it is not needed
+  };
+
+  explicit SoftmaxForward(const Forward& door) : statistics_(door, kNaN<T>) {}
 
   // NaN and +inf among the logits make the sum NaN, which stays.
   template <class X>
@@ -35,18 +38,21 @@ class SoftmaxForward {
     const V shift(level);
     partial.sum = CompensatedSum(
         sum_negatives<kPiece>(row, begin, end, positives, [&](V z) { return exp_nonpositive(z - shift); }));
-    if (smoothed_) {  // a third look at a piece in the first cache
-      partial.below = CompensatedSum(sum_above(row, begin, end, positives, level));
-      partial.count = static_cast<double>(count_negatives(begin, end, positives));
+    if constexpr (kSmoothed) {  // a third look at a piece in the first cache
+      partial.below = {CompensatedSum(sum_above(row, begin, end, positives, level)),
+                       static_cast<double>(count_negatives(begin, end, positives))};
     }
     return partial;
   }
 
   static Partial merge(Partial a, Partial b) {
     if (a.max < b.max) return merge(b, a);
-    a.below.add(b.below);
-    if (b.count > 0 && b.max < a.max) a.below.add(b.count * (static_cast<double>(b.max) - static_cast<double>(a.max)));
-    a.count += b.count;
+    if constexpr (kSmoothed) {
+      a.below.sum.add(b.below.sum);
+      const double lower = static_cast<double>(b.max) - static_cast<double>(a.max);
+      if (b.below.count > 0 && b.max < a.max) a.below.sum.add(b.below.count * lower);
+      a.below.count += b.below.count;
+    }
     if (b.sum.total() == 0) return a;
     a.sum.add(b.sum, b.max == a.max ? 1 : std::exp(static_cast<double>(b.max - a.max)));
     return a;
@@ -57,7 +63,9 @@ class SoftmaxForward {
     T max = partial.max, log_sum = T(std::log(sum));
     if (max == -kInfinity<T> && sum == 0) max = 0;
     if (sum != sum) max = log_sum = kNaN<T>;
-    statistics_.write(row, logits, positives, max, log_sum, T(partial.below.total()));
+    T below = 0;
+    if constexpr (kSmoothed) below = T(partial.below.sum.total());
+    statistics_.write(row, logits, positives, max, log_sum, below);
   }
 
   void ignore(int64_t row) const { statistics_.ignore(row); }
@@ -65,7 +73,6 @@ class SoftmaxForward {
 
  private:
   StatisticsWriter<S> statistics_;
-  bool smoothed_;
 };
 
 template <class S>
