@@ -132,6 +132,7 @@ def linear_arguments(draw, name, rows, classes, target, spec, dtype) -> list:
         spec = spec._replace(first_class=0, all_classes=classes)
     arguments = [*layer, norms, target, draw.choice((1, 30, 10**6))]
     wanted = [draw.random() < 0.7 for _ in range(3)]
+    wanted[2] &= layer[2] is not None
     if name == "linear_at_once":
         return [torch.rand(rows, dtype=cd), None, None, *arguments, wanted, *spec]
     forward = name.replace("backward", "forward")
