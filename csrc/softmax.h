@@ -20,8 +20,8 @@ class SoftmaxForward {
 
   struct Partial {
     T max = -kInfinity<T>;
-    CompensatedSum sum;                                     // of exp(z - max)
-    std::conditional_t<kSmoothed, Below, Nothing> below{};  // short rows feel it where it is not needed
+    CompensatedSum sum;                                   // of exp(z - max)
+    std::conditional_t<kSmoothed, Below, Nothing> below;  // short rows feel it where it is not needed
   };
 
   explicit SoftmaxForward(const Forward& door) : statistics_(door, kNaN<T>) {}
