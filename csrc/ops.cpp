@@ -111,7 +111,7 @@ StatisticsResult see(const Problem& problem, DType dtype) {
 
   if (const int64_t entry = door.bad_entry; entry != INT64_MAX) {
     refuse("multi-hot targets must be 0 or 1, which row " + std::to_string(entry / classes) + ", class " +
-           std::to_string(entry % classes) + " is not: give labels with weights as fl.Labels(index, weight)");
+           std::to_string(entry % classes) + " is not; soft targets are Labels with weights");
   }
   return {std::move(statistics), std::move(pick_index), std::move(pick_logit)};
 }
