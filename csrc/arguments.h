@@ -75,9 +75,9 @@ void check(bool holds, const char* otherwise) {
 // The arguments that every door takes last.
 Spec read_spec(const Kernels& kernels, StringHandle loss_handle, StableListHandle params_handle,
                std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-               int64_t all_classes, bool compact, bool labels, double label_smoothing) {
+               int64_t all_classes, bool compact, bool labels, double label_smoothing, StableListHandle margin_handle) {
   const Text loss(loss_handle);
-  const Numbers params(params_handle);
+  const Numbers params(params_handle), margin(margin_handle);
   Spec spec{};
   while (spec.formula < kernels.num_formulas && loss.view() != kernels.formulas[spec.formula].name) ++spec.formula;
   if (spec.formula == kernels.num_formulas) refuse("not a loss: " + std::string(loss.view()));
@@ -98,6 +98,8 @@ Spec read_spec(const Kernels& kernels, StringHandle loss_handle, StableListHandl
   spec.compact = compact && k > 0;
   spec.labels = labels;
   spec.label_smoothing = label_smoothing;
+  check(margin.size() == 0 || margin.size() == 6, "margin must be empty or the six numbers of MarginTerms");
+  if (margin.size() == 6) spec.margin = {true, margin[0], margin[1], margin[2], margin[3], margin[4], margin[5]};
   check(k >= 0 && k <= INT32_MAX, "k must be 0 or more, and fewer than 2^31");
   check(first_class >= 0, "first_class must not be negative");
   check(all_classes >= 1, "there must be at least one class");

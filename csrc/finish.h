@@ -3,34 +3,44 @@
 #pragma once
 
 #include "formulas.h"
+#include "rows.h"
 #include "threads.h"
 
 namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
-// --- of V::lanes rows, before weights and reduction
+// --- of n <= V::lanes rows from the first on, before weights and reduction: values, and coefficients of the rows
 
 template <class V>
-struct Finished {
-  V value, of_negatives, of_target;
-};
+FUSED_LOSSES_INLINE void write_pairs(V of_negatives, V of_target, int64_t first, int64_t n,
+                                     RowTable<typename V::Scalar> coefficients) {
+  typename V::Scalar c[V::lanes], t[V::lanes];
+  of_negatives.store(c);
+  of_target.store(t);
+  for (int64_t i = 0; i < n; ++i) coefficients[first + i][0] = c[i], coefficients[first + i][1] = t[i];
+}
 
 template <class V, class Loss>
 class SoftmaxRows {
  public:
-  using Statistics = SoftmaxStatistics<typename V::Scalar>;
+  using T = typename V::Scalar;
+  using Statistics = SoftmaxStatistics<T>;
 
-  explicit SoftmaxRows(Loss loss) : loss_(loss) {}
+  SoftmaxRows(const Finish& door, Loss loss)
+      : statistics_(static_cast<const Statistics*>(door.statistics)), loss_(loss) {}
 
-  FUSED_LOSSES_INLINE Finished<V> operator()(const Statistics* rows, int64_t n) const {
-    typename V::Scalar log_odds[V::lanes] = {};
+  FUSED_LOSSES_INLINE void operator()(int64_t first, int64_t n, T* value, RowTable<T> coefficients) const {
+    const Statistics* rows = statistics_ + first;
+    T log_odds[V::lanes] = {};
     // Never via max + log_sum, which loses digits at large offsets.
     for (int64_t i = 0; i < n; ++i) log_odds[i] = (rows[i].target - rows[i].max) - rows[i].log_sum;
     const V d = V::load(log_odds), slope = loss_.slope(d);
-    return {loss_.value(d), V(0) - slope, slope};
+    loss_.value(d).store(value);
+    write_pairs(V(0) - slope, slope, first, n, coefficients);
   }
 
  private:
+  const Statistics* statistics_;
   Loss loss_;
 };
 
@@ -40,23 +50,24 @@ class LogisticRows {
   using T = typename V::Scalar;
   using Statistics = LogisticStatistics<T>;
 
-  explicit LogisticRows(const Finish& door) {
+  explicit LogisticRows(const Finish& door) : statistics_(static_cast<const Statistics*>(door.statistics)) {
     if (!door.spec.takes_means) return;
-    const int64_t negatives = door.spec.all_classes - 1;
-    const int64_t chosen = door.spec.k > 0 && door.spec.k < negatives ? door.spec.k : negatives;
+    const int64_t chosen = door.chosen_negatives(1);
     of_negatives_ = static_cast<T>(door.spec.alpha / static_cast<double>(chosen > 1 ? chosen : 1));
   }
 
-  FUSED_LOSSES_INLINE Finished<V> operator()(const Statistics* rows, int64_t n) const {
+  FUSED_LOSSES_INLINE void operator()(int64_t first, int64_t n, T* value, RowTable<T> coefficients) const {
+    const Statistics* rows = statistics_ + first;
     T negatives[V::lanes] = {}, target[V::lanes] = {};
     for (int64_t i = 0; i < n; ++i) negatives[i] = rows[i].negatives, target[i] = rows[i].target;
     const V sum = V::load(negatives), z = V::load(target), scale(of_negatives_), nan(kNaN<T>);
     const auto poisoned = unordered(sum, z);
-    return {softplus(V(0) - z) + scale * sum, select(poisoned, nan, scale),
-            select(poisoned, nan, V(0) - sigmoid(V(0) - z))};
+    (softplus(V(0) - z) + scale * sum).store(value);
+    write_pairs(select(poisoned, nan, scale), select(poisoned, nan, V(0) - sigmoid(V(0) - z)), first, n, coefficients);
   }
 
  private:
+  const Statistics* statistics_;
   T of_negatives_ = 1;
 };
 
@@ -95,9 +106,9 @@ class MultiHotRows {
   using T = typename V::Scalar;
   using Statistics = MultiHotStatistics<T>;
 
-  explicit MultiHotRows(const Finish& door) {
+  explicit MultiHotRows(const Finish& door) : statistics_(static_cast<const Statistics*>(door.statistics)) {
     if (!door.spec.takes_means) return;
-    const Statistics* statistics = static_cast<const Statistics*>(door.statistics);
+    const Statistics* statistics = statistics_;
     const double rows = static_cast<double>(door.rows), k = static_cast<double>(door.spec.k);
     const double positives = sum_over_rows(door.rows, [&](int64_t row) { return statistics[row].num_positives; });
     const double chosen = sum_over_rows(door.rows, [&](int64_t row) {
@@ -108,16 +119,19 @@ class MultiHotRows {
     of_negatives_ = static_cast<T>(door.spec.alpha * rows / (chosen > 1 ? chosen : 1));
   }
 
-  FUSED_LOSSES_INLINE Finished<V> operator()(const Statistics* rows, int64_t n) const {
+  FUSED_LOSSES_INLINE void operator()(int64_t first, int64_t n, T* value, RowTable<T> coefficients) const {
+    const Statistics* rows = statistics_ + first;
     T negatives[V::lanes] = {}, positives[V::lanes] = {};
     for (int64_t i = 0; i < n; ++i) negatives[i] = rows[i].negatives, positives[i] = rows[i].positives;
     const V neg = V::load(negatives), pos = V::load(positives), of_neg(of_negatives_), of_pos(of_positives_);
     const auto poisoned = unordered(neg, pos);
     const V nan(kNaN<T>);
-    return {of_pos * pos + of_neg * neg, select(poisoned, nan, of_neg), select(poisoned, nan, V(0) - of_pos)};
+    (of_pos * pos + of_neg * neg).store(value);
+    write_pairs(select(poisoned, nan, of_neg), select(poisoned, nan, V(0) - of_pos), first, n, coefficients);
   }
 
  private:
+  const Statistics* statistics_;
   T of_positives_ = 1, of_negatives_ = 1;
 };
 
@@ -127,7 +141,7 @@ class MultiHotRows {
 template <class T>
 inline double count_of(const Finish& door, int64_t row) {
   if (door.target.ignored(row, door.spec)) return 0;
-  if (door.weight == nullptr) return 1;
+  if (door.weight == nullptr || door.target.labels) return 1;
   const int64_t y = door.target.label(row), last = door.spec.all_classes - 1;
   // The row of a target that is no class is NaN already: only never read outside.
   return static_cast<const T*>(door.weight)[(y < 0 ? 0 : y < last ? y : last) * door.weight_stride];
@@ -136,35 +150,32 @@ inline double count_of(const Finish& door, int64_t row) {
 template <class T>
 inline double divisor_of(const Finish& door) {
   if (door.reduction != Reduction::mean) return 1;
-  if (door.weight == nullptr && (door.target.multi_hot || !door.spec.ignores)) return static_cast<double>(door.rows);
+  if ((door.weight == nullptr || door.target.labels) && (door.target.multi_hot || !door.spec.ignores))
+    return static_cast<double>(door.rows);
   return sum_over_rows(door.rows, [&](int64_t row) { return count_of<T>(door, row); });
 }
 
 template <class T, class Rows>
 inline void finish_rows(const Finish& door, const Rows& rows) {
   using V = VecOf<T>;
-  const auto* statistics = static_cast<const typename Rows::Statistics*>(door.statistics);
-  auto* coefficients = static_cast<Coefficients<T>*>(door.coefficients);
+  const int64_t columns = door.target.coefficients_columns();
+  const RowTable<T> coefficients(static_cast<T*>(door.coefficients), columns, door.target.places);
   T* loss = static_cast<T*>(door.loss);
   const bool summed = door.reduction != Reduction::none;
   const double divisor = divisor_of<T>(door);
 
   const double total = sum_over_blocks(door.rows, [&](int64_t begin, int64_t end) {
     CompensatedSum sum;
-    T value[V::lanes], of_negatives[V::lanes], of_target[V::lanes];
+    T value[V::lanes];
     for (int64_t first = begin; first < end; first += V::lanes) {
       const int64_t n = end - first < V::lanes ? end - first : V::lanes;
-      const Finished<V> finished = rows(statistics + first, n);
-      finished.value.store(value);
-      finished.of_negatives.store(of_negatives);
-      finished.of_target.store(of_target);
+      rows(first, n, value, coefficients);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t row = first + i;
         const bool ignored = door.target.ignored(row, door.spec);
         const double count = count_of<T>(door, row), counted = ignored ? 0 : count * value[i];
         const T share = static_cast<T>(count / divisor);  // of the row in the loss
-        coefficients[row] =
-            ignored ? Coefficients<T>{0, 0} : Coefficients<T>{of_negatives[i] * share, of_target[i] * share};
+        for (int64_t j = 0; j < columns; ++j) coefficients[row][j] = ignored ? T(0) : coefficients[row][j] * share;
         summed ? sum.add(counted) : void(loss[row] = static_cast<T>(counted));
       }
     }

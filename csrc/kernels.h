@@ -41,6 +41,12 @@ struct Formula {
 
 constexpr int kMostParams = 2;
 
+// What psi is made of: fused_losses/margin.py, MarginTerms.
+struct Margin {
+  bool present;
+  double cos, sin, cosine, beyond, scale, offset;
+};
+
 // What is done with a row: fused_losses/losses.py, LossSpec.
 struct Spec {
   int formula;  // its row in the table
@@ -55,6 +61,7 @@ struct Spec {
   bool compact;
   bool labels;  // the target is a list of labels for each row
   double label_smoothing;
+  Margin margin;
 
   int64_t slots() const { return k == 0 ? 0 : compact ? k : 1; }  // picks that are kept of a row
 };
@@ -99,10 +106,6 @@ template <class T>
 struct MultiHotStatistics {
   T max, negatives, positives, num_positives;
 };
-template <class T>
-struct Coefficients {
-  T of_negatives, of_target;
-};
 
 struct Problem {
   // logits (rows, classes); row i starts at logits + i * logits_stride elements. Null only in a backward that needs
@@ -126,14 +129,25 @@ struct Forward {
 
 struct Finish {
   int64_t rows;
-  const void* statistics;  // (rows,)
+  const void* statistics;  // (rows, target.statistics_columns())
   Target target;
-  const void* weight;  // (all classes,), or null
-  int64_t weight_stride;
+  const void* weight;     // of the classes, (all classes,), or of lists of labels, (rows, places); or null
+  int64_t weight_stride;  // from class to class, from row to row; labels lie side by side
   Reduction reduction;
   Spec spec;
   void* loss;          // (rows,) without a reduction, else one number
-  void* coefficients;  // (rows,)
+  void* coefficients;  // (rows, target.coefficients_columns())
+
+  template <class T>
+  T weight_of_label(int64_t row, int64_t place) const {
+    if (weight == nullptr || !target.labels) return 1;
+    return static_cast<const T*>(weight)[row * weight_stride + place];
+  }
+  // |S| of a row with so many positives
+  int64_t chosen_negatives(int64_t positives) const {
+    const int64_t negatives = spec.all_classes - positives;
+    return spec.k > 0 && spec.k < negatives ? spec.k : negatives;
+  }
 };
 
 struct Backward {

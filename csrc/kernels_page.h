@@ -1,6 +1,6 @@
 // All kernels of one instruction set. Included once by each isa_*.cpp, which names the namespace (FUSED_LOSSES_ISA) and
 // the vectors to use; from there on every function is compiled for that instruction set.
-#include "finish.h"
+#include "finish_labels.h"
 #include "formulas.h"
 #include "kernels.h"
 #include "logistic.h"
@@ -82,8 +82,16 @@ template <class T>
 inline void finish_in(const Finish& door) {
   using V = VecOf<T>;
   if (door.target.multi_hot) return finish_rows<T>(door, MultiHotRows<V>(door));
+  if (door.target.labels || door.spec.margin.present) {
+    const RowTable<const T> statistics(static_cast<const T*>(door.statistics), door.target.statistics_columns(),
+                                       door.target.places);
+    if (door.spec.family == Family::logistic) return finish_rows<T>(door, LogisticLabelRows<V>(door, statistics));
+    return with_loss<V>(door.spec, [&](auto loss) {
+      finish_rows<T>(door, SoftmaxLabelRows<V, decltype(loss)>(door, statistics, loss));
+    });
+  }
   if (door.spec.family == Family::logistic) return finish_rows<T>(door, LogisticRows<V>(door));
-  with_loss<V>(door.spec, [&](auto loss) { finish_rows<T>(door, SoftmaxRows<V, decltype(loss)>(loss)); });
+  with_loss<V>(door.spec, [&](auto loss) { finish_rows<T>(door, SoftmaxRows<V, decltype(loss)>(door, loss)); });
 }
 
 static void finish(DType dtype, const Finish& door) {

@@ -62,21 +62,23 @@ using FinishResult = std::tuple<Tensor, Tensor>;
 using StatisticsResult = std::tuple<Tensor, Tensor, Tensor>;
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-void check_without_labels(const Spec& spec) {
-  check(!spec.labels, "forward and finish take no labels: finish.finish_labels makes a loss of their statistics");
-}
-
-void check_weight(const std::optional<Tensor>& weight, const Target& target, DType compute, const Spec& spec) {
-  if (!weight.has_value()) return;
-  check(!target.multi_hot, "weight works with class indices only");
-  check_tensor(*weight, 1, "weight");
-  check(weight->size(0) == spec.all_classes && dtype_of(*weight, "weight") == compute,
-        "weight must be (all classes,), of the compute dtype");
+// Of the classes, (all classes,), or of the labels, (rows, P) with labels side by side: a copy if need be.
+std::optional<Tensor> read_weight(const std::optional<Tensor>& weight, const Tensor& target, DType compute,
+                                  const Spec& spec) {
+  if (!weight.has_value()) return std::nullopt;
+  check(!is_multi_hot(target, spec), "weight works with class indices and labels only");
+  check_tensor(*weight, spec.labels ? 2 : 1, "weight");
+  const bool fits = spec.labels ? weight->size(0) == target.size(0) && weight->size(1) == target.size(1)
+                                : weight->size(0) == spec.all_classes;
+  check(fits && dtype_of(*weight, "weight") == compute,
+        "weight must be (all classes,), or (rows, P) with labels, of the compute dtype");
+  return spec.labels ? with_contiguous_rows(*weight) : *weight;
 }
 
 // statistics: contiguous
 FinishResult finish_rows(const Tensor& statistics, const Target& target, const std::optional<Tensor>& weight,
                          Reduction reduction, const Spec& spec) {
+  check(!spec.margin.present || !target.multi_hot, "a margin works with class indices and labels only");
   const DType compute = dtype_of(statistics, "statistics");
   Finish door{};
   door.rows = statistics.size(0);
@@ -90,7 +92,7 @@ FinishResult finish_rows(const Tensor& statistics, const Target& target, const s
   door.spec = spec;
   Tensor loss =
       reduction == Reduction::none ? empty({door.rows}, torch_dtype(compute)) : empty({}, torch_dtype(compute));
-  Tensor coefficients = empty({door.rows, 2}, torch_dtype(compute));
+  Tensor coefficients = empty({door.rows, target.coefficients_columns()}, torch_dtype(compute));
   door.loss = loss.mutable_data_ptr();
   door.coefficients = coefficients.mutable_data_ptr();
   chosen().kernels->finish(compute, door);
@@ -119,9 +121,9 @@ StatisticsResult see(const Problem& problem, DType dtype) {
 StatisticsResult statistics(const Tensor& any_logits, const Tensor& any_target, StringHandle loss_handle,
                             StableListHandle params, std::optional<double> alpha, int64_t k,
                             std::optional<int64_t> ignore_index, int64_t first_class, int64_t all_classes, bool compact,
-                            bool labels, double label_smoothing) {
+                            bool labels, double label_smoothing, StableListHandle margin) {
   const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
-                              compact, labels, label_smoothing);
+                              compact, labels, label_smoothing, margin);
   check_tensor(any_logits, 2, "logits");
   check_target(any_target);
   const DType dtype = dtype_of(any_logits, "logits");
@@ -129,45 +131,43 @@ StatisticsResult statistics(const Tensor& any_logits, const Tensor& any_target, 
   return see(make_problem(&logits, target, logits.size(0), logits.size(1), spec), dtype);
 }
 
-ForwardResult forward(const Tensor& any_logits, const Tensor& any_target, const std::optional<Tensor>& weight,
+ForwardResult forward(const Tensor& any_logits, const Tensor& any_target, const std::optional<Tensor>& any_weight,
                       StringHandle reduction_handle, StringHandle loss_handle, StableListHandle params,
                       std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-                      int64_t all_classes, bool compact, bool labels, double label_smoothing) {
+                      int64_t all_classes, bool compact, bool labels, double label_smoothing, StableListHandle margin) {
   const Text reduction_name(reduction_handle);
   const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
-                              compact, labels, label_smoothing);
+                              compact, labels, label_smoothing, margin);
   const Reduction reduction = reduction_of(reduction_name.view());
-  check_without_labels(spec);
   check_tensor(any_logits, 2, "logits");
   check_target(any_target);
   const DType dtype = dtype_of(any_logits, "logits");
   const Tensor logits = with_contiguous_rows(any_logits), target = with_readable_rows(any_target, spec);
 
   const Problem problem = make_problem(&logits, target, logits.size(0), logits.size(1), spec);
-  check_weight(weight, problem.target, compute_dtype(dtype), spec);
+  const auto weight = read_weight(any_weight, target, compute_dtype(dtype), spec);
   auto [statistics, pick_index, pick_logit] = see(problem, dtype);
   auto [loss, coefficients] = finish_rows(statistics, problem.target, weight, reduction, spec);
   return {std::move(loss), std::move(coefficients), std::move(statistics), std::move(pick_index),
           std::move(pick_logit)};
 }
 
-FinishResult finish(const Tensor& any_statistics, const Tensor& target, const std::optional<Tensor>& weight,
+FinishResult finish(const Tensor& any_statistics, const Tensor& target, const std::optional<Tensor>& any_weight,
                     StringHandle reduction_handle, StringHandle loss_handle, StableListHandle params,
                     std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-                    int64_t all_classes, bool compact, bool labels, double label_smoothing) {
+                    int64_t all_classes, bool compact, bool labels, double label_smoothing, StableListHandle margin) {
   const Text reduction_name(reduction_handle);
   const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
-                              compact, labels, label_smoothing);
+                              compact, labels, label_smoothing, margin);
   const Reduction reduction = reduction_of(reduction_name.view());
-  check_without_labels(spec);
   check_tensor(any_statistics, 2, "statistics");
   check_target(target);
   const DType compute = dtype_of(any_statistics, "statistics");
   check(compute == compute_dtype(compute), "statistics must be float32 or float64");
   const Target read = read_target(target, any_statistics.size(0), spec);
   check(any_statistics.size(1) == read.statistics_columns(),
-        "statistics must have 3 columns, 4 with multi-hot targets");
-  check_weight(weight, read, compute, spec);
+        "statistics must have 3 columns, 4 with multi-hot targets, 3 + P with labels");
+  const auto weight = read_weight(any_weight, target, compute, spec);
   const Tensor statistics = packed(any_statistics);
   return finish_rows(statistics, read, weight, reduction, spec);
 }
@@ -176,9 +176,9 @@ Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::o
                 const Tensor& any_target, const Tensor& any_statistics, const Tensor& any_pick_index,
                 const Tensor& any_pick_logit, int64_t classes, StringHandle loss_handle, StableListHandle params,
                 std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-                int64_t all_classes, bool compact, bool labels, double label_smoothing) {
+                int64_t all_classes, bool compact, bool labels, double label_smoothing, StableListHandle margin) {
   const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
-                              compact, labels, label_smoothing);
+                              compact, labels, label_smoothing, margin);
   const bool needs_logits = !spec.compact || is_multi_hot(any_target, spec);
   check_tensor(grad, grad.dim() == 1 ? 1 : 0, "grad");
   check_target(any_target);

@@ -56,10 +56,9 @@ class Rows(NamedTuple):
     """What the doors take besides the logits."""
 
     target: Tensor  # int64 (rows,), multi-hot (rows, classes), or labels (rows, P)
-    weight: Tensor | None  # (classes of all shards,), in the compute dtype
+    weight: Tensor | None  # (classes of all shards,), or of labels (rows, P); in the compute dtype
     reduction: str
     spec: LossSpec
-    label_weight: Tensor | None = None  # (rows, P), in the compute dtype
 
 
 def check_options(loss: Loss, options: Options) -> None:
@@ -195,38 +194,43 @@ def rows_of(
     check_margin(options.margin, target.shape[0], device)
     k = _negatives_of(options, num_classes, multi_hot or (labels is not None and loss.family == "logistic"))
     compact = ops.keeps_picks(device, logits_shape[-1], k, multi_hot)
-    # False, 0.0: the compiler would take the fields' defaults for numbers that change
+    # False, 0.0, (): the compiler would take the fields' defaults for numbers that change
     spec = LossSpec(
-        loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact, False, 0.0
+        loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact, False, 0.0, ()
     )
     # the CPU doors always look, but a shard without classes enters none
     checked = options.shard is not None if device.type == "cpu" else options.check_targets
     if labels is not None:
         ignored = -1 if loss.family == "softmax" else None
         spec = spec._replace(ignore_index=ignored, labels=True, label_smoothing=float(options.label_smoothing))
-        label_weight = labels.weight
-        if label_weight is not None:
-            label_weight = label_weight.view(target.shape).to(reference.compute_dtype(dtype))
-        target, label_weight = in_order(target, label_weight)
+        if labels.weight is not None:
+            weight = labels.weight.view(target.shape).to(reference.compute_dtype(dtype))
+        target, weight = in_order(target, weight)
         if checked:
             reference.check_target(target, spec)
-        return Rows(target, weight, options.reduction, spec, label_weight)
-    smoothed = options.label_smoothing and device.type == "cpu" and not torch.compiler.is_compiling()
-    if checked or smoothed:  # before what is no class becomes another one
+        return Rows(target, weight, options.reduction, spec)
+    if checked:
         reference.check_target(target, spec)
     if options.label_smoothing:
-        target, spec = _as_labels(target, spec)
+        seen = device.type == "cpu" and not torch.compiler.is_compiling()
+        target, spec = _as_labels(target, spec, seen)
         spec = spec._replace(label_smoothing=float(options.label_smoothing))
     return Rows(target, weight, options.reduction, spec)
 
 
-def _as_labels(target: Tensor, spec: LossSpec) -> tuple[Tensor, LossSpec]:
-    """Class indices (rows,) as labels (rows, 1): -1 where they are ignored; what is no class stays none."""
+def _as_labels(target: Tensor, spec: LossSpec, seen: bool) -> tuple[Tensor, LossSpec]:
+    """Class indices (rows,) as labels (rows, 1): -1 where they are ignored; what is no class stays none. seen: their
+    values may be looked at, and usually are classes."""
+    ignored = None if spec.ignore_index is None else -1
+    labels = spec._replace(labels=True, ignore_index=ignored)
+    if seen and target.numel() > 0 and (spec.ignore_index is None or spec.ignore_index < 0) and target.min() >= 0:
+        return target[:, None], labels
+    if seen:
+        reference.check_target(target, spec)  # before what is no class becomes another one
     label = target.masked_fill(target < 0, spec.all_classes)
     if spec.ignore_index is not None:
         label = label.masked_fill(target == spec.ignore_index, -1)
-    ignored = None if spec.ignore_index is None else -1
-    return label[:, None], spec._replace(labels=True, ignore_index=ignored)
+    return label[:, None], labels
 
 
 def _negatives_of(options: Options, num_classes: int, without_positives: bool) -> int:
@@ -338,7 +342,7 @@ def check_margin(margin: Margin | None, rows: int, device: torch.device) -> None
             raise ValueError(f"expected the margin's {name} to be a number or ({rows},), got {tuple(value.shape)}")
     angle = None if margin is None else margin.angle
     looked_at = isinstance(angle, Tensor) and angle.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and not (angle.abs() <= torch.tensor(math.pi, dtype=angle.dtype)).all():
+    if looked_at and (angle.abs() > torch.tensor(math.pi, dtype=angle.dtype)).any():
         raise ValueError("expected the margin's angle from -pi to pi (radians)")
 
 

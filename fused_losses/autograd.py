@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .finish import finish
 from .finish_labels import LabelOdds, label_odds
 from .losses import LossSpec
 from .margin import MarginTerms, first_label
@@ -44,7 +43,8 @@ def once(gradient: Tensor, *through: Tensor) -> Tensor:
 
 
 class LossFromLogits(torch.autograd.Function):
-    """Any loss: logits (rows, classes), target (rows,) or multi-hot (rows, classes) -> loss, statistics."""
+    """Any loss: logits (rows, classes), target (rows,), multi-hot (rows, classes) or labels (rows, P) -> loss,
+    statistics."""
 
     @staticmethod
     def forward(ctx, logits, target, weight, reduction, spec):
@@ -63,7 +63,7 @@ class LossFromLogits(torch.autograd.Function):
         dlogits = ops.backward(
             grad, coefficients, kept, target, statistics, pick_index, pick_logit, ctx.num_classes, *ctx.spec
         )  # fmt: skip
-        return once(dlogits, statistics, grad), None, None, None, None
+        return once(dlogits, statistics, grad), *(None,) * 4
 
 
 class StatisticsFromLogits(torch.autograd.Function):
@@ -153,15 +153,11 @@ class LabelLogOdds(torch.autograd.Function):
 
 
 class Finish(torch.autograd.Function):
-    """statistics (rows, 3 | 4 | 3 + P), target -> loss: N numbers, where they come from several doors, and where there
-    are labels."""
+    """statistics (rows, 3 | 4 | 3 + P), target -> loss: N numbers, where they come from several doors."""
 
     @staticmethod
-    def forward(ctx, statistics, target, label_weight, weight, reduction, spec):
-        if spec.labels:
-            loss, coefficients = finish(statistics, target, label_weight, weight, reduction, spec)
-        else:
-            loss, coefficients = ops.finish(statistics, target, weight, reduction, *spec)
+    def forward(ctx, statistics, target, weight, reduction, spec):
+        loss, coefficients = ops.finish(statistics, target, weight, reduction, *spec)
         ctx.save_for_backward(statistics, coefficients)
         ctx.multi_hot = spec.multi_hot(target)  # not the spec: the compiler cannot carry its numbers across
         return loss
@@ -175,4 +171,4 @@ class Finish(torch.autograd.Function):
             dstatistics = torch.cat((zeros, scaled[:, :1], -scaled[:, 1:], zeros), dim=1)
         else:
             dstatistics = torch.cat((zeros, scaled), dim=1)
-        return once(dstatistics, statistics, grad), *(None,) * 5
+        return once(dstatistics, statistics, grad), *(None,) * 4

@@ -26,18 +26,18 @@ from torch import Tensor
 from .finish_labels import chosen_negatives, finish_labels, number
 from .formulas import FORMULAS, INF, softplus
 from .losses import LossSpec
+from .margin import MarginTerms, first_label
 
 
 def finish(
-    statistics: Tensor, target: Tensor, label_weight: Tensor | None, weight: Tensor | None, reduction: str,
-    spec: LossSpec,
+    statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the coefficients for an upstream gradient of 1.
 
-    target: class indices (rows,), multi-hot (rows, classes), whose entries are not read, or labels (rows, P), with
-    label_weight (rows, P). weight: (classes of all shards,), of the statistics' dtype, with class indices only.
+    target: class indices (rows,), multi-hot (rows, classes), whose entries are not read, or labels (rows, P). weight,
+    of the statistics' dtype: of the classes of all shards with class indices, (rows, P) with labels.
     """
-    values, coefficients = finish_rows(statistics, target, label_weight, spec)
+    values, coefficients = finish_rows(statistics, target, weight, spec)
     reduced = Reduction.of(target, weight, reduction, spec, values)
     coefficients = coefficients * reduced.share()[:, None]
     return reduced.loss(values), reduced.without_ignored(coefficients)
@@ -62,7 +62,7 @@ class Reduction(NamedTuple):
     def of(cls, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec, like: Tensor) -> "Reduction":
         """like: (rows,) of the values' dtype."""
         ignored = ignored_rows(target, spec)
-        if weight is None:
+        if weight is None or spec.labels:
             counts = torch.ones_like(like)
         else:  # a target that is no class has a NaN row already: only never read outside
             counts = weight[target.clamp(0, weight.shape[0] - 1)]
@@ -110,12 +110,17 @@ class RowStatistics(NamedTuple):
 # --- one row, or many at once -----------------------------------------------------------------------------------------
 
 
-def finish_rows(
-    statistics: Tensor, target: Tensor, label_weight: Tensor | None, spec: LossSpec
-) -> tuple[Tensor, Tensor]:
+def finish_rows(statistics: Tensor, target: Tensor, weight: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
     """Values (rows,) and coefficients (rows, 2 | 2 + P), before weights and reduction."""
+    if spec.margin:
+        first = first_label(spec)
+        psi, slope, _ = MarginTerms(*spec.margin).psi(statistics[:, first:])
+        statistics = torch.cat((statistics[:, :first], psi), dim=1)
+        values, coefficients = finish_rows(statistics, target, weight, spec._replace(margin=()))
+        of_labels = coefficients.shape[1] - psi.shape[1]
+        return values, torch.cat((coefficients[:, :of_labels], coefficients[:, of_labels:] * slope), dim=1)
     if spec.labels:
-        return finish_labels(statistics, target, label_weight, spec)
+        return finish_labels(statistics, target, weight, spec)
     if spec.family == "softmax":
         value, to_negatives, to_target = _softmax(statistics, spec)
     else:

@@ -23,7 +23,7 @@ def _forward(input, weight, *_, **__) -> int:
     return _all_classes(input, weight)
 
 
-def _at_once(share, label_weight, margin, input, weight, bias, norms, target, chunk_bytes, wanted, *_, **__) -> int:
+def _at_once(share, label_weight, input, weight, bias, norms, target, chunk_bytes, wanted, *_, **__) -> int:
     return (1 + sum(wanted[:2])) * _all_classes(input, weight)
 
 

@@ -32,7 +32,7 @@ from .finish import Reduction
 from .finish import log_odds as log_odds_of
 from .finish_labels import number_of_terms, present_labels, smoothing, weighted
 from .labels import Labels
-from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, OwnSoftmax
+from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, LossSpec, OwnSoftmax
 from .margin import Margin, MarginTerms
 from .shard import ClassShard
 
@@ -266,11 +266,13 @@ def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options)
     check_options(loss, options)
     rows, taken = rows_from_logits(loss, logits, target, options)
     margin = margin_from_logits(options.margin, logits.dtype)
-    plain = options.shard is None and margin is None and not taken.spec.labels
-    if plain and not isinstance(loss, OwnSoftmax):
-        result, _ = LossFromLogits.apply(rows, taken.target, taken.weight, taken.reduction, taken.spec)
+    target, weight, reduction, spec = taken
+    in_one = options.shard is None and not isinstance(loss, OwnSoftmax)
+    if in_one and (margin is None or margin.numbers):
+        spec = with_numbers_of(margin, spec)
+        result, _ = LossFromLogits.apply(rows, target, weight, reduction, spec)
     else:
-        statistics = StatisticsFromLogits.apply(rows, taken.target, taken.spec.of_statistics, options.shard)
+        statistics = StatisticsFromLogits.apply(rows, target, spec.of_statistics, options.shard)
         result = finished(loss, statistics, taken, margin)
     return result.squeeze(0) if logits.dim() == 1 and options.reduction == "none" else result
 
@@ -284,19 +286,26 @@ def rows_from_logits(loss: Loss, logits: Tensor, target: Tensor | Labels, option
 
 def finished(loss: Loss, statistics: Tensor, rows: Rows, margin: MarginTerms | None) -> Tensor:
     """The loss from the statistics of whole rows."""
-    target, weight, reduction, spec, label_weight = rows
-    statistics = with_margin(statistics, margin, spec)
+    target, weight, reduction, spec = rows
+    if margin is not None and margin.numbers and not isinstance(loss, OwnSoftmax):
+        spec = with_numbers_of(margin, spec)
+    else:
+        statistics = with_margin(statistics, margin, spec)
     if not isinstance(loss, OwnSoftmax):
-        return Finish.apply(statistics, target, label_weight, weight, reduction, spec.of_finish)
+        return Finish.apply(statistics, target, weight, reduction, spec.of_finish)
     if not spec.labels:
         values = _own_values(loss, log_odds_of(statistics))
     else:
         d = LabelLogOdds.apply(statistics, target)
-        present, w = present_labels(statistics, target, label_weight)
+        present, w = present_labels(statistics, target, weight)
         values = weighted(w, _own_values(loss, d.flatten()).view(d.shape), present)
         if spec.label_smoothing:
             values = values + smoothing(statistics, present, w, number_of_terms(present, spec), spec)
     return Reduction.of(target, weight, reduction, spec, values).loss(values)
+
+
+def with_numbers_of(margin: MarginTerms | None, spec: LossSpec) -> LossSpec:
+    return spec if margin is None else spec._replace(margin=[float(term) for term in margin])
 
 
 def _own_values(loss: OwnSoftmax, d: Tensor) -> Tensor:

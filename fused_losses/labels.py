@@ -42,8 +42,8 @@ class Labels(NamedTuple):
         """
         if not isinstance(lam, Tensor):
             lam = torch.full((), float(lam), device=a.device)
-        lam = lam.expand(a.shape)
-        return cls(torch.stack((a, b), dim=-1), torch.stack((lam, 1 - lam), dim=-1))
+        weight = torch.stack((lam, 1 - lam), dim=-1)
+        return cls(torch.stack((a, b), dim=-1), weight.expand(*a.shape, 2))
 
     @classmethod
     def from_lists(
@@ -107,10 +107,16 @@ def in_order(index: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | Non
     index = index.long()
     if index.shape[1] == 1:
         return index, weight
-    ascending, order = index.masked_fill(index == -1, INT64.max).sort(dim=1)  # empty places behind all classes
-    first = F.pad(ascending[:, 1:] != ascending[:, :-1], (1, 0), value=False)
-    place = first.long().cumsum(1)
-    distinct = torch.full_like(ascending, -1).scatter(1, place, ascending.masked_fill(ascending == INT64.max, -1))
+    # without its sign, -1 is the largest of all: empty places come behind all classes
+    ascending, order = (index ^ INT64.min).sort(dim=1)
+    ascending = ascending ^ INT64.min
+    again = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] != -1)
+    weight = None if weight is None else weight.gather(1, order)
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and not again.any():
+        return ascending, weight
+    place = F.pad(~again, (1, 0), value=False).long().cumsum(1)
+    # behind the last label every place holds -1 already
+    distinct = torch.full_like(ascending, -1).scatter(1, place, ascending)
     if weight is not None:
-        weight = torch.zeros_like(weight).scatter_add(1, place, weight.gather(1, order))
+        weight = torch.zeros_like(weight).scatter_add(1, place, weight)
     return distinct, weight

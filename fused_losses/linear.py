@@ -34,7 +34,7 @@ from .arguments import (
     rows_of,
 )
 from .finish import RowStatistics, ignored_rows
-from .functional import finished
+from .functional import finished, with_numbers_of
 from .labels import Labels
 from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
 from .linear_rows import MIB
@@ -423,7 +423,7 @@ def apply(
     rows = rows_of(loss, shape, dtype, input.device, target, options, num_classes)
     margin = _margin_of_layer(options.margin, normalize, scale, bias, dtype)
     several = isinstance(target, Labels)
-    target, weight, _, spec, label_weight = rows
+    target, weight, _, spec = rows
     multi_hot = spec.multi_hot(target)
     if return_statistics and (several or multi_hot):
         raise ValueError("return_statistics works with class-index targets only, got multi-hot targets or Labels")
@@ -443,7 +443,7 @@ def apply(
     own = isinstance(loss, OwnSoftmax)
     if shard is None and not own and gradients_at_once(layer_spec, num_classes, target, reduction, margin, spec):
         result, statistics = LinearLossAtOnce.apply(
-            x, linear_weight, bias, target, label_weight, weight, reduction, margin, layer_spec, spec
+            x, linear_weight, bias, target, weight, reduction, layer_spec, with_numbers_of(margin, spec)
         )
     else:
         statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec.of_statistics, shard)

@@ -172,19 +172,19 @@ class LinearLossAtOnce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, label_weight, class_weight, reduction, margin, layer_spec, spec):
+    def forward(ctx, input, weight, bias, target, target_weight, reduction, layer_spec, spec):
         layer = layer_spec.layer(input, weight, bias, target)
         rows = reference.empty_statistics(layer[0], target, spec)[:, 0]
-        reduced = Reduction.of(target, class_weight, reduction, spec, rows)
+        reduced = Reduction.of(target, target_weight, reduction, spec, rows)
         share = reduced.without_ignored(reduced.share())
-        margin = None if margin is None else [float(term) for term in margin]
-        values, statistics, *gradients = linear_at_once(share, label_weight, margin, *layer, layer_spec.wanted, *spec)
+        label_weight = target_weight if spec.labels else None  # that of classes is in the share
+        values, statistics, *gradients = linear_at_once(share, label_weight, *layer, layer_spec.wanted, *spec)
         gradients = in_dtypes_of((input, weight, bias), gradients, layer_spec.wanted)
         if torch.compiler.is_compiling():  # a compiled graph keeps what backward needs by itself
             ctx.prepared = None
         else:
             ctx.prepared, gradients = _Prepared(gradients), ()
-        ctx.layer_spec, ctx.spec, ctx.margin = layer_spec, spec, margin
+        ctx.layer_spec, ctx.spec = layer_spec, spec
         ctx.save_for_backward(input, weight, bias, share, label_weight, *layer[:-1], *gradients)
         ctx.mark_non_differentiable(statistics)
         return reduced.loss(values), statistics
@@ -198,10 +198,10 @@ class LinearLossAtOnce(torch.autograd.Function):
         if in_place:
             gradients = ctx.prepared.take()
             if gradients is None:  # retain_graph=True: an earlier pass has them
-                _, _, *gradients = linear_at_once(share, label_weight, ctx.margin, *layer, wanted, *ctx.spec)
+                _, _, *gradients = linear_at_once(share, label_weight, *layer, wanted, *ctx.spec)
                 gradients = in_dtypes_of((input, weight, bias), gradients, wanted)
         gradients = _times(gradients, grad, ignored_rows(target, ctx.spec), in_place)
-        return *leading_back(gradients, (input, weight, bias), grad), *(None,) * 7
+        return *leading_back(gradients, (input, weight, bias), grad), *(None,) * 5
 
 
 class _Prepared:

@@ -35,7 +35,7 @@ def _sparse_shapes(
     return dinput, dweight, dbias, target.new_empty((picked,))
 
 
-def _at_once_shapes(share, label_weight, margin, input, weight, bias, norms, target, chunk_bytes, wanted, *spec):
+def _at_once_shapes(share, label_weight, input, weight, bias, norms, target, chunk_bytes, wanted, *spec):
     statistics = reference.empty_statistics(input, target, LossSpec(*spec))
     return torch.empty_like(share), statistics, *gradient_shapes(input, weight, bias, wanted)
 
@@ -50,7 +50,7 @@ linear_forward_picks = ops.define(
     f"linear_forward_picks({_LAYER}, {ops.SPEC}) -> ({_SEEN})", rows.linear_forward_picks, seen_shapes
 )
 linear_at_once = ops.define(
-    f"linear_at_once(Tensor share, Tensor? label_weight, float[]? margin, {_LAYER}, bool[] wanted, {ops.SPEC}) "
+    f"linear_at_once(Tensor share, Tensor? label_weight, {_LAYER}, bool[] wanted, {ops.SPEC}) "
     f"-> (Tensor values, Tensor statistics, {_GRADIENTS})",
     rows.linear_at_once,
     _at_once_shapes,

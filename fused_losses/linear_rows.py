@@ -24,7 +24,6 @@ from torch import Tensor
 from . import ops, reference
 from .finish import ignored_rows
 from .losses import LossSpec
-from .margin import finish_with_margin
 from .merge import sum_of_picks
 
 MIB = 2**20
@@ -245,10 +244,10 @@ def linear_backward(
 
 
 def linear_at_once(
-    share, label_weight, margin, input, weight, bias, norms, target, chunk_bytes, wanted, *spec
+    share, label_weight, input, weight, bias, norms, target, chunk_bytes, wanted, *spec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values and statistics of the rows, and the gradients of input, weight and bias for the share (rows,) that each
-    row has in the loss: *at once*. label_weight: as ``finish`` takes it; margin: the numbers of ``MarginTerms``."""
+    row has in the loss: *at once*. label_weight: as ``finish`` takes it."""
     spec = LossSpec(*spec)
     _check_rows(input, target, share)
     _check_target(input, target, spec)
@@ -257,12 +256,8 @@ def linear_at_once(
     values = torch.empty_like(share)
     statistics = reference.empty_statistics(input, target, spec)
     for rows, x, z in layer.chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
-        if not spec.labels and margin is None:
-            values[rows], coefficients, statistics[rows], *picks = ops.forward(z, target[rows], None, "none", *spec)
-        else:
-            statistics[rows], *picks = ops.statistics(z, target[rows], *spec)
-            weights = None if label_weight is None else label_weight[rows]
-            values[rows], coefficients = finish_with_margin(statistics[rows], target[rows], weights, margin, spec)
+        weights = None if label_weight is None else label_weight[rows]
+        values[rows], coefficients, statistics[rows], *picks = ops.forward(z, target[rows], weights, "none", *spec)
         saved = z, target[rows], statistics[rows], *picks
         # not named here: two chunks' gradients would be alive at a time
         gradients.add(rows, x, ops.backward(share[rows], coefficients, *saved, z.shape[1], *spec))

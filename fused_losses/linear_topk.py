@@ -26,7 +26,7 @@ def topk_of_layer(
     """input: (N, D), scaled, the same on every rank. Exact, and the lowest class first among equals."""
     unlabelled = torch.full((input.shape[0], 1), -1, dtype=torch.int64, device=input.device)
     layer = layer_spec.layer(input, weight, bias, unlabelled)
-    spec = LossSpec("log_odds", [], None, k, None, 0, num_classes, True, True, 0.0)
+    spec = LossSpec("log_odds", [], None, k, None, 0, num_classes, True, True, 0.0, ())
     mine = spec if shard is None else offered(shard, spec)
     if weight.shape[0] == 0:
         _, index, logit = nothing(input.shape[0], layer[0], unlabelled, mine)

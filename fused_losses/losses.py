@@ -10,7 +10,7 @@ per backend: ``formulas.py``, ``gpu/formulas.py``, ``csrc/formulas.h``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar, NamedTuple
@@ -173,6 +173,7 @@ class LossSpec(NamedTuple):
     compact: bool  # all k picks are kept, not only the last
     labels: bool = False  # the target is (rows, P): classes, ascending and distinct, -1 behind the last
     label_smoothing: float = 0.0  # needs labels
+    margin: Sequence[float] = ()  # the numbers of margin.MarginTerms; none without a margin
 
     @property
     def family(self) -> str:
@@ -184,9 +185,10 @@ class LossSpec(NamedTuple):
 
     @property
     def of_statistics(self) -> "LossSpec":
-        """What a statistics door needs of it: no loss of the softmax family, and no weight of a mean."""
+        """What a statistics door needs of it: no loss of the softmax family, no weight of a mean, no margin."""
         softmax = self.family == "softmax"
-        return self._replace(loss="log_odds", params=[]) if softmax else self._replace(alpha=None)
+        plain = self._replace(loss="log_odds", params=[]) if softmax else self._replace(alpha=None)
+        return plain._replace(margin=())
 
     @property
     def of_finish(self) -> "LossSpec":

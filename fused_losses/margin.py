@@ -1,7 +1,8 @@
 """Margins on the logits of the labels: ArcFace, CosFace, AM-softmax, their combination, per-sample margins.
 
 A margin makes psi(z_p) of a label's logit z_p before the loss sees it. Selection, the walks over the logits and the
-statistics that a user gets see the plain logits: a margin is N x P numbers between the statistics and the finish.
+statistics that a user gets see the plain logits: a margin of numbers is the first step of the finish, one of tensors
+is N x P numbers in front of it.
 """
 
 import math
@@ -12,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .finish import finish_rows
 from .losses import LossSpec
 
 LEAST_SINE = 2.0**-11  # what psi' divides by at the least
@@ -120,7 +120,8 @@ class MarginTerms(NamedTuple):
         else:
             turned, slope, by_scale = self._turned(plain)
         psi = self.scale * (turned - self.cosine) + self.offset
-        return torch.where(z == -math.inf, z, psi), slope, by_scale - self.cosine
+        masked = z == -math.inf
+        return torch.where(masked, z, psi), torch.where(masked, 1, slope), by_scale - self.cosine
 
     def _turned(self, plain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f(u) = cos(theta + angle) of u = cos(theta), f', and f - u f'."""
@@ -142,16 +143,3 @@ class MarginTerms(NamedTuple):
 def first_label(spec: LossSpec) -> int:
     """The column of the statistics from which on they are the labels' logits."""
     return 3 if spec.labels else 2
-
-
-def finish_with_margin(
-    statistics: Tensor, target: Tensor, label_weight: Tensor | None, margin: list[float] | None, spec: LossSpec
-) -> tuple[Tensor, Tensor]:
-    """``finish_rows`` behind a margin of numbers (``MarginTerms``)."""
-    if margin is None:
-        return finish_rows(statistics, target, label_weight, spec)
-    first = first_label(spec)
-    psi, slope, _ = MarginTerms(*margin).psi(statistics[:, first:])
-    values, coefficients = finish_rows(torch.cat((statistics[:, :first], psi), dim=1), target, label_weight, spec)
-    of_labels = coefficients.shape[1] - psi.shape[1]
-    return values, torch.cat((coefficients[:, :of_labels], coefficients[:, of_labels:] * slope), dim=1)

@@ -47,13 +47,13 @@ def define(schema: str, implementation: Callable, fake: Callable):
 # What every op takes last, in the order of LossSpec.
 SPEC = (
     "str loss, float[] params, float? alpha, SymInt k, SymInt? ignore_index, SymInt first_class, SymInt all_classes, "
-    "bool compact, bool labels=False, float label_smoothing=0.0"
+    "bool compact, bool labels=False, float label_smoothing=0.0, float[] margin=[]"
 )
 
 
 def _finish_shapes(statistics, target, weight, reduction, *spec):
-    rows = statistics.shape[0]
-    return statistics.new_empty((rows,) if reduction == "none" else ()), statistics.new_empty((rows, 2))
+    rows, columns = statistics.shape[0], reference.num_coefficients(target, LossSpec(*spec))
+    return statistics.new_empty((rows,) if reduction == "none" else ()), statistics.new_empty((rows, columns))
 
 
 def _statistics_shapes(logits, target, *spec):
@@ -63,7 +63,7 @@ def _statistics_shapes(logits, target, *spec):
 
 def _forward_shapes(logits, target, weight, reduction, *spec):
     seen = _statistics_shapes(logits, target, *spec)
-    return *_finish_shapes(seen[0], target, weight, reduction), *seen
+    return *_finish_shapes(seen[0], target, weight, reduction, *spec), *seen
 
 
 def _backward_shapes(

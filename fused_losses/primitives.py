@@ -97,7 +97,7 @@ def logistic_sums(
     statistics, rows = _statistics(loss, logits, target, options)
     neg = statistics[:, 1]
     if rows.spec.labels:
-        pos = label_terms(statistics, *present_labels(statistics, rows.target, rows.label_weight))
+        pos = label_terms(statistics, *present_labels(statistics, rows.target, rows.weight))
     elif rows.spec.multi_hot(rows.target):
         pos = statistics[:, 2]
     else:

@@ -10,12 +10,13 @@ of them, stands in ``finish.py``; the options that all doors take last, in ``los
 - labels: int64 (rows, P), in every row ascending and distinct, -1 behind the last (``labels.py`` makes them so). They
   are never in S. One of another shard is not here; one that is no class is bad, as an index is. Where
   ``ignore_index`` is -1, a row without labels is ignored; where it is None, it counts.
+- weight: of the classes of all shards, (all classes,), with class indices; of the labels, (rows, P), with labels.
 - k = 0: S is all negatives. k >= 1: the k largest z_j with j not positive, the lowest class index first among equals.
 - Picks, int32 and the logits' dtype, empty slots -1 and -inf: the compact form keeps all k, on the CPU in the order of
   the classes, elsewhere in any; the threshold form keeps one, the last taken, the *edge*; k = 0 keeps none. They count
   the classes at hand, whatever shard these are.
 - statistics gives statistics (rows, 3 | 4 | 3 + P) and picks; forward gives loss and coefficients besides, as
-  ``finish`` does, and takes no labels: what they are made into is N x P numbers, ``finish.finish_labels``.
+  ``finish`` does.
 - backward takes the upstream gradient of the loss, a scalar or (rows,), any strides, in the compute dtype, and writes
   every element of (rows, classes). A row whose coefficients times it are NaN becomes NaN as a whole; an ignored row
   becomes literal zeros, whatever comes from upstream. ``logits`` is None in the compact form unless the target is
@@ -49,7 +50,6 @@ def check_same_device(*arguments) -> None:
 def check_forward(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec) -> None:
     """Raises ValueError, or RuntimeError, unless these are what forward takes; reads no values."""
     _check_reduction(reduction)
-    _check_without_labels(spec)
     check_same_device(logits, target, weight)
     check_statistics(logits, target, spec)
     _check_weight(weight, target, compute_dtype(logits.dtype), spec)
@@ -63,10 +63,12 @@ def check_statistics(logits: Tensor, target: Tensor, spec: LossSpec) -> None:
     _check_spec(spec, target, *logits.shape)
 
 
-def check_finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec) -> None:
+def check_finish(
+    statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
+    spec: LossSpec,
+) -> None:  # fmt: skip
     """The same for finish."""
     _check_reduction(reduction)
-    _check_without_labels(spec)
     check_same_device(statistics, target, weight)
     _check_spec(spec, target, target.shape[0] if target.dim() else 0)
     _check_statistics(statistics, target, spec)
@@ -111,6 +113,8 @@ def _check_spec(spec: LossSpec, target: Tensor, rows: int, num_classes: int | No
         raise ValueError(f"logits need at least one class, and fewer than 2^31 - 1, got {num_classes}")
     if num_classes is not None and spec.first_class + num_classes > spec.all_classes:
         raise ValueError(f"the classes from first_class {spec.first_class} on exceed all_classes {spec.all_classes}")
+    if len(spec.margin) not in (0, 6):
+        raise ValueError("margin must be empty or the six numbers of MarginTerms")
     if not 0 <= spec.label_smoothing < 1 or (spec.label_smoothing > 0 and not spec.labels):
         raise ValueError(f"label_smoothing must be in [0, 1), and 0 without labels, got {spec.label_smoothing}")
     if spec.labels:
@@ -129,11 +133,6 @@ def _check_spec(spec: LossSpec, target: Tensor, rows: int, num_classes: int | No
         raise ValueError(f"target must have as many rows as the logits, {rows}, got {target.shape[0]}")
 
 
-def _check_without_labels(spec: LossSpec) -> None:
-    if spec.labels:
-        raise ValueError("forward and finish take no labels: finish.finish_labels makes a loss of their statistics")
-
-
 def _check_reduction(reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"not a reduction: {reduction}")
@@ -148,10 +147,15 @@ def _check_statistics(statistics: Tensor, target: Tensor, spec: LossSpec) -> Non
 
 
 def _check_weight(weight: Tensor | None, target: Tensor, dtype: torch.dtype, spec: LossSpec) -> None:
+    if spec.margin and spec.multi_hot(target):
+        raise ValueError("a margin works with class indices and labels only")
     if weight is None:
         return
-    if target.dim() != 1 or weight.shape != (spec.all_classes,) or weight.dtype != dtype:
-        raise ValueError("weight must be (all classes,), of the compute dtype, with class indices")
+    expected = target.shape if spec.labels else (spec.all_classes,)
+    if spec.multi_hot(target) or weight.shape != expected or weight.dtype != dtype:
+        raise ValueError(
+            "weight must be (all classes,) with class indices or (rows, P) with labels, of the compute dtype"
+        )
 
 
 def check_picks(pick_index: Tensor, num_classes: int) -> None:
@@ -283,7 +287,7 @@ def chosen_negatives(z: Tensor, positive: Tensor, pick_index: Tensor, pick_logit
 def forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, coefficients (rows, 2), statistics (rows, 3 | 4), pick_index and pick_logit (rows, k | 1 | 0)."""
+    """loss, coefficients (rows, 2 | 2 + P), statistics and picks."""
     check_forward(logits, target, weight, reduction, LossSpec(*spec))
     seen = statistics(logits, target, *spec)
     return *finish(seen[0], target, weight, reduction, *spec), *seen
@@ -305,9 +309,9 @@ def statistics(logits: Tensor, target: Tensor, *spec) -> tuple[Tensor, Tensor, T
 
 
 def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec) -> tuple[Tensor, Tensor]:
-    """loss, coefficients (rows, 2)."""
+    """loss, coefficients (rows, 2 | 2 + P)."""
     check_finish(statistics, target, weight, reduction, LossSpec(*spec))
-    return finish_batch(statistics, target, None, weight, reduction, LossSpec(*spec))
+    return finish_batch(statistics, target, weight, reduction, LossSpec(*spec))
 
 
 def _statistics(logits, positive, chosen, bad, multi_hot: bool, spec: LossSpec) -> Tensor:

@@ -122,7 +122,7 @@ def test_schemas_are_the_published_ones():
     """Backends in other languages register against these."""
     spec = (
         "str loss, float[] params, float? alpha, SymInt k, SymInt? ignore_index, SymInt first_class, "
-        "SymInt all_classes, bool compact, bool labels=False, float label_smoothing=0."
+        "SymInt all_classes, bool compact, bool labels=False, float label_smoothing=0., float[] margin=[]"
     )
     assert str(OPS.forward.default._schema) == (
         f"fused_losses::forward(Tensor logits, Tensor target, Tensor? weight, str reduction, {spec}) "
