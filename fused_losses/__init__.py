@@ -2,7 +2,9 @@
 
 from .finish import RowStatistics
 from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss, softmax_loss, ss_lr_loss
+from .labels import Labels
 from .linear import LinearLoss, LinearLossOptions, linear_cross_entropy, linear_loss
+from .margin import Margin
 from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, SoftmaxLoss, SSLRLoss
 from .ops import show_config
 from .primitives import log_odds, logistic_sums, row_statistics
@@ -13,9 +15,11 @@ __all__ = [
     "ClassShard",
     "CrossEntropyLoss",
     "HSLRLoss",
+    "Labels",
     "LRLoss",
     "LinearLoss",
     "LinearLossOptions",
+    "Margin",
     "NLLRLoss",
     "RowStatistics",
     "SSLRLoss",

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .labels import Labels, in_order
 from .losses import HSLR, Loss, LossSpec
+from .margin import Margin, MarginTerms
 from .shard import ClassShard, check_shard, width_of_shard
 
 IGNORE_INDEX = -100
@@ -30,6 +32,8 @@ class Options(NamedTuple):
     weight: Tensor | None = None
     ignore_index: int | None = IGNORE_INDEX
     reduction: Reduce = "mean"
+    label_smoothing: float = 0.0
+    margin: Margin | None = None
     check_targets: bool = False
     shard: ClassShard | None = None
 
@@ -42,6 +46,8 @@ class LossOptions(TypedDict, total=False):
     weight: Tensor | None
     ignore_index: int | None
     reduction: Reduce
+    label_smoothing: float
+    margin: Margin | None
     check_targets: bool
     shard: ClassShard | None
 
@@ -49,15 +55,16 @@ class LossOptions(TypedDict, total=False):
 class Rows(NamedTuple):
     """What the doors take besides the logits."""
 
-    target: Tensor  # int64 (rows,), or multi-hot (rows, classes)
+    target: Tensor  # int64 (rows,), multi-hot (rows, classes), or labels (rows, P)
     weight: Tensor | None  # (classes of all shards,), in the compute dtype
     reduction: str
     spec: LossSpec
+    label_weight: Tensor | None = None  # (rows, P), in the compute dtype
 
 
 def check_options(loss: Loss, options: Options) -> None:
     """What can be said of the options before there are logits."""
-    k, ratio, weight, ignore_index, reduction, check_targets, shard = options
+    k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard = options
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction: expected one of {', '.join(REDUCTIONS)}")
     if k is not None and ratio is not None:
@@ -76,8 +83,32 @@ def check_options(loss: Loss, options: Options) -> None:
         raise TypeError(f"check_targets must be a bool, got {type(check_targets).__name__}")
     if weight is not None:
         _check_kind_of_weight(weight)
+    if label_smoothing != 0:
+        _check_smoothing(loss, label_smoothing, weight)
+    if margin is not None and not isinstance(margin, Margin):
+        raise TypeError(
+            f"margin must be a Margin, got {type(margin).__name__}: Margin(angle=0.5) is ArcFace's, Margin(cosine=0.35) "
+            "CosFace's"
+        )
     if shard is not None:
         check_shard(shard)
+
+
+def _check_smoothing(loss: Loss, label_smoothing: float, weight: Tensor | None) -> None:
+    if not isinstance(label_smoothing, Real) or isinstance(label_smoothing, bool):
+        raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not loss.smooths:
+        raise ValueError(
+            f"{loss.name} takes no label_smoothing: it would give every class a share of the target, and the easy "
+            "negatives, which this loss fades out, their pull back; lr_loss and the softmax losses take it"
+        )
+    if weight is not None:
+        raise ValueError(
+            "weight and label_smoothing exclude each other: the weight of a row is that of its target's class, and "
+            "smoothing makes every class a target"
+        )
 
 
 def as_integer(name: str, value: int) -> int:
@@ -94,7 +125,10 @@ def check_logits(logits: Tensor, shard: ClassShard | None) -> int:
     if type(logits) is not Tensor or logits.layout is not torch.strided:
         check_kind("logits", logits)
     if logits.dtype not in FLOATING:
-        raise TypeError(f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}")
+        raise TypeError(
+            f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}; the logits "
+            "come first, then the target"
+        )
     if logits.dim() not in (1, 2):
         hint = ""
         if logits.dim() > 2:
@@ -140,30 +174,59 @@ def rows_of(
             'jacrev, jvp): for the gradients of single rows take reduction="none" and torch.autograd.grad(..., '
             "is_grads_batched=True)"
         )
-    check_target(loss, logits_shape, device, target)
-    multi_hot = target.dim() == len(logits_shape)
+    labels = target if isinstance(target, Labels) else None
+    if labels is not None:
+        check_labels(loss, logits_shape, device, labels, options)
+        target = labels.index
+    else:
+        check_target(loss, logits_shape, device, target)
+    multi_hot = labels is None and target.dim() == len(logits_shape)
     weight, ignore_index = options.weight, options.ignore_index
-    if multi_hot and ignore_index not in (None, IGNORE_INDEX):
-        raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
+    if multi_hot:
+        _check_with_multi_hot(options)
     if weight is not None:
-        _check_weight(weight, num_classes, device, multi_hot)
+        _check_weight(weight, num_classes, device)
         weight = weight.to(reference.compute_dtype(dtype))
     ignore_index = None if multi_hot or ignore_index is None else as_integer("ignore_index", ignore_index)
     if not multi_hot:
         target = as_int64(target, ignore_index)
     if len(logits_shape) == 1:
         target = target.unsqueeze(0)
-    k = _negatives_of(options, num_classes, multi_hot)
-    # the CPU doors always look, but a shard without classes enters none
-    if options.shard is not None if device.type == "cpu" else options.check_targets:
-        reference.check_target(target, num_classes, ignore_index)
+    check_margin(options.margin, target.shape[0], device)
+    k = _negatives_of(options, num_classes, multi_hot or (labels is not None and loss.family == "logistic"))
     compact = ops.keeps_picks(device, logits_shape[-1], k, multi_hot)
     spec = LossSpec(loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact)
+    # the CPU doors always look, but a shard without classes enters none
+    checked = options.shard is not None if device.type == "cpu" else options.check_targets
+    if labels is not None:
+        ignored = -1 if loss.family == "softmax" else None
+        spec = spec._replace(ignore_index=ignored, labels=True, label_smoothing=float(options.label_smoothing))
+        label_weight = labels.weight
+        if label_weight is not None:
+            label_weight = label_weight.view(target.shape).to(reference.compute_dtype(dtype))
+        target, label_weight = in_order(target, label_weight)
+        if checked:
+            reference.check_target(target, spec)
+        return Rows(target, weight, options.reduction, spec, label_weight)
+    if checked or (options.label_smoothing and device.type == "cpu"):
+        reference.check_target(target, spec)
+    if options.label_smoothing:
+        target, spec = _as_labels(target, spec)
+        spec = spec._replace(label_smoothing=float(options.label_smoothing))
     return Rows(target, weight, options.reduction, spec)
 
 
-def _negatives_of(options: Options, num_classes: int, multi_hot: bool) -> int:
-    """k as at the doors: 0 for all negatives."""
+def _as_labels(target: Tensor, spec: LossSpec) -> tuple[Tensor, LossSpec]:
+    """Class indices (rows,) as labels (rows, 1): -1 where they are ignored; what is no class stays none."""
+    label = target.masked_fill(target < 0, spec.all_classes)
+    if spec.ignore_index is not None:
+        label = label.masked_fill(target == spec.ignore_index, -1)
+    ignored = None if spec.ignore_index is None else -1
+    return label[:, None], spec._replace(labels=True, ignore_index=ignored)
+
+
+def _negatives_of(options: Options, num_classes: int, without_positives: bool) -> int:
+    """k as at the doors: 0 for all negatives. without_positives: there may be rows without any."""
     k, ratio = options.k, options.ratio
     if ratio is not None:
         if torch.compiler.is_compiling():  # a graph cannot carry a k made of a ratio that changes: one graph for each
@@ -171,7 +234,7 @@ def _negatives_of(options: Options, num_classes: int, multi_hot: bool) -> int:
             ratio = numerator / denominator
         largest = max if isinstance(num_classes, int) else torch.sym_max
         k = largest(1, math.floor(ratio * num_classes * (1 + 1e-12)))  # 0.29 * 100 is 28.999...: meant is 29
-    most = num_classes if multi_hot else num_classes - 1
+    most = num_classes if without_positives else num_classes - 1
     return 0 if k is None or ops.always(k >= most) else as_integer("k", k)
 
 
@@ -203,9 +266,10 @@ def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
     if not same and target.shape == (*shape[:-1], 1):
         hint = "; for class indices, squeeze the target: target.squeeze(-1)"
     if loss.family == "softmax" and same and target.dtype.is_floating_point:
-        raise TypeError(
-            f"{loss.name}: soft targets (class probabilities) are not supported, give class indices; "
-            f"{_shapes(shape, target)}"
+        raise ValueError(
+            f"{loss.name} takes soft targets as Labels, not as a matrix of all classes: Labels.mixup(y, y.flip(0), lam), "
+            "or, for what timm's Mixup(label_smoothing=0) gives, Labels.from_dense(target, 2), with the label_smoothing "
+            f"here; {_shapes(shape, target)}"
         )
     if loss.family == "softmax":
         raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {_shapes(shape, target)}{hint}")
@@ -215,6 +279,70 @@ def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
         raise TypeError(f"expected multi-hot targets of 0 and 1, got {target.dtype}")
     if target.requires_grad:
         raise ValueError("the losses are not differentiable by a multi-hot target: pass target.detach()")
+
+
+def check_labels(loss: Loss, shape: torch.Size, device: torch.device, labels: Labels, options: Options) -> None:
+    index, weight = labels
+    check_kind("the labels' index", index)
+    check_device("the labels", index, device)
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype in (torch.bool, torch.uint64):
+        raise TypeError(f"expected labels of a signed integer dtype, got {index.dtype}")
+    if index.dim() != len(shape) or index.shape[:-1] != shape[:-1] or index.shape[-1] == 0:
+        raise ValueError(
+            f"expected labels (N, P) for logits (N, C), P at least 1, got {tuple(index.shape)} for {tuple(shape)}"
+        )
+    if weight is None and loss.family == "softmax":
+        raise ValueError(
+            f"{loss.name} needs weights: Labels(index, weight), for equal shares "
+            "Labels(index, (index >= 0) / (index >= 0).sum(-1, keepdim=True))"
+        )
+    if weight is None and options.label_smoothing:
+        raise ValueError("label_smoothing needs one label per row, or labels with weights")
+    if weight is not None:
+        check_kind("the labels' weight", weight)
+        check_device("the labels' weight", weight, device)
+        if weight.shape != index.shape or weight.dtype not in FLOATING:
+            raise ValueError(
+                f"expected floating weights of the labels' shape {tuple(index.shape)}, got {weight.dtype}, "
+                f"{tuple(weight.shape)}"
+            )
+        if weight.requires_grad:
+            raise ValueError("the losses are not differentiable by the labels' weights: pass weight.detach()")
+    if options.weight is not None:
+        raise ValueError("weight works with class-index targets only: multiply the labels' weights by it")
+    if options.ignore_index not in (None, IGNORE_INDEX):
+        raise ValueError("ignore_index works with class-index targets only: empty places of labels are -1")
+
+
+def _check_with_multi_hot(options: Options) -> None:
+    if options.ignore_index not in (None, IGNORE_INDEX):
+        raise ValueError("ignore_index works with class-index targets only, got multi-hot targets")
+    if options.weight is not None:
+        raise ValueError("weight works with class-index targets only, got multi-hot targets")
+    if options.label_smoothing:
+        raise ValueError("label_smoothing needs one label per row, or Labels with weights; got multi-hot targets")
+    if options.margin is not None:
+        raise ValueError("margin works with class indices and Labels; got multi-hot targets: Labels.from_lists(classes)")
+
+
+def check_margin(margin: Margin | None, rows: int, device: torch.device) -> None:
+    for name, value in ({} if margin is None else margin.per_row).items():
+        check_device(f"the margin's {name}", value, device)
+        if value.shape != (rows,):
+            raise ValueError(f"expected the margin's {name} to be a number or ({rows},), got {tuple(value.shape)}")
+
+
+def margin_from_logits(margin: Margin | None, dtype: torch.dtype) -> MarginTerms | None:
+    """dtype: the logits'."""
+    if margin is None:
+        return None
+    if margin.scale is None and margin.turns:
+        raise ValueError(
+            "an angle needs cosines: give Margin(angle=..., scale=s) for logits that are s times cosines (s = 1 for "
+            "plain ones), or take a linear layer with normalize=True"
+        )
+    scale = 1.0 if margin.scale is None else margin.scale
+    return MarginTerms.of(margin, scale, 0.0, reference.compute_dtype(dtype))
 
 
 def _shapes(shape: torch.Size, target: Tensor) -> str:
@@ -231,10 +359,8 @@ def _check_kind_of_weight(weight: Tensor) -> None:
         raise ValueError("the losses are not differentiable by weight: pass weight.detach()")
 
 
-def _check_weight(weight: Tensor, num_classes: int, device: torch.device, multi_hot: bool) -> None:
+def _check_weight(weight: Tensor, num_classes: int, device: torch.device) -> None:
     _check_kind_of_weight(weight)
-    if multi_hot:
-        raise ValueError("weight works with class-index targets only, got multi-hot targets")
     if weight.shape != (num_classes,):
         raise ValueError(
             f"weight tensor should be defined either for all {num_classes} classes or no classes "

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .finish import finish
+from .finish_labels import LabelOdds, label_odds
+from .losses import LossSpec
+from .margin import MarginTerms, first_label
 from .merge import merge, nothing, offered
 
 
@@ -45,7 +49,7 @@ class LossFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, weight, reduction, spec):
         loss, coefficients, statistics, pick_index, pick_logit = ops.forward(logits, target, weight, reduction, *spec)
-        kept = None if spec.compact and target.dim() == 1 else logits
+        kept = None if spec.compact and not spec.multi_hot(target) else logits
         ctx.save_for_backward(coefficients, kept, target, statistics, pick_index, pick_logit)
         ctx.num_classes, ctx.spec = logits.shape[1], spec
         ctx.set_materialize_grads(False)  # the statistics have none
@@ -63,8 +67,8 @@ class LossFromLogits(torch.autograd.Function):
 
 
 class StatisticsFromLogits(torch.autograd.Function):
-    """What a forward door sees of whole rows, (rows, 3 | 4), differentiable by all but m: by l or neg, which lead to
-    the negatives of S, and by z_y or pos, which lead to the positives.
+    """What a forward door sees of whole rows, (rows, 3 | 4 | 3 + P), differentiable by all but m: by l, neg or s,
+    which lead to the negatives of S, and by z_y, z_p or pos, which lead to the positives.
 
     logits: (rows, classes), those of the shard if there is one; target: as at the doors, of all shards.
     """
@@ -75,10 +79,10 @@ class StatisticsFromLogits(torch.autograd.Function):
         if logits.shape[1] == 0:
             seen = nothing(logits.shape[0], logits, target, mine)
         else:
-            seen = ops.forward(logits, target, None, "none", *mine)[2:]
+            seen = ops.statistics(logits, target, *mine)
         if shard is not None:
             seen = merge(shard, seen, target, spec)
-        kept = None if mine.compact and target.dim() == 1 else logits
+        kept = None if mine.compact and not spec.multi_hot(target) else logits
         ctx.save_for_backward(kept, target, *seen)
         ctx.num_classes, ctx.spec = logits.shape[1], mine
         return seen[0]
@@ -90,34 +94,85 @@ class StatisticsFromLogits(torch.autograd.Function):
             dlogits = pick_logit.new_empty((statistics.shape[0], 0))
         else:
             dlogits = ops.backward(
-                grad.new_ones(()), coefficients_of(grad, target), kept, target, statistics, pick_index, pick_logit,
+                grad.new_ones(()), coefficients_of(grad, target, ctx.spec), kept, target, statistics, pick_index, pick_logit,
                 ctx.num_classes, *ctx.spec,
             )  # fmt: skip
         return once(dlogits, statistics, grad), None, None, None
 
 
-def coefficients_of(grad: Tensor, target: Tensor) -> Tensor:
-    """The coefficients c and t (rows, 2) from the gradient of the statistics (rows, 3 | 4). d pos / d z is
-    -sigma(-z)."""
-    return grad[:, 1:3] if target.dim() == 1 else torch.stack((grad[:, 1], -grad[:, 2]), dim=1)
+def coefficients_of(grad: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
+    """The coefficients of the rows from the gradient of their statistics. d pos / d z is -sigma(-z)."""
+    return torch.stack((grad[:, 1], -grad[:, 2]), dim=1) if spec.multi_hot(target) else grad[:, 1:]
+
+
+class WithMargin(torch.autograd.Function):
+    """Statistics with psi(z_p) for z_p; differentiable by them, and by scale and offset where these are tensors."""
+
+    @staticmethod
+    def forward(ctx, statistics, scale, offset, terms, spec):
+        first = first_label(spec)
+        psi, slope, by_scale = terms.psi(statistics[:, first:])
+        ctx.first = first
+        ctx.save_for_backward(statistics, slope, by_scale)
+        return torch.cat((statistics[:, :first], psi), dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        statistics, slope, by_scale = ctx.saved_tensors
+        of_psi = grad[:, ctx.first :]
+        by_z = torch.cat((grad[:, : ctx.first], of_psi * slope), dim=1)
+        _, wants_scale, wants_offset, *_ = ctx.needs_input_grad
+        dscale = once((of_psi * by_scale).sum(), statistics, grad) if wants_scale else None
+        doffset = once((of_psi * (1 - slope)).sum(), statistics, grad) if wants_offset else None
+        return once(by_z, statistics, grad), dscale, doffset, None, None
+
+
+def with_margin(statistics: Tensor, terms: MarginTerms | None, spec: LossSpec) -> Tensor:
+    if terms is None:
+        return statistics
+    return WithMargin.apply(statistics, terms.scale, terms.offset, terms, spec)
+
+
+class LabelLogOdds(torch.autograd.Function):
+    """d_p of the labels (rows, P), 0 in empty places, differentiable by the statistics: for losses of the user's own."""
+
+    @staticmethod
+    def forward(ctx, statistics, labels):
+        present = labels >= 0
+        odds = label_odds(statistics, present)
+        ctx.save_for_backward(statistics, present, *odds)
+        return odds.d.masked_fill(~present, 0)
+
+    @staticmethod
+    def backward(ctx, of_d):
+        statistics, present, *odds = ctx.saved_tensors
+        c, t = LabelOdds(*odds).gradient(of_d.masked_fill(~present, 0))
+        zeros = torch.zeros_like(c)
+        dstatistics = torch.cat((torch.stack((zeros, c, zeros), dim=1), t), dim=1)
+        return once(dstatistics, statistics, of_d), None
 
 
 class Finish(torch.autograd.Function):
-    """statistics (rows, 3 | 4), target -> loss: N numbers, where they come from several doors."""
+    """statistics (rows, 3 | 4 | 3 + P), target -> loss: N numbers, where they come from several doors, and where there
+    are labels."""
 
     @staticmethod
-    def forward(ctx, statistics, target, weight, reduction, spec):
-        loss, coefficients = ops.finish(statistics, target, weight, reduction, *spec)
+    def forward(ctx, statistics, target, label_weight, weight, reduction, spec):
+        if spec.labels:
+            loss, coefficients = finish(statistics, target, label_weight, weight, reduction, spec)
+        else:
+            loss, coefficients = ops.finish(statistics, target, weight, reduction, *spec)
         ctx.save_for_backward(statistics, target, coefficients)
+        ctx.spec = spec
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         statistics, target, coefficients = ctx.saved_tensors
-        to_second, to_third = (coefficients * grad.reshape(-1, 1)).unbind(1)
-        zeros = torch.zeros_like(to_second)
-        if target.dim() == 1:
-            dstatistics = torch.stack((zeros, to_second, to_third), dim=1)
+        scaled = coefficients * grad.reshape(-1, 1)
+        zeros = torch.zeros_like(scaled[:, :1])
+        if ctx.spec.multi_hot(target):
+            dstatistics = torch.cat((zeros, scaled[:, :1], -scaled[:, 1:], zeros), dim=1)
         else:
-            dstatistics = torch.stack((zeros, to_second, -to_third, zeros), dim=1)
-        return once(dstatistics, statistics, grad), None, None, None, None
+            dstatistics = torch.cat((zeros, scaled), dim=1)
+        return once(dstatistics, statistics, grad), *(None,) * 5

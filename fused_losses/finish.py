@@ -5,13 +5,15 @@ Statistics (rows, columns), what a forward door has seen of a row:
 - softmax family: m, l, z_y. m the largest logit of S, l = log sum over S of exp(z_j - m); m is 0 where l is -inf.
 - logistic family: m, neg, z_y; for multi-hot targets m, neg, pos, positives. neg = sum over S of phi(z_j), pos = sum
   over the positives of softplus(-z_p), positives how many there are.
+- with labels: m, l or neg, s, z_1 ... z_P; ``finish_labels.py``.
 - z_y is the target's logit: -inf in a row whose target is a class of another shard. A row with a NaN, or with a target
   that is no class, has a NaN among m, l, z_y, neg, pos; so has one of the softmax family with a +inf.
 
-Coefficients (rows, 2), c and t: the gradient is
+Coefficients (rows, 2), c and t; with labels (rows, 2 + P), c, b, t_1 ... t_P: the gradient is
 
     softmax    c exp((z_j - m) - l) at S, t at the target
     logistic   c phi'(z_j) at S, t at the target; for multi-hot targets t sigma(-z_p) at every positive p
+    labels     b more at S where labels are smoothed, t_p at the labels
 
 A row whose coefficients are NaN has a gradient of NaN. An ignored row has value, statistics and coefficients 0.
 """
@@ -21,26 +23,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .finish_labels import chosen_negatives, finish_labels, number
 from .formulas import FORMULAS, INF, softplus
 from .losses import LossSpec
 
 
-def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec) -> tuple[Tensor, Tensor]:
+def finish(
+    statistics: Tensor, target: Tensor, label_weight: Tensor | None, weight: Tensor | None, reduction: str,
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, and the coefficients for an upstream gradient of 1.
 
-    target: class indices (rows,), or multi-hot (rows, classes), whose entries are not read. weight: (classes of all
-    shards,), of the statistics' dtype, with class indices only.
+    target: class indices (rows,), multi-hot (rows, classes), whose entries are not read, or labels (rows, P), with
+    label_weight (rows, P). weight: (classes of all shards,), of the statistics' dtype, with class indices only.
     """
-    spec = LossSpec(*spec)
-    values, coefficients = finish_rows(statistics, spec, multi_hot=target.dim() == 2)
-    reduced = Reduction.of(target, weight, reduction, spec.ignore_index, values)
+    values, coefficients = finish_rows(statistics, target, label_weight, spec)
+    reduced = Reduction.of(target, weight, reduction, spec, values)
     coefficients = coefficients * reduced.share()[:, None]
     return reduced.loss(values), reduced.without_ignored(coefficients)
 
 
-def ignored_rows(target: Tensor, ignore_index: int | None) -> Tensor | None:
+def ignored_rows(target: Tensor, spec: LossSpec) -> Tensor | None:
     """Which rows are ignored, bool (rows,); None where none can be."""
-    return None if target.dim() == 2 or ignore_index is None else target == ignore_index
+    if spec.ignore_index is None or spec.multi_hot(target):
+        return None
+    return (target[:, 0] if spec.labels else target) == spec.ignore_index
 
 
 class Reduction(NamedTuple):
@@ -53,10 +60,10 @@ class Reduction(NamedTuple):
 
     @classmethod
     def of(
-        cls, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int | None, like: Tensor
+        cls, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec, like: Tensor
     ) -> "Reduction":
         """like: (rows,) of the values' dtype."""
-        ignored = ignored_rows(target, ignore_index)
+        ignored = ignored_rows(target, spec)
         if weight is None:
             counts = torch.ones_like(like)
         else:  # a target that is no class has a NaN row already: only never read outside
@@ -92,8 +99,8 @@ class RowStatistics(NamedTuple):
 
     @classmethod
     def of(cls, statistics: Tensor, family: str) -> "RowStatistics":
-        """statistics: (rows, 3) or (3,), of class-index targets."""
-        m, l_or_neg, z_y = statistics.unbind(-1)
+        """statistics: those of class-index targets, (rows, 3) or, with smoothing, (rows, 4); or of one row."""
+        m, l_or_neg, z_y = statistics[..., 0], statistics[..., 1], statistics[..., -1]
         d = None
         m = m.detach()
         if family == "softmax":
@@ -105,24 +112,23 @@ class RowStatistics(NamedTuple):
 # --- one row, or many at once -----------------------------------------------------------------------------------------
 
 
-def finish_rows(statistics: Tensor, spec: LossSpec, multi_hot: bool) -> tuple[Tensor, Tensor]:
-    """Values (rows,) and coefficients (rows, 2), before weights and reduction."""
+def finish_rows(
+    statistics: Tensor, target: Tensor, label_weight: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """Values (rows,) and coefficients (rows, 2 | 2 + P), before weights and reduction."""
+    if spec.labels:
+        return finish_labels(statistics, target, label_weight, spec)
     if spec.family == "softmax":
         value, to_negatives, to_target = _softmax(statistics, spec)
     else:
-        value, to_negatives, to_target = (_multi_hot if multi_hot else _logistic)(statistics, spec)
+        value, to_negatives, to_target = (_multi_hot if target.dim() == 2 else _logistic)(statistics, spec)
     return value, torch.stack((to_negatives, to_target), dim=1)
 
 
 def log_odds(statistics: Tensor) -> Tensor:
     """d (rows,) of the target among the target and S. Never via m + l, which loses digits at large offsets."""
-    m, l, z_y = statistics.unbind(-1)
+    m, l, z_y = statistics[..., 0], statistics[..., 1], statistics[..., -1]
     return (z_y - m) - l
-
-
-def _number(x: float, like: Tensor) -> Tensor:
-    """x as a scalar of like's dtype, infinite where that does not hold it."""
-    return like.new_full((), x, dtype=torch.float64).to(like.dtype)
 
 
 def _softmax(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +140,7 @@ def _softmax(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor
 
 def _logistic(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     _, neg, z_y = statistics.unbind(1)
-    of_neg = _number(spec.weight_of_negatives, neg)
+    of_neg = number(spec.weight_of_negatives, neg)
     poison = neg.isnan() | z_y.isnan()
     return (
         softplus(-z_y) + of_neg * neg,
@@ -148,11 +154,10 @@ def _multi_hot(statistics: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tens
     _, neg, pos, positives = statistics.unbind(1)
     of_pos, of_neg = statistics.new_ones(()), statistics.new_ones(())
     if spec.alpha is not None:
-        negatives = spec.all_classes - positives
-        chosen = negatives.clamp(max=spec.k) if spec.k > 0 else negatives
+        chosen = chosen_negatives(positives, spec)
         rows = positives.shape[0]
         of_pos = rows / positives.sum().clamp(min=1)
-        of_neg = _number(spec.alpha, neg) * rows / chosen.sum().clamp(min=1)
+        of_neg = number(spec.alpha, neg) * rows / chosen.sum().clamp(min=1)
     poison = neg.isnan() | pos.isnan()
     return (
         of_pos * pos + of_neg * neg,

@@ -23,7 +23,7 @@ def _forward(input, weight, *_, **__) -> int:
     return _all_classes(input, weight)
 
 
-def _at_once(share, input, weight, bias, norms, target, chunk_bytes, wanted, *_, **__) -> int:
+def _at_once(share, label_weight, margin, input, weight, bias, norms, target, chunk_bytes, wanted, *_, **__) -> int:
     return (1 + sum(wanted[:2])) * _all_classes(input, weight)
 
 
@@ -37,8 +37,9 @@ def _backward(
 def _backward_picks(
     coefficients, statistics, pick_index, pick_logit, input, weight, bias, norms, target, chunk_bytes, wanted, *_, **__
 ) -> int:  # fmt: skip
-    """Each row with its target and its picks."""
-    return sum(wanted[:2]) * 2 * math.prod(input) * (1 + pick_index[1])
+    """Each row with its labels and its picks."""
+    labels = target[1] if len(target) == 2 else 1
+    return sum(wanted[:2]) * 2 * math.prod(input) * (labels + pick_index[1])
 
 
 FORMULAS = {

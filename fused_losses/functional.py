@@ -5,7 +5,8 @@ All six take
 - ``logits`` (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
   modified.
 - ``target``: class indices (N,) of any integer dtype. The logistic family (LR, HS-LR, SS-LR) also takes multi-hot
-  targets (N, C) of any dtype that holds only 0 and 1, told apart by their rank.
+  targets (N, C) of any dtype that holds only 0 and 1, told apart by their rank. All take :class:`fused_losses.Labels`,
+  several classes per row: mixed and soft labels, sparse multi-hot targets.
 
 and return float32 (float64 for float64 logits): a scalar, or (N,) for ``reduction="none"``. They are differentiable
 once, by the logits; the gradient has the logits' dtype. A row with a NaN logit is NaN, in the loss and in its whole
@@ -16,23 +17,37 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .arguments import IGNORE_INDEX, Options, Reduce, Rows, check_logits, check_options, rows_of
-from .autograd import Finish, LossFromLogits, StatisticsFromLogits
+from .arguments import (
+    IGNORE_INDEX,
+    Options,
+    Reduce,
+    Rows,
+    check_logits,
+    check_options,
+    margin_from_logits,
+    rows_of,
+)
+from .autograd import Finish, LabelLogOdds, LossFromLogits, StatisticsFromLogits, with_margin
 from .finish import Reduction
 from .finish import log_odds as log_odds_of
+from .finish_labels import number_of_terms, present_labels, smoothing, weighted
+from .labels import Labels
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, OwnSoftmax
+from .margin import Margin, MarginTerms
 from .shard import ClassShard
 
 
 def cross_entropy(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduce = "mean",
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -42,13 +57,18 @@ def cross_entropy(
 
     Args:
         logits: (N, C) or (C,), floating.
-        target: class indices (N,) or (), any integer dtype.
+        target: class indices (N,) or (), any integer dtype; or :class:`fused_losses.Labels` with weights: soft labels,
+            mixup. (A matrix of all classes' probabilities is refused.)
         k: keep only the k negatives with the largest logits (all, if there are fewer); equal logits at the edge: lowest
             class index first. Default: all negatives.
         ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
         weight: (C,), floating: row i counts weight[target[i]] times, and the mean divides by the sum of these.
         ignore_index: rows with this target count nothing and get a zero gradient. None: every row counts.
         reduction: "none" | "mean" (over the rows not ignored; NaN if there are none) | "sum".
+        label_smoothing: eps in [0, 1): the target is given a share 1 - eps, and eps is spread evenly over the target and
+            the negatives S, as ``torch.nn.functional.cross_entropy`` does over all C classes. (fast-reid spreads it
+            over the C - 1 others: eps C / (C - 1) here.) Default 0. Not together with ``weight``.
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all labels. Default: none.
         check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
             elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
         shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
@@ -61,19 +81,21 @@ def cross_entropy(
         IndexError: a class index outside [0, C), see ``check_targets``.
         RuntimeError: tensors on different devices.
     """
-    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(CrossEntropy(), logits, target, options)
 
 
 def nllr_loss(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduce = "mean",
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -82,13 +104,13 @@ def nllr_loss(
     Unbounded below: the pull on the target's logit is 1 however sure the model is. Arguments, defaults and errors as in
     :func:`cross_entropy`.
     """
-    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(NLLR(), logits, target, options)
 
 
 def crl_loss(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     alpha: float = CRL.alpha,
     beta: float = CRL.beta,
@@ -97,6 +119,8 @@ def crl_loss(
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduce = "mean",
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -110,19 +134,21 @@ def crl_loss(
 
     Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for alpha or beta out of range.
     """
-    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(CRL(alpha, beta), logits, target, options)
 
 
 def lr_loss(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     k: int | None = None,
     ratio: float | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduce = "mean",
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -139,13 +165,13 @@ def lr_loss(
     Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for a multi-hot entry other than
     0 and 1 (checked as class indices are).
     """
-    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(LR(), logits, target, options)
 
 
 def hs_lr_loss(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     k: int | None = None,
     ratio: float | None = None,
@@ -153,6 +179,7 @@ def hs_lr_loss(
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduce = "mean",
+    margin: Margin | None = None,
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -168,13 +195,13 @@ def hs_lr_loss(
 
     Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
     """
-    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, 0.0, margin, check_targets, shard)
     return apply(HSLR(alpha), logits, target, options)
 
 
 def ss_lr_loss(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     alpha: float = SSLR.alpha,
     gamma: float = SSLR.gamma,
@@ -183,6 +210,7 @@ def ss_lr_loss(
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduce = "mean",
+    margin: Margin | None = None,
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -197,13 +225,13 @@ def ss_lr_loss(
 
     Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
     """
-    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, 0.0, margin, check_targets, shard)
     return apply(SSLR(alpha, gamma), logits, target, options)
 
 
 def softmax_loss(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     value: Callable[[Tensor], Tensor],
     *,
     k: int | None = None,
@@ -211,6 +239,8 @@ def softmax_loss(
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduce = "mean",
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -227,37 +257,51 @@ def softmax_loss(
     Other arguments, defaults and errors as in :func:`cross_entropy`; TypeError or ValueError for what ``value`` is or
     returns.
     """
-    options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(OwnSoftmax(value), logits, target, options)
 
 
-def apply(loss: Loss, logits: Tensor, target: Tensor, options: Options) -> Tensor:
+def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options) -> Tensor:
     """The one way from a user's arguments to the autograd functions."""
     check_options(loss, options)
+    margin = margin_from_logits(options.margin, logits.dtype)
     rows, taken = rows_from_logits(loss, logits, target, options)
-    if options.shard is None and not isinstance(loss, OwnSoftmax):
-        result, _ = LossFromLogits.apply(rows, *taken)
+    plain = options.shard is None and margin is None and not taken.spec.labels
+    if plain and not isinstance(loss, OwnSoftmax):
+        result, _ = LossFromLogits.apply(rows, taken.target, taken.weight, taken.reduction, taken.spec)
     else:
         statistics = StatisticsFromLogits.apply(rows, taken.target, taken.spec, options.shard)
-        result = finished(loss, statistics, taken)
+        result = finished(loss, statistics, taken, margin)
     return result.squeeze(0) if logits.dim() == 1 and options.reduction == "none" else result
 
 
-def rows_from_logits(loss: Loss, logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Rows]:
+def rows_from_logits(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options) -> tuple[Tensor, Rows]:
     """Logits (rows, classes) and what the doors take besides."""
     num_classes = check_logits(logits, options.shard)
     taken = rows_of(loss, logits.shape, logits.dtype, logits.device, target, options, num_classes)
     return logits if logits.dim() == 2 else logits.unsqueeze(0), taken
 
 
-def finished(loss: Loss, statistics: Tensor, rows: Rows) -> Tensor:
+def finished(loss: Loss, statistics: Tensor, rows: Rows, margin: MarginTerms | None) -> Tensor:
     """The loss from the statistics of whole rows."""
-    target, weight, reduction, spec = rows
+    target, weight, reduction, spec, label_weight = rows
+    statistics = with_margin(statistics, margin, spec)
     if not isinstance(loss, OwnSoftmax):
-        return Finish.apply(statistics, target, weight, reduction, spec)
-    d = log_odds_of(statistics)
+        return Finish.apply(statistics, target, label_weight, weight, reduction, spec)
+    if not spec.labels:
+        values = _own_values(loss, log_odds_of(statistics))
+    else:
+        d = LabelLogOdds.apply(statistics, target)
+        present, w = present_labels(statistics, target, label_weight)
+        values = weighted(w, _own_values(loss, d.flatten()).view(d.shape), present)
+        if spec.label_smoothing:
+            values = values + smoothing(statistics, present, w, number_of_terms(present, spec), spec)
+    return Reduction.of(target, weight, reduction, spec, values).loss(values)
+
+
+def _own_values(loss: OwnSoftmax, d: Tensor) -> Tensor:
     values = loss.value(d)
     if not isinstance(values, Tensor) or values.shape != d.shape:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"value must give one number per row, a Tensor of shape {tuple(d.shape)}, got {got}")
-    return Reduction.of(target, weight, reduction, spec.ignore_index, d).loss(values)
+    return values

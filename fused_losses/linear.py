@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -25,20 +25,27 @@ from .arguments import (
     as_int64,
     check_device,
     check_kind,
+    check_labels,
+    check_margin,
     check_options,
     check_target,
+    margin_from_logits,
     rows_of,
 )
 from .finish import RowStatistics, ignored_rows
 from .functional import finished
 from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
+from .labels import Labels
 from .linear_rows import MIB
 from .losses import CrossEntropy, Loss, OwnSoftmax
+from .margin import Margin, MarginTerms
 from .modules import CrossEntropyLoss, RowLoss
 from .shard import ClassShard, gather_batch, move_rows, own_rows_of, width_of_shard
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+LEARNED_SCALE = 1 / 0.07  # where a learned scale starts
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class LinearLossOptions:
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     linear_bias: Tensor | None = None,
     k: int | None = None,
@@ -83,9 +90,11 @@ def linear_cross_entropy(
     weight: Tensor | None = None,
     ignore_index: int | None = IGNORE_INDEX,
     reduction: Reduce = "mean",
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
     check_targets: bool = False,
     normalize: bool = False,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     shard: ClassShard | None = None,
     gather_input: bool = False,
     options: LinearLossOptions | None = None,
@@ -99,10 +108,10 @@ def linear_cross_entropy(
     Args:
         input: (N, D) or (D,), floating. Under autocast it is cast with the weight, as ``F.linear`` does.
         linear_weight: (C, D), of input's dtype.
-        target: class indices (N,), any integer dtype.
-        linear_bias: (C,), of input's dtype. Not with ``normalize``.
-        normalize: cosine logits, scale * <input, w_j> / (|input| |w_j|).
-        scale: finite, > 0; the scale of cosine logits. Default 1.
+        target: class indices (N,), any integer dtype; or :class:`fused_losses.Labels`.
+        linear_bias: (C,), of input's dtype; with ``normalize`` one for all classes, ().
+        normalize: cosine logits, scale * <input, w_j> / (|input| |w_j|). An angle of ``margin`` needs it.
+        scale: finite, > 0; the scale of cosine logits. A number, or a tensor () that may require a gradient. Default 1.
         shard: the classes are sharded over ranks, as in :func:`fused_losses.cross_entropy`: linear_weight (and
             linear_bias) are those of this rank's classes; input is the same on every rank, whether it requires a
             gradient too, and so is that gradient.
@@ -123,7 +132,9 @@ def linear_cross_entropy(
             ``sparse_grad`` where the gradient is not sparse.
         RuntimeError: also for input and weight of different dtypes.
     """
-    loss_options = Options(k, ratio, weight, ignore_index, reduction, check_targets, shard)
+    loss_options = Options(
+        k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard
+    )
     layer = _Layer(linear_bias, normalize, scale, gather_input, options)
     return apply(CrossEntropy(), loss_options, input, linear_weight, target, layer)[0]
 
@@ -133,7 +144,7 @@ class LayerOptions(TypedDict, total=False):
 
     linear_bias: Tensor | None
     normalize: bool
-    scale: float
+    scale: float | Tensor
     shard: ClassShard | None
     gather_input: bool
     options: LinearLossOptions | None
@@ -141,14 +152,14 @@ class LayerOptions(TypedDict, total=False):
 
 @overload
 def linear_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, loss: RowLoss, return_statistics: Literal[False] = False,
+    input: Tensor, linear_weight: Tensor, target: Tensor | Labels, *, loss: RowLoss, return_statistics: Literal[False] = False,
     **layer: Unpack[LayerOptions],
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def linear_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, loss: RowLoss, return_statistics: Literal[True],
+    input: Tensor, linear_weight: Tensor, target: Tensor | Labels, *, loss: RowLoss, return_statistics: Literal[True],
     **layer: Unpack[LayerOptions],
 ) -> tuple[Tensor, RowStatistics]: ...  # fmt: skip
 
@@ -156,12 +167,12 @@ def linear_loss(
 def linear_loss(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     loss: RowLoss,
     linear_bias: Tensor | None = None,
     normalize: bool = False,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
     shard: ClassShard | None = None,
     gather_input: bool = False,
     options: LinearLossOptions | None = None,
@@ -200,7 +211,12 @@ class LinearLoss(nn.Module):
         num_classes: C.
         loss: one of the loss modules of this package, used with its options. Default: ``CrossEntropyLoss()``.
         bias: whether the layer has a bias. Default: False.
-        normalize, scale, shard, gather_input, options: as in :func:`linear_cross_entropy`.
+        normalize, shard, gather_input, options: as in :func:`linear_cross_entropy`.
+        scale: finite, > 0: that of cosine logits; or "learned": the parameter ``log_scale`` is its logarithm, which
+            starts at log(1 / 0.07), as CLIP's (arXiv 2103.00020). Default 1.
+        logit_bias: with ``normalize``, a parameter ``bias`` () that all logits have. It starts at -log(C - 1), where
+            every class has the probability 1 / C in the losses of the logistic family: these start badly on bare
+            cosines. The softmax family does not feel it over all classes. Default: False.
         device, dtype: of the weight, as in ``nn.Linear``.
 
     ``weight`` (C, D) and ``bias`` (C,) bear the names and the initialisation of ``nn.Linear``: state dicts of the two
@@ -216,7 +232,8 @@ class LinearLoss(nn.Module):
         loss: RowLoss | None = None,
         bias: bool = False,
         normalize: bool = False,
-        scale: float = 1.0,
+        scale: float | Literal["learned"] = 1.0,
+        logit_bias: bool = False,
         shard: ClassShard | None = None,
         gather_input: bool = False,
         options: LinearLossOptions | None = None,
@@ -224,7 +241,14 @@ class LinearLoss(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        scale = _check_options(options, bias, normalize, scale)
+        learned = isinstance(scale, str)
+        if learned and scale != "learned":
+            raise ValueError(f'scale must be a number or "learned", got {scale!r}')
+        if isinstance(scale, Tensor):
+            raise TypeError('scale must be a number, or "learned" for a parameter')
+        if logit_bias and not normalize:
+            raise ValueError("logit_bias belongs to cosine logits: pass normalize=True, or bias=True instead")
+        fixed = _check_options(options, bias, normalize, LEARNED_SCALE if learned else scale)
         loss = CrossEntropyLoss() if loss is None else loss
         _check_loss(loss)
         classes = num_classes if shard is None else len(shard)
@@ -234,12 +258,14 @@ class LinearLoss(nn.Module):
         self.num_classes = num_classes
         self.loss = loss
         self.normalize = normalize
-        self.scale = scale
+        self.scale = None if learned else fixed
         self.shard = shard
         self.gather_input = gather_input
         self.options = options
         self.weight = nn.Parameter(torch.empty((classes, in_features), device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty((classes,), device=device, dtype=dtype)) if bias else None
+        shape = (classes,) if bias else ()
+        self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias or logit_bias else None
+        self.log_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if learned else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -251,23 +277,35 @@ class LinearLoss(nn.Module):
                 own_rows_of(self.shard, parameter, uniform)
 
         draw(self.weight, lambda rows: nn.init.kaiming_uniform_(rows, a=math.sqrt(5)))
-        if self.bias is not None:
+        if self.log_scale is not None:
+            self.log_scale.fill_(math.log(LEARNED_SCALE))
+        if self.bias is not None and self.bias.dim() == 0:
+            self.bias.fill_(-math.log(max(1, self.num_classes - 1)))
+        elif self.bias is not None:
             bound = 1 / math.sqrt(max(1, self.in_features))
             draw(self.bias, lambda rows: rows.uniform_(-bound, bound))
 
     def forward(
-        self, input: Tensor, target: Tensor, return_statistics: bool = False
+        self, input: Tensor, target: Tensor | Labels | None = None, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss; with ``return_statistics`` also :class:`fused_losses.RowStatistics`, as in :func:`linear_loss`."""
+        if target is None:
+            raise TypeError("LinearLoss gives the loss and needs the target: head(input, target); for logits call logits()")
         if self.options is not None and self.options.sparse_grad and hasattr(self, "set_requires_gradient_sync"):
             raise RuntimeError("sparse_grad=True: fully_shard takes no sparse gradients; " + WITHOUT_WRAPPER)
-        layer = _Layer(self.bias, self.normalize, self.scale, self.gather_input, self.options)
+        layer = _Layer(self.bias, self.normalize, self._scale(), self.gather_input, self.options)
         options = self.loss.options._replace(shard=self.shard)
         result, statistics = apply(self.loss.loss, options, input, self.weight, target, layer, return_statistics)
         return result if statistics is None else (result, statistics)
 
+    def _scale(self) -> float | Tensor:
+        return self.scale if self.log_scale is None else self.log_scale.to(torch.promote_types(
+            self.log_scale.dtype, torch.float32
+        )).exp()
+
     def extra_repr(self) -> str:
-        cosine = f", normalize=True, scale={self.scale}" if self.normalize else ""
+        scale = "learned" if self.scale is None else self.scale
+        cosine = f", normalize=True, {scale=}" if self.normalize else ""
         options = "" if self.options is None else f", options={self.options}"
         layer = f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}"
         shard = "" if self.shard is None else f", shard={self.shard}, gather_input={self.gather_input}"
@@ -285,14 +323,17 @@ class LinearLoss(nn.Module):
             raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes, or with class weights")
         shard = None if self.shard is None else ClassShard.split(num_classes, self.shard.group)
         grown = LinearLoss(
-            self.in_features, num_classes, loss=self.loss, bias=self.bias is not None, normalize=self.normalize,
-            scale=self.scale, shard=shard, gather_input=self.gather_input, options=self.options,
+            self.in_features, num_classes, loss=self.loss, bias=self.bias is not None and self.bias.dim() > 0,
+            normalize=self.normalize, scale="learned" if self.scale is None else self.scale,
+            logit_bias=self.bias is not None and self.bias.dim() == 0, shard=shard, gather_input=self.gather_input, options=self.options,
             device=self.weight.device, dtype=self.weight.dtype,
         )  # fmt: skip
-        for old, new in ((self.weight, grown.weight), (self.bias, grown.bias)):
+        for old, new in ((self.weight, grown.weight), (self.bias, grown.bias), (self.log_scale, grown.log_scale)):
             if old is None or new is None:
                 continue
-            if self.shard is None or shard is None:
+            if old.dim() == 0:
+                new.copy_(old)
+            elif self.shard is None or shard is None:
                 new[: self.num_classes] = old.full_tensor() if hasattr(old, "full_tensor") else old
             else:
                 move_rows(self.shard, old, shard, new)
@@ -307,9 +348,13 @@ class LinearLoss(nn.Module):
             )
         if not self.normalize:
             return F.linear(input, self.weight, self.bias)
-        input = _direction(input, self.scale).to(input.dtype)
+        input = _direction(input, self._scale()).to(input.dtype)
         pieces = self.weight.split(max(1, MIB // max(1, self.in_features)))  # no normalised copy here either
-        return torch.cat([F.linear(input, _direction(w, 1.0).to(w.dtype)) for w in pieces], dim=1)
+        return torch.cat([F.linear(input, _direction(w, 1.0).to(w.dtype), self._bias_of(w)) for w in pieces], dim=1)
+
+    def _bias_of(self, classes: Tensor) -> Tensor | None:
+        """The one bias, of each of these classes."""
+        return None if self.bias is None else self.bias.expand(classes.shape[0])
 
 
 class _Layer(NamedTuple):
@@ -317,7 +362,7 @@ class _Layer(NamedTuple):
 
     bias: Tensor | None
     normalize: bool
-    scale: float
+    scale: float | Tensor
     gather_input: bool
     options: LinearLossOptions | None
 
@@ -330,42 +375,75 @@ def apply(
     bias, normalize, scale, gather_input, how = layer
     shard, reduction = options.shard, options.reduction
     check_options(loss, options)
-    scale = _check_options(how, bias is not None, normalize, scale)
+    scale = _check_options(how, bias is not None and bias.dim() > 0, normalize, scale)
     how = LinearLossOptions() if how is None else how
-    num_classes = _check_layer(input, linear_weight, bias, shard)
+    num_classes = _check_layer(input, linear_weight, bias, normalize, shard)
     dtype = _dtype_of_linear(input, linear_weight, bias)
     one_row = input.dim() == 1
     if gather_input:
-        if shard is None or input.dim() != 2 or target.dim() != 1:
-            raise ValueError("gather_input needs shard=, input of shape (N, D) and class-index targets (N,)")
-        check_target(loss, torch.Size((input.shape[0], linear_weight.shape[0])), input.device, target)
-        input, target = gather_batch(shard, input, as_int64(target, options.ignore_index))
+        input, target, options = _gathered(loss, input, linear_weight, target, options)
     shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
     rows = rows_of(loss, shape, dtype, input.device, target, options, num_classes)
-    target, weight, _, spec = rows
-    if return_statistics and target.dim() == 2:
-        raise ValueError("return_statistics works with class-index targets only, got multi-hot targets")
-    if how.sparse_grad and (spec.k == 0 or target.dim() == 2):
-        got = "multi-hot targets" if target.dim() == 2 else f"all {num_classes - 1} negatives"
-        raise ValueError(f"sparse_grad needs class-index targets and k (or ratio) below C - 1, got {got}")
+    margin = _margin_of_layer(options.margin, normalize, scale, bias, dtype)
+    several = isinstance(target, Labels)
+    target, weight, _, spec, label_weight = rows
+    multi_hot = spec.multi_hot(target)
+    if return_statistics and (several or multi_hot):
+        raise ValueError("return_statistics works with class-index targets only, got multi-hot targets or Labels")
+    if how.sparse_grad and (spec.k == 0 or multi_hot):
+        got = "multi-hot targets" if multi_hot else f"all {num_classes - 1} negatives"
+        raise ValueError(f"sparse_grad needs class indices or Labels, and k (or ratio) below C - 1, got {got}")
     if how.sparse_grad:
         _check_not_in_ddp(linear_weight)
     x = input.unsqueeze(0) if one_row else input
     if normalize:
-        ignored = ignored_rows(target, spec.ignore_index)
+        ignored = ignored_rows(target, spec)
         if ignored is not None:  # what is not finite there would spoil the zeros of its gradient
             x = x.masked_fill(ignored[:, None], 0)
         x = _direction(x, scale)
     wanted = wanted_of(x, linear_weight, bias)
     layer_spec = LayerSpec(dtype, normalize, how.chunk_bytes or 0, how.sparse_grad, wanted)
     own = isinstance(loss, OwnSoftmax)
-    if shard is None and not own and gradients_at_once(layer_spec, num_classes, target, reduction, spec):
-        result, statistics = LinearLossAtOnce.apply(x, linear_weight, bias, target, weight, reduction, layer_spec, spec)
+    if shard is None and not own and gradients_at_once(layer_spec, num_classes, target, reduction, margin, spec):
+        result, statistics = LinearLossAtOnce.apply(
+            x, linear_weight, bias, target, label_weight, weight, reduction, margin, layer_spec, spec
+        )
     else:
         statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec, shard)
-        result = finished(loss, statistics, rows)
+        result = finished(loss, statistics, rows, margin)
     found = RowStatistics.of(statistics.detach(), loss.family) if return_statistics else None
     return result.squeeze(0) if one_row and reduction == "none" else result, found
+
+
+def _gathered(
+    loss: Loss, input: Tensor, linear_weight: Tensor, target: Tensor | Labels, options: Options
+) -> tuple[Tensor, Tensor | Labels, Options]:
+    """Input, target and what else has a value for each row: those of all ranks."""
+    shape, shard = torch.Size((*input.shape[:-1], linear_weight.shape[0])), options.shard
+    if isinstance(target, Labels):
+        check_labels(loss, shape, input.device, target, options)
+        columns = [target.index.long(), *(() if target.weight is None else (target.weight,))]
+    else:
+        check_target(loss, shape, input.device, target)
+        columns = [as_int64(target, options.ignore_index)]
+    if shard is None or input.dim() != 2 or columns[0].dim() != (2 if isinstance(target, Labels) else 1):
+        raise ValueError("gather_input needs shard=, input of shape (N, D), and class indices (N,) or Labels (N, P)")
+    per_row = {} if options.margin is None else options.margin.per_row
+    check_margin(options.margin, input.shape[0], input.device)
+    input, columns, of_margin = gather_batch(shard, input, columns, list(per_row.values()))
+    if per_row:
+        options = options._replace(margin=replace(options.margin, **dict(zip(per_row, of_margin, strict=True))))
+    return input, Labels(*columns) if isinstance(target, Labels) else columns[0], options
+
+
+def _margin_of_layer(
+    margin: Margin | None, normalize: bool, scale: float | Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> MarginTerms | None:
+    if margin is None or not normalize:
+        return margin_from_logits(margin, dtype)
+    if margin.scale is not None:
+        raise ValueError("the scale of cosine logits is the layer's: give scale= to it, not to the margin")
+    return MarginTerms.of(margin, scale, 0.0 if bias is None else bias, reference.compute_dtype(dtype))
 
 
 def wanted_of(*parameters: Tensor | None) -> list[bool]:
@@ -376,12 +454,13 @@ def wanted_of(*parameters: Tensor | None) -> list[bool]:
 
 def _check_loss(loss: RowLoss) -> None:
     if not isinstance(loss, RowLoss):
-        raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}")
+        hint = ": fused_losses.CrossEntropyLoss()" if isinstance(loss, nn.CrossEntropyLoss) else ""
+        raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}{hint}")
     if loss.shard is not None:
         raise ValueError("give the shard to the linear layer, not to its loss")
 
 
-def _direction(input: Tensor, scale: float) -> Tensor:
+def _direction(input: Tensor, scale: float | Tensor) -> Tensor:
     """scale * input / |input|, in the compute dtype."""
     return F.normalize(input.to(reference.compute_dtype(input.dtype)), dim=-1) * scale
 
@@ -401,7 +480,9 @@ def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torc
     return seen(input)
 
 
-def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, shard: ClassShard | None) -> int:
+def _check_layer(
+    input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: ClassShard | None
+) -> int:
     """The number of classes, of all shards."""
     tensors = {"input": input, "linear_weight": weight}
     if bias is not None:
@@ -412,12 +493,14 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, shard: Clas
             raise TypeError(f"expected a floating-point {name}, got {tensor.dtype}")
         check_device(name, tensor, input.device)
     if input.dim() not in (1, 2) or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        hint = ": flatten the rows, input.flatten(0, -2) and target.flatten()" if input.dim() > 2 else ""
         raise ValueError(
             "expected input (N, D) or (D,) and linear_weight (C, D), "
-            f"got {tuple(input.shape)} and {tuple(weight.shape)}"
+            f"got {tuple(input.shape)} and {tuple(weight.shape)}{hint}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected linear_bias of shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    expected = () if normalize else (weight.shape[0],)
+    if bias is not None and bias.shape != expected:
+        raise ValueError(f"expected linear_bias of shape {expected}, got {tuple(bias.shape)}")
     if shard is not None:
         return width_of_shard(shard, "linear_weight", weight.shape, weight.shape[0])
     if weight.shape[0] == 0:
@@ -443,18 +526,33 @@ def _check_not_in_ddp(weight: Tensor) -> None:
         )
 
 
-def _check_options(options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float) -> float:
-    """The scale."""
+def _check_options(
+    options: LinearLossOptions | None, has_bias: bool, normalize: bool, scale: float | Tensor
+) -> float | Tensor:
+    """The scale. has_bias: one of each class."""
     if options is not None and not isinstance(options, LinearLossOptions):
         raise TypeError(f"options must be LinearLossOptions, got {type(options).__name__}")
     if has_bias and normalize:
-        raise ValueError("cosine logits (normalize=True) take no linear_bias")
+        raise ValueError("cosine logits (normalize=True) take no bias of each class: one for all, () or logit_bias=True")
+    if isinstance(scale, Tensor):
+        return _check_scale(scale, normalize)
     if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):  # to the compiler NumPy's numbers are arrays
-        if isinstance(scale, Tensor) or not hasattr(scale, "__float__"):
+        if not hasattr(scale, "__float__"):
             raise TypeError(f"scale must be a number, got {type(scale).__name__}")
         scale = float(scale)
     if not 0 < scale < math.inf:  # math.isfinite knows no symbolic numbers
         raise ValueError(f"scale must be finite and > 0, got {scale}")
     if scale != 1 and not normalize:
         raise ValueError("scale belongs to cosine logits: pass normalize=True")
+    return scale
+
+
+def _check_scale(scale: Tensor, normalize: bool) -> Tensor:
+    """A tensor, whose value only a CPU may look at: other devices would have to be waited for."""
+    if scale.dim() != 0 or scale.dtype not in FLOATING:
+        raise ValueError(f"expected scale to be a number or a floating tensor (), got {scale.dtype}, {tuple(scale.shape)}")
+    if not normalize:
+        raise ValueError("scale belongs to cosine logits: pass normalize=True")
+    if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 < scale.item() < math.inf:
+        raise ValueError(f"scale must be finite and > 0, got {scale.item()}")
     return scale

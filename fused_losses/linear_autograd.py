@@ -20,6 +20,7 @@ from .linear_ops import (
 )
 from .linear_rows import gathers_picks, gradient_shapes
 from .losses import LossSpec
+from .margin import MarginTerms
 from .merge import merge, nothing, offered
 
 
@@ -36,9 +37,9 @@ class LayerSpec(NamedTuple):
         """What the ops take: input, weight, bias, norms, target, chunk_bytes. A weight that is normalised is cast after
         that."""
         input = input.to(self.dtype)
-        if self.normalize:
-            return input, weight, None, class_norms(weight), target, self.chunk_bytes
         bias = None if bias is None else bias.to(self.dtype)
+        if self.normalize:
+            return input, weight, bias, class_norms(weight), target, self.chunk_bytes
         return input, weight.to(self.dtype), bias, None, target, self.chunk_bytes
 
 
@@ -85,7 +86,8 @@ class SparsePicks(Picks):
             return torch.sparse_coo_tensor(picked[None], values, size, is_coalesced=True, check_invariants=False)
 
         return dinput, *(
-            scattered(values) if want else values for values, want in zip(of_picked, wanted[1:], strict=True)
+            scattered(values) if want and values.dim() > 0 else values  # one bias of all classes has no dimension
+            for values, want in zip(of_picked, wanted[1:], strict=True)
         )
 
 
@@ -95,18 +97,18 @@ def way_of(num_classes: int, k: int, multi_hot: bool, sparse_grad: bool) -> type
     return Picks if gathers_picks(num_classes, k, multi_hot) else Again
 
 
-def gradients_at_once(layer: LayerSpec, num_classes: int, target: Tensor, reduction: str, spec: LossSpec) -> bool:
+def gradients_at_once(
+    layer: LayerSpec, num_classes: int, target: Tensor, reduction: str, margin: MarginTerms | None, spec: LossSpec
+) -> bool:
     """Whether the gradients may follow each chunk's forward: what a row counts must be known from the targets alone.
 
     Not in float16: its gradients would underflow, for the scaler's factor arrives with backward. Not for the means over
-    a multi-hot batch, whose terms are counted first.
+    a batch of many labels, whose terms are counted first, and for margins that are numbers alone.
     """
-    multi_hot = target.dim() == 2
-    way = way_of(num_classes, spec.k, multi_hot, layer.sparse_grad)
-    counts_terms = multi_hot and spec.alpha is not None
-    return (
-        way is Again and any(layer.wanted) and reduction != "none" and layer.dtype != torch.float16 and not counts_terms
-    )
+    way = way_of(num_classes, spec.k, spec.multi_hot(target), layer.sparse_grad)
+    counts_terms = target.dim() == 2 and spec.alpha is not None
+    possible = not counts_terms and (margin is None or margin.numbers)
+    return way is Again and any(layer.wanted) and reduction != "none" and layer.dtype != torch.float16 and possible
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -114,11 +116,11 @@ def gradients_at_once(layer: LayerSpec, num_classes: int, target: Tensor, reduct
 
 class LinearStatistics(torch.autograd.Function):
     """``StatisticsFromLogits`` of a linear layer's logits, by *picks* or *again*: input (rows, features), weight
-    (classes, features) of the shard if there is one -> statistics (rows, 3 | 4) of whole rows.
+    (classes, features) of the shard if there is one -> statistics (rows, 3 | 4 | 3 + P) of whole rows.
 
     The layer computes in dtype; the gradients come back in the dtypes of input, weight and bias, those of the last two
-    rounded once, from the sums. With a shard the gradient of input is the sum of the ranks', one all-reduce; those of
-    weight and bias stay where the classes are.
+    rounded once, from the sums. With a shard the gradient of input is the sum of the ranks', one all-reduce, and so is
+    that of one bias of all classes; those of weight and bias stay where the classes are.
     """
 
     @staticmethod
@@ -128,7 +130,7 @@ class LinearStatistics(torch.autograd.Function):
             mine = spec._replace(compact=False)
         else:
             mine = offered(shard, spec)
-        way = way_of(weight.shape[0], mine.k, target.dim() == 2, layer_spec.sparse_grad)
+        way = way_of(weight.shape[0], mine.k, spec.multi_hot(target), layer_spec.sparse_grad)
         if way is not Again:
             mine = mine._replace(compact=True)
         if weight.shape[0] == 0:
@@ -147,13 +149,15 @@ class LinearStatistics(torch.autograd.Function):
         layer, seen = (*saved[:5], ctx.layer_spec.chunk_bytes), saved[5:]
         wanted, target = ctx.layer_spec.wanted, saved[4]
         if weight.shape[0] == 0:
-            gradients = [part.zero_() for part in gradient_shapes(layer[0], layer[1], wanted)]
+            gradients = [part.zero_() for part in gradient_shapes(*layer[:3], wanted)]
             if ctx.way is SparsePicks:
-                gradients[1:] = (part.to_sparse(1) for part in gradients[1:])
+                gradients[1:] = (part.to_sparse(1) if part.dim() > 0 else part for part in gradients[1:])
         else:
-            gradients = ctx.way.backward(coefficients_of(grad, target), seen, layer, wanted, ctx.spec)
-        if ctx.shard is not None and wanted[0]:
-            dist.all_reduce(gradients[0], group=ctx.shard.group)
+            gradients = ctx.way.backward(coefficients_of(grad, target, ctx.spec), seen, layer, wanted, ctx.spec)
+        if ctx.shard is not None:
+            for gradient, of_all_ranks in zip(gradients, (True, False, bias is not None and bias.dim() == 0), strict=True):
+                if gradient.numel() > 0 and of_all_ranks:
+                    dist.all_reduce(gradient, group=ctx.shard.group)
         return *gradients_of((input, weight, bias), gradients, wanted, grad), None, None, None, None
 
 
@@ -165,35 +169,38 @@ class LinearLossAtOnce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, class_weight, reduction, layer_spec, spec):
+    def forward(ctx, input, weight, bias, target, label_weight, class_weight, reduction, margin, layer_spec, spec):
         layer = layer_spec.layer(input, weight, bias, target)
-        rows = reference.empty_statistics(layer[0], multi_hot=False)[:, 0]
-        reduced = Reduction.of(target, class_weight, reduction, spec.ignore_index, rows)
+        rows = reference.empty_statistics(layer[0], target, spec)[:, 0]
+        reduced = Reduction.of(target, class_weight, reduction, spec, rows)
         share = reduced.without_ignored(reduced.share())
-        values, statistics, *gradients = linear_at_once(share, *layer, layer_spec.wanted, *spec)
+        margin = None if margin is None else [float(term) for term in margin]
+        values, statistics, *gradients = linear_at_once(
+            share, label_weight, margin, *layer, layer_spec.wanted, *spec
+        )
         gradients = in_dtypes_of((input, weight, bias), gradients, layer_spec.wanted)
         if torch.compiler.is_compiling():  # a compiled graph keeps what backward needs by itself
             ctx.prepared = None
         else:
             ctx.prepared, gradients = _Prepared(gradients), ()
-        ctx.layer_spec, ctx.spec = layer_spec, spec
-        ctx.save_for_backward(input, weight, bias, share, *layer[:-1], *gradients)
+        ctx.layer_spec, ctx.spec, ctx.margin = layer_spec, spec, margin
+        ctx.save_for_backward(input, weight, bias, share, label_weight, *layer[:-1], *gradients)
         ctx.mark_non_differentiable(statistics)
         return reduced.loss(values), statistics
 
     @staticmethod
     def backward(ctx, grad, _):
-        input, weight, bias, share, *saved = ctx.saved_tensors
+        input, weight, bias, share, label_weight, *saved = ctx.saved_tensors
         layer, gradients = (*saved[:5], ctx.layer_spec.chunk_bytes), saved[5:]
         wanted, target = ctx.layer_spec.wanted, saved[4]
         in_place = ctx.prepared is not None
         if in_place:
             gradients = ctx.prepared.take()
             if gradients is None:  # retain_graph=True: an earlier pass has them
-                _, _, *gradients = linear_at_once(share, *layer, wanted, *ctx.spec)
+                _, _, *gradients = linear_at_once(share, label_weight, ctx.margin, *layer, wanted, *ctx.spec)
                 gradients = in_dtypes_of((input, weight, bias), gradients, wanted)
-        gradients = _times(gradients, grad, ignored_rows(target, ctx.spec.ignore_index), in_place)
-        return *leading_back(gradients, (input, weight, bias), grad), *(None,) * 5
+        gradients = _times(gradients, grad, ignored_rows(target, ctx.spec), in_place)
+        return *leading_back(gradients, (input, weight, bias), grad), *(None,) * 7
 
 
 class _Prepared:

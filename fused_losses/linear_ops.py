@@ -5,6 +5,7 @@ import torch
 from . import flops, ops, reference
 from . import linear_rows as rows
 from .linear_rows import gradient_shapes, seen_shapes
+from .losses import LossSpec
 
 _LAYER = "Tensor input, Tensor weight, Tensor? bias, Tensor? norms, Tensor target, int chunk_bytes"
 _SEEN = "Tensor statistics, Tensor pick_index, Tensor pick_logit"
@@ -16,7 +17,7 @@ def _backward_shapes(
     coefficients, statistics, pick_index, pick_logit,
     input, weight, bias, norms, target, chunk_bytes, wanted, *spec,
 ):  # fmt: skip
-    return gradient_shapes(input, weight, wanted)
+    return gradient_shapes(input, weight, bias, wanted)
 
 
 def _sparse_shapes(
@@ -24,8 +25,9 @@ def _sparse_shapes(
     input, weight, bias, norms, target, chunk_bytes, wanted, *spec,
 ):  # fmt: skip
     _, want_weight, want_bias = wanted
+    want_bias = want_bias and bias.dim() > 0
     picked = torch.library.get_ctx().new_dynamic_size() if want_weight or want_bias else 0
-    dinput, dweight, dbias = gradient_shapes(input, weight, wanted)
+    dinput, dweight, dbias = gradient_shapes(input, weight, bias, wanted)
     if want_weight:
         dweight = dweight.new_empty((picked, *weight.shape[1:]))
     if want_bias:
@@ -33,9 +35,9 @@ def _sparse_shapes(
     return dinput, dweight, dbias, target.new_empty((picked,))
 
 
-def _at_once_shapes(share, input, weight, bias, norms, target, chunk_bytes, wanted, *spec):
-    statistics = reference.empty_statistics(input, multi_hot=target.dim() == 2)
-    return torch.empty_like(share), statistics, *gradient_shapes(input, weight, wanted)
+def _at_once_shapes(share, label_weight, margin, input, weight, bias, norms, target, chunk_bytes, wanted, *spec):
+    statistics = reference.empty_statistics(input, target, LossSpec(*spec))
+    return torch.empty_like(share), statistics, *gradient_shapes(input, weight, bias, wanted)
 
 
 class_norms = ops.define(
@@ -48,7 +50,7 @@ linear_forward_picks = ops.define(
     f"linear_forward_picks({_LAYER}, {ops.SPEC}) -> ({_SEEN})", rows.linear_forward_picks, seen_shapes
 )
 linear_at_once = ops.define(
-    f"linear_at_once(Tensor share, {_LAYER}, bool[] wanted, {ops.SPEC}) "
+    f"linear_at_once(Tensor share, Tensor? label_weight, float[]? margin, {_LAYER}, bool[] wanted, {ops.SPEC}) "
     f"-> (Tensor values, Tensor statistics, {_GRADIENTS})",
     rows.linear_at_once,
     _at_once_shapes,

@@ -4,8 +4,8 @@ holding the logits of the whole batch.
 Never more logits than fit a budget. Three ways lead to the gradients:
 
 - *picks*: over the k hardest, k a small share of the classes. Forward walks blocks of classes, all rows at a time, and
-  keeps (index, logit) pairs; backward touches the k + 1 rows of the weight that each row of the batch has picked, and
-  computes no logits.
+  keeps (index, logit) pairs; backward touches the rows of the weight that each row of the batch has as label or pick,
+  and computes no logits.
 - *at once*: a scalar loss. Chunks of rows, all classes at a time; each chunk's gradient follows its forward (three
   matmuls instead of four), and backward only multiplies by the upstream scalar, in place.
 - *again*: chunks of rows where that scalar cannot be factored out. Backward computes their logits once more.
@@ -24,6 +24,8 @@ from torch import Tensor
 from . import ops, reference
 from .finish import ignored_rows
 from .losses import LossSpec
+from .margin import finish_with_margin
+from .merge import sum_of_picks
 
 MIB = 2**20
 LEAST_NORM = 1e-12  # F.normalize divides by nothing smaller either
@@ -70,18 +72,17 @@ def _buffer(like: Tensor, rows: int, classes: int) -> Tensor:
 
 
 def seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec):
-    return reference.empty_statistics(input, multi_hot=target.dim() == 2), *reference.empty_picks(
-        input, LossSpec(*spec)
-    )
+    spec = LossSpec(*spec)
+    return reference.empty_statistics(input, target, spec), *reference.empty_picks(input, spec)
 
 
-def gradient_shapes(input, weight, wanted):
+def gradient_shapes(input, weight, bias, wanted):
     want_input, want_weight, want_bias = wanted
     dtype = reference.compute_dtype(input.dtype)
     return (
         input.new_empty(input.shape if want_input else (0,)),
         input.new_empty(weight.shape if want_weight else (0,), dtype=dtype),
-        input.new_empty(weight.shape[:1] if want_bias else (0,), dtype=dtype),
+        input.new_empty(bias.shape if want_bias else (0,), dtype=dtype),
     )
 
 
@@ -89,14 +90,14 @@ def gradient_shapes(input, weight, wanted):
 
 
 class _Layer(NamedTuple):
-    """z = x w^T + bias, or x (w / |w|)^T with norms.
+    """z = x w^T + bias, or x (w / |w|)^T + bias with norms.
 
     Classes are normalised before the product: in 16 bits the product of x with a long or a short w would leave the
     range. Some classes at a time, from the weight in its own dtype.
     """
 
     weight: Tensor  # (classes, features)
-    bias: Tensor | None  # (classes,)
+    bias: Tensor | None  # (classes,), or () for all alike
     norms: Tensor | None  # (classes,)
 
     def chunks(self, input: Tensor, chunk_elements: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -111,6 +112,8 @@ class _Layer(NamedTuple):
         if self.norms is not None:
             for classes, directions in self.directions(x.dtype):
                 torch.mm(x, directions.t(), out=out[:, classes])
+            if self.bias is not None:
+                out += self.bias
         elif self.bias is None:
             torch.mm(x, self.weight.t(), out=out)
         else:
@@ -126,7 +129,7 @@ class _Layer(NamedTuple):
             yield classes, (w / self.norms[classes, None]).to(dtype)
 
     def of(self, classes: slice) -> "_Layer":
-        return _Layer(self.weight[classes], *(None if tensor is None else tensor[classes] for tensor in self[1:]))
+        return _Layer(*(tensor[classes] if tensor is not None and tensor.dim() > 0 else tensor for tensor in self))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -159,7 +162,7 @@ def _through_norms(dw: Tensor, weight: Tensor, norms: Tensor) -> None:
 def _rows_to_zero(target: Tensor, spec: LossSpec) -> Tensor | None:
     """Ignored rows, (rows,) bool; None if there are none, which only a CPU may find out: other devices would have to be
     waited for."""
-    ignored = ignored_rows(target, spec.ignore_index)
+    ignored = ignored_rows(target, spec)
     return None if ignored is None or (target.device.type == "cpu" and not ignored.any()) else ignored
 
 
@@ -171,7 +174,7 @@ class _Gradients:
 
     def __init__(self, input: Tensor, layer: _Layer, ignored: Tensor | None, wanted: list[bool]):
         self.layer, self.ignored, self.wanted = layer, ignored, wanted
-        self.input, self.weight, self.bias = gradient_shapes(input, layer.weight, wanted)
+        self.input, self.weight, self.bias = gradient_shapes(input, layer.weight, layer.bias, wanted)
         self.weight.zero_()
         self.bias.zero_()
 
@@ -179,7 +182,7 @@ class _Gradients:
         """x: a chunk's input; dz: the gradient of its logits."""
         want_input, want_weight, want_bias = self.wanted
         if want_bias:
-            self.bias += dz.sum(0, dtype=self.bias.dtype)
+            self.bias += dz.sum(0, dtype=self.bias.dtype).sum_to_size(self.bias.shape)
         norms = self.layer.norms
         if want_input and norms is None:
             torch.mm(dz, self.layer.weight, out=self.input[rows])
@@ -210,7 +213,7 @@ def linear_forward(input, weight, bias, norms, target, chunk_bytes, *spec) -> tu
     _check_target(input, target, spec)
     seen = seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)
     for rows, _, z in _Layer(weight, bias, norms).chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
-        _, _, *part = ops.forward(z, target[rows], None, "none", *spec)
+        part = ops.statistics(z, target[rows], *spec)
         for whole, of_rows in zip(seen, part, strict=True):
             whole[rows] = of_rows
     return seen
@@ -233,19 +236,24 @@ def linear_backward(
 
 
 def linear_at_once(
-    share, input, weight, bias, norms, target, chunk_bytes, wanted, *spec
+    share, label_weight, margin, input, weight, bias, norms, target, chunk_bytes, wanted, *spec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Values and statistics of the rows, and the gradients of input, weight and bias for the share (rows,) that each
-    row has in the loss: *at once*."""
+    row has in the loss: *at once*. label_weight: as ``finish`` takes it; margin: the numbers of ``MarginTerms``."""
     spec = LossSpec(*spec)
     _check_rows(input, target, share)
     _check_target(input, target, spec)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
     values = torch.empty_like(share)
-    statistics = reference.empty_statistics(input, multi_hot=target.dim() == 2)
+    statistics = reference.empty_statistics(input, target, spec)
     for rows, x, z in layer.chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
-        values[rows], coefficients, statistics[rows], *picks = ops.forward(z, target[rows], None, "none", *spec)
+        if not spec.labels and margin is None:
+            values[rows], coefficients, statistics[rows], *picks = ops.forward(z, target[rows], None, "none", *spec)
+        else:
+            statistics[rows], *picks = ops.statistics(z, target[rows], *spec)
+            weights = None if label_weight is None else label_weight[rows]
+            values[rows], coefficients = finish_with_margin(statistics[rows], target[rows], weights, margin, spec)
         saved = z, target[rows], statistics[rows], *picks
         # not named here: two chunks' gradients would be alive at a time
         gradients.add(rows, x, ops.backward(share[rows], coefficients, *saved, z.shape[1], *spec))
@@ -261,8 +269,8 @@ def _check_rows(*tensors: Tensor) -> None:
 def _check_target(input: Tensor, target: Tensor, spec: LossSpec) -> None:
     """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here."""
     _check_rows(input, target)
-    if input.device.type == "cpu" and target.dim() == 1:
-        reference.check_target(target, spec.all_classes, spec.ignore_index)
+    if input.device.type == "cpu" and not spec.multi_hot(target):
+        reference.check_target(target, spec)
 
 
 # --- picks alone ------------------------------------------------------------------------------------------------------
@@ -295,38 +303,52 @@ def _hardest_of_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The compact door over the classes of all blocks, lowest class first among equals."""
     num_rows, k = x.shape[0], spec.k
-    index = x.new_empty((num_rows, 1 + len(blocks) * k), dtype=torch.int32)  # column 0 is the target's
+    labels = target if spec.labels else target[:, None]
+    num_labels = labels.shape[1]
+    index = x.new_empty((num_rows, num_labels + len(blocks) * k), dtype=torch.int32)  # the labels come first
     logit = x.new_empty(index.shape)
     of_blocks = []
     for number, classes in enumerate(blocks):
         z = layer.of(classes).logits(x, out=buffer[:num_rows, : classes.stop - classes.start])
         of_block = spec._replace(first_class=spec.first_class + classes.start)
-        _, _, statistics, picked, picked_logit = ops.forward(z, target, None, "none", *of_block)
+        statistics, picked, picked_logit = ops.statistics(z, target, *of_block)
         if z.device.type != "cpu":  # where the doors keep the picks in the order of the classes
             picked, order = picked.sort(dim=1)
             picked_logit = picked_logit.gather(1, order)
-        columns = slice(1 + number * k, 1 + (number + 1) * k)
-        index[:, columns] = picked + classes.start
+        columns = slice(num_labels + number * k, num_labels + (number + 1) * k)
+        index[:, columns] = torch.where(picked < 0, -1, picked + classes.start)
         logit[:, columns] = picked_logit
         of_blocks.append(statistics)
 
-    seen = torch.stack(of_blocks)  # (blocks, rows, 3)
-    index[:, 0] = -1
-    logit[:, 0] = seen[..., 2].amax(0).masked_fill(seen.isnan().any(dim=(0, 2)), math.nan)
+    seen = torch.stack(of_blocks)  # (blocks, rows, 3 | 3 + P)
+    index[:, :num_labels] = -1
+    of_labels = seen[..., 3 if spec.labels else 2 :].amax(0)
+    logit[:, :num_labels] = of_labels.masked_fill(seen.isnan().any(dim=(0, 2))[:, None], math.nan)
     label, among = _among_candidates(target, layer.weight.shape[0], index.shape[1], spec)
-    _, _, statistics, chosen, chosen_logit = ops.forward(logit, label, None, "none", *among)
-    return statistics, index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1), chosen_logit
+    statistics, chosen, chosen_logit = ops.statistics(logit, label, *among)
+    chosen = index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1)
+    if spec.label_smoothing:  # an empty slot among the candidates is no negative
+        statistics[:, 2] = sum_of_picks(chosen >= 0, chosen_logit.to(statistics.dtype), statistics[:, 0], spec)
+    return statistics, chosen, chosen_logit
 
 
 def _among_candidates(target: Tensor, num_classes: int, width: int, spec: LossSpec) -> tuple[Tensor, LossSpec]:
-    """Labels and options where the classes are the columns of candidates, the target's first: 0 is the target here,
-    width one of another shard (column 0 is then an empty slot), width + 1 an ignored row, -1 no class."""
+    """Target and options where the classes are the columns of candidates, those of the labels first.
+
+    A label that is somewhere is its column, which is an empty slot if it is of another shard. Of class indices 0 is the
+    target here, width one of another shard, width + 1 an ignored row, -1 no class.
+    """
+    among = spec._replace(first_class=0, all_classes=width + 1)
+    if spec.labels:
+        column = torch.arange(target.shape[1], device=target.device)
+        no_class = (target < -1) | (target >= spec.all_classes)
+        return torch.where(target == -1, -1, column.expand_as(target)).masked_fill_(no_class, width + 1), among
     here = (target >= spec.first_class) & (target < spec.first_class + num_classes)
     label = torch.where(here, 0, width).masked_fill_((target < 0) | (target >= spec.all_classes), -1)
-    ignored = ignored_rows(target, spec.ignore_index)
+    ignored = ignored_rows(target, spec)
     if ignored is not None:
         label.masked_fill_(ignored, width + 1)
-    return label, spec._replace(ignore_index=width + 1, first_class=0, all_classes=width + 1)
+    return label, among._replace(ignore_index=width + 1)
 
 
 class _ByClass:
@@ -378,7 +400,7 @@ def _pick_gradients(
     only_picked: bool, coefficients, statistics, pick_index, pick_logit,
     input, weight, bias, norms, target, chunk_bytes, wanted, *spec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight and bias through the target and the k picks of each row alone: O(rows * k * features).
+    """Gradients of input, weight and bias through the labels and the k picks of each row alone: O(rows * k * features).
 
     With only_picked, those of weight and bias are of the classes that come last. No float atomics: the same bits in
     every run.
@@ -388,14 +410,14 @@ def _pick_gradients(
     _check_rows(input, target, coefficients, statistics, pick_index, pick_logit)
     if input.device.type == "cpu":
         reference.check_picks(pick_index, num_classes)
-    to_negatives, to_target = coefficients.split(1, dim=1)  # (rows, 1) each
-    dz = reference.gradient_of_negatives(to_negatives, statistics, pick_logit.to(statistics.dtype), spec)
-    classes = torch.cat((target[:, None] - spec.first_class, pick_index), dim=1)  # (rows, 1 + k)
+    dz = reference.gradient_of_negatives(coefficients, statistics, pick_logit.to(statistics.dtype), spec)
+    labels = target if spec.labels else target[:, None]
+    classes = torch.cat((labels - spec.first_class, pick_index), dim=1)  # (rows, P + k)
     nowhere = (classes < 0) | (classes >= num_classes)
-    ignored = ignored_rows(target, spec.ignore_index)
+    ignored = ignored_rows(target, spec)
     if ignored is not None:
         nowhere |= ignored[:, None]
-    dz = torch.cat((to_target, dz), dim=1).masked_fill(nowhere, 0)
+    dz = torch.cat((coefficients[:, -labels.shape[1] :], dz), dim=1).masked_fill(nowhere, 0)
 
     want_input, want_weight, want_bias = wanted
     dinput = input.new_empty((0, input.shape[1]) if want_input else (0,))  # of no rows
@@ -407,7 +429,7 @@ def _pick_gradients(
         dinput = dinput.masked_fill(coefficients.isnan().any(1, keepdim=True), math.nan)
         dinput = dinput if ignored is None else dinput.masked_fill(ignored[:, None], 0)
         dinput = dinput.to(input.dtype)
-    if want_weight or want_bias:
+    if want_weight or (want_bias and bias.dim() > 0):
         by_class = _ByClass(classes.masked_fill(nowhere, num_classes), num_classes, only_picked)
         picked = picked if by_class.picked is None else by_class.picked
     if want_weight:
@@ -415,7 +437,9 @@ def _pick_gradients(
         dweight = by_class.sum_rows(dz, counted.to(dz.dtype))
         if norms is not None:
             _through_norms(dweight, by_class.of(weight), by_class.of(norms))
-    if want_bias:
+    if want_bias and bias.dim() == 0:
+        dbias = dz.sum()
+    elif want_bias:
         dbias = by_class.sum_rows(dz, dz.new_ones((dz.shape[0], 1))).squeeze(1)
     return dinput, dweight, dbias, picked
 

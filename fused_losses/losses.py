@@ -25,6 +25,7 @@ class Loss:
     name: ClassVar[str]
     formula: ClassVar[str]  # the name in formulas.py; HS-LR is LR's formula over the k hardest
     family: ClassVar[str] = "softmax"  # or "logistic": what the formula is a function of
+    smooths: ClassVar[bool] = True  # whether it takes label smoothing
 
     def __post_init__(self):
         names: tuple[str, ...] = self.__match_args__  # of the fields; older compilers cannot trace vars(self)
@@ -100,6 +101,7 @@ class HSLR(Loss):
     name = "hs_lr_loss"
     formula = "lr"
     family = "logistic"
+    smooths = False
     alpha: float = 1.0
 
     @property
@@ -117,6 +119,7 @@ class SSLR(Loss):
     name = "ss_lr_loss"
     formula = "ss_lr"
     family = "logistic"
+    smooths = False
     alpha: float = 1.0
     gamma: float = 2.0
 
@@ -168,10 +171,16 @@ class LossSpec(NamedTuple):
     first_class: int
     all_classes: int
     compact: bool  # all k picks are kept, not only the last
+    labels: bool = False  # the target is (rows, P): classes, ascending and distinct, -1 behind the last
+    label_smoothing: float = 0.0  # needs labels
 
     @property
     def family(self) -> str:
         return FAMILIES[self.loss]
+
+    def multi_hot(self, target: Tensor) -> bool:
+        """Whether the target is (rows, classes)."""
+        return target.dim() == 2 and not self.labels
 
     @property
     def slots(self) -> int:

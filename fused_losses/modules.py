@@ -17,14 +17,18 @@ from torch import Tensor, nn
 
 from . import functional
 from .arguments import IGNORE_INDEX, LossOptions, Options, Reduce, check_options
+from .labels import Labels
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, OwnSoftmax
+from .margin import Margin
 from .shard import ClassShard
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 HYPER_PARAMETERS = {field.name for loss in Loss.__subclasses__() for field in fields(loss)}
-PLAIN: dict[str, Callable] = {"k": operator.index, "ratio": float, "ignore_index": operator.index}
+PLAIN: dict[str, Callable] = {
+    "k": operator.index, "ratio": float, "ignore_index": operator.index, "label_smoothing": float
+}  # fmt: skip
 RIVALS = {"k": "ratio", "ratio": "k"}
 
 
@@ -32,8 +36,8 @@ class RowLoss(nn.Module):
     """A loss and its options. Base of the loss modules.
 
     Args:
-        options: ``k``, ``ratio``, ``weight``, ``ignore_index``, ``reduction``, ``check_targets`` and ``shard``, with
-            meaning, defaults and errors as in :func:`fused_losses.cross_entropy`.
+        options: ``k``, ``ratio``, ``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``, ``margin``,
+            ``check_targets`` and ``shard``, with meaning, defaults and errors as in :func:`fused_losses.cross_entropy`.
     """
 
     loss: Loss
@@ -42,6 +46,8 @@ class RowLoss(nn.Module):
     weight: Tensor | None
     ignore_index: int | None
     reduction: Reduce
+    label_smoothing: float
+    margin: Margin | None
     check_targets: bool
     shard: ClassShard | None
 
@@ -93,14 +99,14 @@ class RowLoss(nn.Module):
         """The arguments that the function twins of all losses share."""
         return Options(*(getattr(self, name) for name in Options._fields))
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor | Labels) -> Tensor:
         return functional.apply(self.loss, logits, target, self.options)
 
     def extra_repr(self) -> str:
         settings = vars(self.loss) | self.options._asdict()
         if self.weight is not None:
             settings["weight"] = f"<{self.weight.shape[0]} classes>"
-        usual = {"ignore_index": IGNORE_INDEX, "check_targets": False}
+        usual = {"ignore_index": IGNORE_INDEX, "label_smoothing": 0.0, "margin": None, "check_targets": False}
         return ", ".join(f"{name}={value}" for name, value in settings.items() if value != usual.get(name))
 
 

@@ -1,7 +1,7 @@
 """The raw ops: schema, shapes, and who serves which device.
 
-Three ops, ``torch.ops.fused_losses.{forward,finish,backward}``, are served by every backend. ``reference.py`` states
-the contract of forward and backward, ``finish.py`` that of finish, the last step of every forward door.
+Four ops, ``torch.ops.fused_losses.{forward,statistics,finish,backward}``, are served by every backend. ``reference.py``
+states the contract of the doors, ``finish.py`` that of finish. forward is statistics and finish in one.
 PyTorch's dispatcher picks the backend by device: the C++ extension serves the CPU where it was built, the reference
 every other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
 """
@@ -47,7 +47,7 @@ def define(schema: str, implementation: Callable, fake: Callable):
 # What every op takes last, in the order of LossSpec.
 SPEC = (
     "str loss, float[] params, float? alpha, SymInt k, SymInt? ignore_index, SymInt first_class, SymInt all_classes, "
-    "bool compact"
+    "bool compact, bool labels=False, float label_smoothing=0.0"
 )
 
 
@@ -56,10 +56,14 @@ def _finish_shapes(statistics, target, weight, reduction, *spec):
     return statistics.new_empty((rows,) if reduction == "none" else ()), statistics.new_empty((rows, 2))
 
 
+def _statistics_shapes(logits, target, *spec):
+    spec = LossSpec(*spec)
+    return reference.empty_statistics(logits, target, spec), *reference.empty_picks(logits, spec)
+
+
 def _forward_shapes(logits, target, weight, reduction, *spec):
-    statistics = reference.empty_statistics(logits, multi_hot=target.dim() == 2)
-    finished = _finish_shapes(statistics, target, weight, reduction)
-    return *finished, statistics, *reference.empty_picks(logits, LossSpec(*spec))
+    seen = _statistics_shapes(logits, target, *spec)
+    return *_finish_shapes(seen[0], target, weight, reduction), *seen
 
 
 def _backward_shapes(
@@ -79,6 +83,11 @@ forward = define(
     "-> (Tensor loss, Tensor coefficients, Tensor statistics, Tensor pick_index, Tensor pick_logit)",
     reference.forward,
     _forward_shapes,
+)
+statistics = define(
+    f"statistics(Tensor logits, Tensor target, {SPEC}) -> (Tensor statistics, Tensor pick_index, Tensor pick_logit)",
+    reference.statistics,
+    _statistics_shapes,
 )
 finish = define(
     f"finish(Tensor statistics, Tensor target, Tensor? weight, str reduction, {SPEC}) "
@@ -157,6 +166,12 @@ def _forward_on_cuda(logits, target, weight, reduction, *spec):
     return backend.forward(logits, target, weight, reduction, *spec)
 
 
+def _statistics_on_cuda(logits, target, *spec):
+    reference.check_statistics(logits, target, LossSpec(*spec))
+    backend = _triton_backend(logits.device, logits.dtype, logits.shape[1]) or reference
+    return backend.statistics(logits, target, *spec)
+
+
 def _finish_on_cuda(statistics, target, weight, reduction, *spec):
     reference.check_finish(statistics, target, weight, reduction, LossSpec(*spec))
     backend = _triton_backend(statistics.device, statistics.dtype, 1) or reference
@@ -170,7 +185,12 @@ def _backward_on_cuda(grad, coefficients, logits, target, statistics, pick_index
     return backend.backward(*tensors, num_classes, *spec)
 
 
-for _name, _on_cuda in (("forward", _forward_on_cuda), ("finish", _finish_on_cuda), ("backward", _backward_on_cuda)):
+for _name, _on_cuda in (
+    ("forward", _forward_on_cuda),
+    ("statistics", _statistics_on_cuda),
+    ("finish", _finish_on_cuda),
+    ("backward", _backward_on_cuda),
+):
     _library.impl(_name, torch.no_grad()(_on_cuda), "CUDA")
 
 

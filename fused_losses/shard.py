@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -220,19 +221,27 @@ def move_rows(old: ClassShard, old_rows: Tensor, new: ClassShard, new_rows: Tens
 # --- rows of the batch ------------------------------------------------------------------------------------------------
 
 
-def gather_batch(shard: ClassShard, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """input (rows, features) and class indices (rows,) of all ranks, in the order of the ranks; ranks may have
-    different numbers of rows, also none.
+def gather_batch(
+    shard: ClassShard, input: Tensor, target: list[Tensor], of_rows: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """input (rows, features), target and what else the rows have, (rows, ...) each, of all ranks in the order of the
+    ranks; ranks may have different numbers of rows, also none, and of labels per row.
+
+    target: class indices (rows,) or labels (rows, P) and, it may be, their weights.
 
     The gradient that comes back to a rank is that of its own rows, times the number of ranks: DDP divides by it when it
     averages the gradients of the network in front, and a mean over the rows of all ranks is to stay that.
     """
     wanted = torch.is_grad_enabled() and input.requires_grad
-    (told,) = gather(shard, torch.tensor([[input.shape[0], wanted]], device=input.device))
-    counts, wanted_by = told.flatten(0, 1).t().tolist()
+    most_labels = target[0].shape[1] if target[0].dim() == 2 else 0
+    (told,) = gather(shard, torch.tensor([[input.shape[0], wanted, most_labels]], device=input.device))
+    counts, wanted_by, labels = told.flatten(0, 1).t().tolist()
     if any(wanted_by) and not input.requires_grad:
         input = input.detach().requires_grad_()  # all ranks take part in the all-reduce of backward, or none
-    return _GatherRows.apply(input, target, counts, shard)
+    if max(labels) > most_labels:
+        target = [F.pad(part, (0, max(labels) - most_labels), value=-1) for part in target]
+    input, *rows = _GatherRows.apply(counts, shard, input, *target, *of_rows)
+    return input, rows[: len(target)], rows[len(target) :]
 
 
 def _one_behind_the_other(of_ranks: Tensor, counts: list[int]) -> Tensor:
@@ -245,16 +254,17 @@ def _one_behind_the_other(of_ranks: Tensor, counts: list[int]) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, target, counts, shard):
-        ctx.own = input.shape[0], sum(counts[: dist.get_rank(shard.group)])
+    def forward(ctx, counts, shard, *rows):
+        """The first is input."""
+        ctx.own = rows[0].shape[0], sum(counts[: dist.get_rank(shard.group)])
         ctx.world_size = shard.world_size
         most = max(counts)
-        inputs, targets = gather(shard, with_rows(input, most), with_rows(target, most))
-        target = _one_behind_the_other(targets, counts)
-        ctx.mark_non_differentiable(target)
-        return _one_behind_the_other(inputs, counts), target
+        of_ranks = gather(shard, *(with_rows(part, most) for part in rows))
+        input, *others = (_one_behind_the_other(part, counts) for part in of_ranks)
+        ctx.mark_non_differentiable(*others)
+        return input, *others
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         rows, start = ctx.own
-        return grad[start : start + rows] * ctx.world_size, None, None, None
+        return None, None, grad[start : start + rows] * ctx.world_size, *(None for _ in _)
