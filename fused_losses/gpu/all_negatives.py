@@ -173,10 +173,11 @@ def write_around_labels(
 def _gradient(
     z, row, target, positions, inside, scale, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
-    values = of_negative(z, scale, NEGATIVE, FAST)
-    if POSITIVE is not None:
+    if POSITIVE is None:
+        values = of_negative(z, scale, NEGATIVE, FAST)
+    else:
         positive, gradient = POSITIVE(z, row, target, positions, inside, scale, FAST)
-        values = tl.where(positive, gradient, values)
+        values = tl.where(positive, gradient, of_negative(z, scale, NEGATIVE, FAST))
     return values
 
 

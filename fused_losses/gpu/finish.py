@@ -70,13 +70,11 @@ def end_row(outputs, row, target, statistics, p, q, FINISH: tl.constexpr, VALUE:
     """Writes a row's statistics and, if they are asked for, its loss and coefficients. An ignored row is 0, one with a
     bad target NaN."""
     COLUMNS: tl.constexpr = len(statistics)
-    statistics_ptr = outputs.statistics_ptr + row * COLUMNS
-    if outputs.num_labels is not None:
-        statistics_ptr += row * outputs.num_labels
+    columns = COLUMNS if outputs.num_labels is None else COLUMNS + outputs.num_labels
     live = ~(target.ignored | target.bad)
     dead = tl.where(target.ignored, 0.0, float("nan"))
     for i in tl.static_range(COLUMNS):
-        tl.store(statistics_ptr + i, tl.where(live, statistics[i], dead))
+        tl.store(outputs.statistics_ptr + row * columns + i, tl.where(live, statistics[i], dead))
     if outputs.loss_ptr is not None:
         value, c, t = FINISH(statistics, p, q, VALUE, SLOPE)
         tl.store(outputs.loss_ptr + row, tl.where(live, value, dead))

@@ -24,7 +24,6 @@ class Scale(NamedTuple):
     grad: tl.tensor  # and what these are multiplied by
     p: tl.tensor
     q: tl.tensor
-    spoilt: tl.tensor  # the row is NaN as a whole
 
 
 # scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, row, num_labels, a, b, PARAMETERS) -> Scale;
@@ -38,8 +37,8 @@ def scale_of_row(
     grad = tl.load(grad_ptr + row * grad_stride).to(tl.float32)
     c = tl.load(coefficients_ptr + row * 2) * grad
     t = tl.load(coefficients_ptr + row * 2 + 1) * grad
-    p, q = PARAMETERS(statistics_ptr + row * 3, a, b)
-    return Scale(c, None, t, None, None, p, q, (c != c) | (t != t))
+    p, q = PARAMETERS(statistics_ptr, row, 3, a, b)
+    return Scale(c, None, t, None, None, p, q)
 
 
 @triton.jit
@@ -49,8 +48,8 @@ def scale_of_labels(
     grad = tl.load(grad_ptr + row * grad_stride).to(tl.float32)
     coefficients_ptr += row * (2 + num_labels)
     c = tl.load(coefficients_ptr) * grad
-    p, q = PARAMETERS(statistics_ptr + row * (3 + num_labels), a, b)
-    return Scale(c, None, None, coefficients_ptr + 2, grad, p, q, c != c)
+    p, q = PARAMETERS(statistics_ptr, row, 3 + num_labels, a, b)
+    return Scale(c, None, None, coefficients_ptr + 2, grad, p, q)
 
 
 @triton.jit
@@ -61,13 +60,16 @@ def scale_of_labels_smoothed(
         grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, row, num_labels, a, b, PARAMETERS
     )  # fmt: skip
     shift = tl.load(plain.t_ptr - 1) * plain.grad
-    return Scale(plain.c, shift, None, plain.t_ptr, plain.grad, plain.p, plain.q, plain.spoilt)
+    return Scale(plain.c, shift, None, plain.t_ptr, plain.grad, plain.p, plain.q)
 
 
 @triton.jit
 def fill_of_row(target, scale):
     """-> (what a whole row becomes if it is not 0; whether it does)"""
-    return tl.where(target.ignored, 0.0, float("nan")), scale.spoilt | target.ignored
+    spoilt = scale.c != scale.c
+    if scale.t is not None:
+        spoilt = (scale.c != scale.c) | (scale.t != scale.t)
+    return tl.where(target.ignored, 0.0, float("nan")), spoilt | target.ignored
 
 
 @triton.jit

@@ -234,7 +234,7 @@ def maxima_written(maxima_ptr, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def winning_blocks(
-    scratch, num_blocks, poison, wanted, quantile, reach, LANES: tl.constexpr, GROUPS: tl.constexpr
+    scratch, num_blocks, poison, k, labels, quantile, reach, LANES: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
     """At least the blocks of the largest maxima, k and one for every label, equal ones by number. As many as there are
     labels may owe their maximum to one; the others hold a negative each that is as hard as any element outside the
@@ -246,7 +246,7 @@ def winning_blocks(
     maxima = Array(scratch.maxima_ptr, 0, num_blocks, num_blocks)
     no_rim = tl.full((2 * (128 // ELEMENT.primitive_bitwidth),), -_INF, tl.float32)
     moments = survey(maxima, plain_view, (0,), no_rim, 1, LANES)
-    needed = tl.minimum(wanted, num_blocks)
+    needed = tl.minimum(k + labels, num_blocks)
     lowest = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
     bracket = Bracket(lowest, key_of(moments.top, ELEMENT) + 1, num_blocks, needed * 0)
     source = (maxima, no_rim, tl.full((), float("nan"), tl.float32))
@@ -404,8 +404,10 @@ def blocks_kernel(
     num_blocks = tl.cdiv(row.body, TILE) * (TILE // WIDTH)
     rim, _positions, _inside = open_rim(row)
     poison = tl.where(tl.sum((rim != rim).to(tl.int32), axis=0) > 0, float("nan"), 0.0)
-    most = k + 1 if num_labels is None else k + num_labels
-    winners, bound, poison = winning_blocks(scratch, num_blocks, poison, most, quantile, reach, LANES, GROUPS)
+    labels_at_most = 1 if num_labels is None else num_labels
+    winners, bound, poison = winning_blocks(
+        scratch, num_blocks, poison, k, labels_at_most, quantile, reach, LANES, GROUPS
+    )  # fmt: skip
     tl.debug_barrier()
     found, bracket, top = candidates(
         scratch, row, target, at_positives, winners, bound, wanted, VIEW, COUNT, WIDTH, LANES, GROUPS

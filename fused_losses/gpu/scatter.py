@@ -101,10 +101,12 @@ def scatter_kernel(
 def _gradient(
     z, row, target, positions, inside, scale, cut, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
-    values = tl.where(picked(z, positions, cut), of_negative(z, scale, NEGATIVE, FAST), 0.0)
-    if POSITIVE is not None:
+    if POSITIVE is None:
+        values = tl.where(picked(z, positions, cut), of_negative(z, scale, NEGATIVE, FAST), 0.0)
+    else:
         positive, gradient = POSITIVE(z, row, target, positions, inside, scale, FAST)
-        values = tl.where(positive, gradient, values)
+        of_pick = tl.where(picked(z, positions, cut), of_negative(z, scale, NEGATIVE, FAST), 0.0)
+        values = tl.where(positive, gradient, of_pick)
     return values
 
 

@@ -201,7 +201,7 @@ def below(z, top, beside):
 
 
 @triton.jit
-def of_row(statistics_ptr, a, b):
-    """What ``share`` takes besides z in backward, from the row's statistics."""
-    l = tl.load(statistics_ptr + 1)
-    return tl.load(statistics_ptr), tl.where(l == -_INF, 0.0, l)  # all are -inf: exp gives 0, not NaN
+def of_row(statistics_ptr, row, columns, a, b):
+    """What ``share`` takes besides z in backward."""
+    l = tl.load(statistics_ptr + row * columns + 1)
+    return tl.load(statistics_ptr + row * columns), tl.where(l == -_INF, 0.0, l)  # all are -inf: exp gives 0, not NaN
