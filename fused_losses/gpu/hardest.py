@@ -34,7 +34,12 @@ _TARGETS = {
     "label": {"TARGET": label_target, "POSITIVES": picks.index_positives, "VIEW": select.index_view},
     "labels": {"TARGET": label_target, "POSITIVES": labels_here, "VIEW": labels_view},
 }
-_HELD = {"OPEN": picks.hold, "COUNT": select.count_held}
+_HELD = {
+    "index": {"OPEN": picks.hold, "COUNT": select.count_held},
+    "multi_hot": {"OPEN": picks.hold, "COUNT": select.count_held},
+    "label": {"OPEN": picks.hold, "COUNT": select.count_held},
+    "labels": {"OPEN": picks.hold_labels, "COUNT": select.count_held},
+}
 _WALKED = {
     "index": {"OPEN": picks.walk_index, "COUNT": select.count_walked},
     "multi_hot": {"OPEN": picks.walk_multi_hot, "COUNT": select.count_walked_multi_hot},
@@ -137,7 +142,7 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, kept: tuple[Tensor, 
     matrix = *z, num_classes
     rows = *ending.outputs, *kept, spec.slots, k, *matrix, *device.labels_beside(z, target, spec)
     if how.width == 0:
-        functions |= _HELD if how.held else _WALKED[kind]
+        functions |= (_HELD if how.held else _WALKED)[kind]
         device.launch(
             picks.row_kernel, (num_rows,), how.tile.warps, *rows, *upper_tail(k, num_classes), a, b, ending.p, ending.q,
             **functions, **tiles,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import load_tile, part_of, rim_positions, tile_lanes
+from .rows import load_tile, part_of, rim_positions
 
 _INF = tl.constexpr(float("inf"))
 CHUNK = tl.constexpr(32)  # labels at a time
@@ -34,12 +34,11 @@ def label_target(labels, row, num_classes, VECTOR: tl.constexpr):
     ignored = tl.full((), False, tl.int1)
     if labels.ignore_index is not None:
         ignored = tl.load(ptr) == -1
-    wrong = tl.zeros((CHUNK,), tl.int32)
-    for start in range(0, labels.number, CHUNK):
-        place = start + tl.arange(0, CHUNK)
-        label = tl.load(ptr + place, mask=place < labels.number, other=-1)
-        wrong |= ((label < -1) | (label >= labels.all_classes)).to(tl.int32)
-    bad = tl.max(wrong, axis=0) > 0
+    # One by one: what the compiler knows of the alignment of a loop's addresses is lost where a reduction bounds it.
+    bad = tl.full((), False, tl.int1)
+    for place in range(labels.number):
+        label = tl.load(ptr + place)
+        bad |= (label < -1) | (label >= labels.all_classes)
     column = _column(tl.load(ptr), labels.first_class, num_classes)
     return LabelSet(column, ignored, bad, ptr, labels.number, labels.first_class, num_classes)
 
@@ -63,6 +62,24 @@ def without_labels(target, row, positions, allowed):
     for place in range(target.number):
         allowed = allowed & (positions != column_of_label(target, place) - row.head)
     return allowed
+
+
+@triton.jit
+def hide(x, place, VECTOR: tl.constexpr):
+    """A tile (ROWS, LANES) with -inf at one place of its row-major order, if that is one of its places.
+
+    Each thread compares the number of one of its own elements with constants: the places of all of them would take as
+    many registers as the tile.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    LANES: tl.constexpr = x.shape[1]
+    thread = place % LANES // VECTOR
+    own = tl.where(
+        (tl.arange(0, LANES // VECTOR) == thread) & (place >= 0), place // LANES * VECTOR + place % VECTOR, -1
+    )
+    elements = tl.arange(0, ROWS)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    hidden = tl.where(own[None, :, None] == elements, -_INF, tl.reshape(x, (ROWS, LANES // VECTOR, VECTOR)))
+    return tl.reshape(hidden, (ROWS, LANES))
 
 
 # --- the walk over all negatives --------------------------------------------------------------------------------------
@@ -98,9 +115,8 @@ def walk_around_labels(
         for i in range(tile, masked):
             state = STEP(state, load_tile(row, i, ROWS, LANES), a, b, PHI, FAST, True, VECTOR)
         x = load_tile(row, masked, ROWS, LANES)
-        lanes = tile_lanes(ROWS, LANES)
         while (place < target.number) & (position < (masked + 1) * TILE):
-            x = tl.where(lanes == position - masked * TILE, -_INF, x)
+            x = hide(x, position - masked * TILE, VECTOR)
             number -= ((position >= masked * TILE) & (position < row.body)).to(tl.int32)
             place += 1
             position = column_of_label(target, place) - row.head

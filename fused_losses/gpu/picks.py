@@ -14,7 +14,7 @@ import triton.language as tl
 from .emit import Picks, rank_columns, store_columns
 from .finish import Outputs, end_row
 from .formulas import softplus
-from .labels import write_label_logits
+from .labels import column_of_label, hide, write_label_logits
 from .rows import (
     SIZES,
     Array,
@@ -122,6 +122,17 @@ def hold(row, target, at_positives, VIEW: tl.constexpr, ROWS: tl.constexpr, LANE
     rim = tl.where(VIEW(target, row, positions, inside)[1], rim, -_INF)
     positions = tile_lanes(ROWS, LANES)
     x = tl.where(VIEW(target, row, positions, positions < row.body)[1], load_tile(row, 0, ROWS, LANES), -_INF)
+    return (x, rim), survey_held(x, rim)
+
+
+@triton.jit
+def hold_labels(row, target, at_positives, VIEW: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
+    rim, positions, inside = open_rim(row)
+    rim = tl.where(VIEW(target, row, positions, inside)[1], rim, -_INF)
+    x = load_tile(row, 0, ROWS, LANES)
+    for place in range(target.number):
+        x = hide(x, column_of_label(target, place) - row.head, VECTOR)
     return (x, rim), survey_held(x, rim)
 
 
