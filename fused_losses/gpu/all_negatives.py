@@ -27,7 +27,7 @@ from .gradient import (
     of_negatives,
     write_labels,
 )
-from .labels import label_target, write_label_logits
+from .labels import label_target, with_label_logits, write_label_logits
 from .rows import (
     SIZES,
     Labels,
@@ -65,9 +65,10 @@ def forward_kernel(
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, PHI, FAST, ROWS, LANES)
     outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
-    end_row(outputs, number, target, STATISTICS(*seen), p, q, FINISH, VALUE, SLOPE)
+    statistics = STATISTICS(*seen)
     if num_labels is not None:
-        write_label_logits(statistics_ptr, number, row, target, LOGIT)
+        statistics = with_label_logits(statistics_ptr, number, row, target, statistics, LOGIT)
+    end_row(outputs, number, target, statistics, p, q, FINISH, VALUE, SLOPE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -87,11 +88,12 @@ def part_kernel(
     target = TARGET(labels, number, num_classes, VECTOR)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, PHI, FAST, ROWS, LANES)
+    if num_labels is not None:
+        poison = write_label_logits(statistics_ptr, number, row, target, LOGIT)
+        seen = seen[0], seen[1] + poison, seen[2], seen[3]
     slot = (number * tl.num_programs(1) + tl.program_id(1)) * 4
     for i in tl.static_range(4):
         tl.store(parts_ptr + slot + i, seen[i])
-    if num_labels is not None and tl.program_id(1) == 0:
-        write_label_logits(statistics_ptr, number, row, target, LOGIT)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -140,11 +140,11 @@ def labels_view(target, row, positions, inside):
 
 @triton.jit
 def labels_here(row, target, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """-> (what is left out of counts; how many of the classes at hand are labels)"""
+    """-> (what is left out of counts; how many of the row's classes are labels: none in a row without elements)"""
     counts = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, target.number, CHUNK):
         counts += (column_of_label(target, start + tl.arange(0, CHUNK)) >= 0).to(tl.int32)
-    return target, tl.sum(counts, axis=0)
+    return target, tl.minimum(tl.sum(counts, axis=0), row.length)
 
 
 @triton.jit
@@ -163,12 +163,25 @@ def labels_above(target, row, t):
 
 @triton.jit
 def write_label_logits(statistics_ptr, number, row, target, LOGIT: tl.constexpr):
-    """The labels' logits behind the other statistics of a row, -inf where there is none. 0 in an ignored row, NaN in
-    one with a bad label."""
+    """The labels' logits behind the other statistics of a row, -inf where there is none: 0 in an ignored row, NaN in
+    one with a bad label. The first program of a row does so.
+
+    -> NaN if there is one among them, else 0
+    """
     behind_others = statistics_ptr + number * (3 + target.number) + 3
-    for start in range(0, target.number, CHUNK):
+    nans = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, tl.where(tl.program_id(1) == 0, target.number, 0), CHUNK):
         place = start + tl.arange(0, CHUNK)
         column = column_of_label(target, place)
         z = tl.load(row.ptr + (column - row.head), mask=column >= 0, other=-_INF).to(tl.float32)
+        nans += (z != z).to(tl.int32)
         z = tl.where(target.bad, float("nan"), LOGIT(z))
         tl.store(behind_others + place, tl.where(target.ignored, 0.0, z), mask=place < target.number)
+    return tl.where(tl.sum(nans, axis=0) > 0, float("nan"), 0.0)
+
+
+@triton.jit
+def with_label_logits(statistics_ptr, number, row, target, statistics, LOGIT: tl.constexpr):
+    """Writes them -> the other statistics, the second of them NaN if there is a NaN among the labels"""
+    poison = write_label_logits(statistics_ptr, number, row, target, LOGIT)
+    return statistics[0], statistics[1] + poison, statistics[2]

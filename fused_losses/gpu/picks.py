@@ -14,7 +14,7 @@ import triton.language as tl
 from .emit import Picks, rank_columns, store_columns
 from .finish import Outputs, end_row
 from .formulas import softplus
-from .labels import column_of_label, hide, write_label_logits
+from .labels import column_of_label, hide, with_label_logits
 from .rows import (
     SIZES,
     Array,
@@ -171,9 +171,10 @@ def row_kernel(
     total, s = EMIT(picks, row, VIEW, target, cut, TERM, SMOOTH, at, beside, FAST, GROUPS)
     seen = SEEN(moments.top, total, s, at_positives, moments.poison, positives)
     outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
-    end_row(outputs, number, target, STATISTICS(*seen), p, q, FINISH, VALUE, SLOPE)
+    statistics = STATISTICS(*seen)
     if num_labels is not None:
-        write_label_logits(statistics_ptr, number, row, target, LOGIT)
+        statistics = with_label_logits(statistics_ptr, number, row, target, statistics, LOGIT)
+    end_row(outputs, number, target, statistics, p, q, FINISH, VALUE, SLOPE)
 
 
 # --- a row read once, then only the blocks that can hold a pick -------------------------------------------------------
@@ -437,9 +438,10 @@ def blocks_kernel(
     total, s = EMIT(picks, array, list_view, info, cut, TERM, SMOOTH, at, beside, FAST, GROUPS)
     seen = SEEN(top, total, s, at_positives, poison, positives)
     outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
-    end_row(outputs, number, target, STATISTICS(*seen), p, q, FINISH, VALUE, SLOPE)
+    statistics = STATISTICS(*seen)
     if num_labels is not None:
-        write_label_logits(statistics_ptr, number, row, target, LOGIT)
+        statistics = with_label_logits(statistics_ptr, number, row, target, statistics, LOGIT)
+    end_row(outputs, number, target, statistics, p, q, FINISH, VALUE, SLOPE)
 
 
 @triton.jit(do_not_specialize=_SIZES)

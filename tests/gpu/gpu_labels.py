@@ -40,7 +40,9 @@ def compare_labels(
     def step(backend, dtype):
         seen = backend.statistics(logits.to(dtype), labels, *spec)
         given = None if compact and k else logits.to(dtype)
-        numbers = (x.to(seen[0].dtype) for x in (grad, coefficients))
+        known = coefficients.clone()
+        known[:, 0].masked_fill_(seen[0][:, 1].isnan(), float("nan"))  # as every finish does
+        numbers = (x.to(seen[0].dtype) for x in (grad, known))
         return *seen, backend.backward(*numbers, given, labels, *seen, classes, *spec)
 
     ours, theirs, truth = step(backend, logits.dtype), step(Unchecked(), logits.dtype), step(Unchecked(), torch.float64)
@@ -58,5 +60,5 @@ def _comparable(statistics: Tensor, formula: Formula, spec) -> Tensor:
     sense; and s by itself, whose scale is not that of the others."""
     nan = statistics[:, 1:2].isnan()
     rest = statistics.masked_fill(nan, float("nan"))
-    rest[:, 2] = torch.where(statistics[:, 0] == float("inf"), 0, rest[:, 2])
+    rest[:, 2].masked_fill_((statistics[:, 0] == float("inf")) & ~nan[:, 0], 0)
     return rest

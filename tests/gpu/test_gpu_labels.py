@@ -208,14 +208,15 @@ def test_rows_without_labels_here(formula, regime, smoothing, device, force):
 @each_form
 @one_of_each
 def test_one_label_is_a_class_index(formula, k, compact, device):
-    """Without smoothing: the same statistics but for the place of the NaN, the same picks, the same gradient."""
+    """Without smoothing: the same picks, the same statistics and gradient but for rounding."""
     logits, target = make(5, 203, BF16)
     logits, target = logits.to(device), target.to(device)
     plain = formula.spec(203, k, compact)
     spec = plain._replace(labels=True, ignore_index=-1)
-    seen, seen_plain = gpu_backend.statistics(logits, target[:, None], *spec), None
+    seen = gpu_backend.statistics(logits, target[:, None], *spec)
     seen_plain = gpu_backend.statistics(logits, target, *plain)
-    assert torch.equal(seen[0][:, [0, 1, 3]], seen_plain[0])
+    assert torch.equal(seen[0][:, [0, 3]], seen_plain[0][:, [0, 2]])
+    torch.testing.assert_close(seen[0][:, 1], seen_plain[0][:, 1], rtol=1e-6, atol=0)  # tiles in another order
     assert torch.equal(seen[1], seen_plain[1]) and torch.equal(seen[2], seen_plain[2])
     coefficients = coefficients_for(target[:, None]).to(device)
     given = None if compact else logits
@@ -225,7 +226,7 @@ def test_one_label_is_a_class_index(formula, k, compact, device):
             (coefficients, target[:, None], seen, spec), (coefficients[:, [0, 2]], target, seen_plain, plain)
         )
     )  # fmt: skip
-    assert torch.equal(*grads)
+    torch.testing.assert_close(*grads, rtol=1e-6 if logits.dtype == FP32 else 1e-2, atol=0)
 
 
 @each_form
