@@ -299,3 +299,18 @@ def test_labels_in_any_order_lead_to_no_other_memory(regime, smoothing, force, t
             known += [*seen, gpu_backend.backward(grad, coefficients, given, labels, *seen, 131, *spec)]
     for way, of_everything in enumerate(traffic.everything()):
         assert sum(traffic(tensor)[way] for tensor in known) == of_everything
+
+
+@pytest.mark.parametrize("most", [2, 3, 6])
+@pytest.mark.parametrize("regime", ["blocks of 8", "blocks of 8, split"])
+def test_labels_and_picks_each_in_a_block_of_its_own(regime, most, device, force):
+    """The labels are the largest of their blocks, which are found by their maxima: none of the picks may be missed."""
+    force(regime)
+    generator = torch.Generator().manual_seed(most)
+    logits = 0.1 * torch.randn((12, 300), generator=generator)
+    labels = torch.empty((12, most), dtype=torch.int64)
+    for row, line in enumerate(logits):
+        places = 1 + 8 * torch.randperm(36, generator=generator)[: most + 4]
+        line[places] = torch.cat((20 + torch.randn(most, generator=generator), 9 + torch.randn(4, generator=generator)))
+        labels[row] = places[:most].sort().values
+    compare_labels(CE, logits.to(BF16).to(device), labels.to(device), 4, compact=True)
