@@ -18,16 +18,38 @@ class Scale(NamedTuple):
     """A row's coefficients times its upstream gradient, and what the gradient of a negative takes besides its logit."""
 
     c: tl.tensor
-    b: tl.tensor  # or None: without label smoothing
-    t: tl.tensor  # or, with several labels, None
-    t_ptr: tl.tensor  # with several labels: to their coefficients,
-    grad: tl.tensor  # and what these are multiplied by
     p: tl.tensor
     q: tl.tensor
+    t: tl.tensor
 
 
-# scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, row, num_labels, a, b, PARAMETERS) -> Scale;
-# grad_stride 0: one upstream gradient for all rows.
+class LabelScale(NamedTuple):
+    """The same with several labels."""
+
+    c: tl.tensor
+    p: tl.tensor
+    q: tl.tensor
+    t_ptr: tl.tensor  # to the labels' coefficients,
+    grad: tl.tensor  # and what these are multiplied by
+
+
+class SmoothedScale(NamedTuple):
+    """The same with label smoothing."""
+
+    c: tl.tensor
+    p: tl.tensor
+    q: tl.tensor
+    t_ptr: tl.tensor
+    grad: tl.tensor
+    b: tl.tensor
+
+
+# Which of them a function is given: older compilers return no tuple with a None in it, which one type would need.
+_ONE_TARGET = tl.constexpr(len(Scale._fields))
+_SMOOTHED = tl.constexpr(len(SmoothedScale._fields))
+
+# scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, row, num_labels, a, b, PARAMETERS) -> one of
+# them; grad_stride 0: one upstream gradient for all rows.
 
 
 @triton.jit
@@ -38,7 +60,7 @@ def scale_of_row(
     c = tl.load(coefficients_ptr + row * 2) * grad
     t = tl.load(coefficients_ptr + row * 2 + 1) * grad
     p, q = PARAMETERS(statistics_ptr, row, 3, a, b)
-    return Scale(c, None, t, None, None, p, q)
+    return Scale(c, p, q, t)
 
 
 @triton.jit
@@ -49,7 +71,7 @@ def scale_of_labels(
     coefficients_ptr += row * (2 + num_labels)
     c = tl.load(coefficients_ptr) * grad
     p, q = PARAMETERS(statistics_ptr, row, 3 + num_labels, a, b)
-    return Scale(c, None, None, coefficients_ptr + 2, grad, p, q)
+    return LabelScale(c, p, q, coefficients_ptr + 2, grad)
 
 
 @triton.jit
@@ -60,14 +82,14 @@ def scale_of_labels_smoothed(
         grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, row, num_labels, a, b, PARAMETERS
     )  # fmt: skip
     shift = tl.load(plain.t_ptr - 1) * plain.grad
-    return Scale(plain.c, shift, None, plain.t_ptr, plain.grad, plain.p, plain.q)
+    return SmoothedScale(plain.c, plain.p, plain.q, plain.t_ptr, plain.grad, shift)
 
 
 @triton.jit
 def fill_of_row(target, scale):
     """-> (what a whole row becomes if it is not 0; whether it does)"""
     spoilt = scale.c != scale.c
-    if scale.t is not None:
+    if len(scale) == _ONE_TARGET:
         spoilt = (scale.c != scale.c) | (scale.t != scale.t)
     return tl.where(target.ignored, 0.0, float("nan")), spoilt | target.ignored
 
@@ -75,7 +97,7 @@ def fill_of_row(target, scale):
 @triton.jit
 def of_negative(z, scale, NEGATIVE: tl.constexpr, FAST: tl.constexpr):
     gradient = scale.c * NEGATIVE(z, scale.p, scale.q, FAST)
-    if scale.b is not None:
+    if len(scale) == _SMOOTHED:
         gradient += scale.b
     return gradient
 
