@@ -254,6 +254,8 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> N
         "TARGET": _TARGETS[kind], "WALK": _WALKS[spec.family, kind + smoothed], "PHI": phi,
         "LOGIT": _LOGITS[spec.family] if spec.labels else None, **walk.tiles,
     }  # fmt: skip
+    if spec.labels:
+        walked |= device.limited_registers(logits, 64)
     if walk.parts == 1:
         device.launch(
             forward_kernel, (num_rows,), walk.warps, *ending.outputs, *z, num_classes, *labels, a, b, ending.p,

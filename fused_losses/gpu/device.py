@@ -111,10 +111,10 @@ def walk_of(rows: Tensor, num_classes: int, halved: bool = False) -> Walk:
     return Walk(tile.warps, parts, {"FAST": device.nvidia, **shape})
 
 
-def limited_registers(rows: Tensor) -> dict[str, int]:
+def limited_registers(rows: Tensor, most: int = 128) -> dict[str, int]:
     """Compiler's option for kernels of which the assembler would give a thread more registers than leave room for 16
-    warps per multiprocessor."""
-    return {"maxnreg": 128} if profile(rows.device).nvidia else {}
+    warps per multiprocessor, or for the 32 that 64 registers leave room for."""
+    return {"maxnreg": most} if profile(rows.device).nvidia else {}
 
 
 def launch(kernel, grid: tuple[int, ...], warps: int, *arguments, **constexprs) -> None:
