@@ -75,7 +75,7 @@ void check(bool holds, const char* otherwise) {
 // The arguments that every door takes last.
 Spec read_spec(const Kernels& kernels, StringHandle loss_handle, StableListHandle params_handle,
                std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-               int64_t all_classes, bool compact) {
+               int64_t all_classes, bool compact, bool labels, double label_smoothing) {
   const Text loss(loss_handle);
   const Numbers params(params_handle);
   Spec spec{};
@@ -96,9 +96,14 @@ Spec read_spec(const Kernels& kernels, StringHandle loss_handle, StableListHandl
   spec.first_class = first_class;
   spec.all_classes = all_classes;
   spec.compact = compact && k > 0;
+  spec.labels = labels;
+  spec.label_smoothing = label_smoothing;
   check(k >= 0 && k <= INT32_MAX, "k must be 0 or more, and fewer than 2^31");
   check(first_class >= 0, "first_class must not be negative");
   check(all_classes >= 1, "there must be at least one class");
+  check(label_smoothing >= 0 && label_smoothing < 1 && (labels || label_smoothing == 0),
+        "label_smoothing must be in [0, 1), and 0 without labels");
+  check(!labels || !spec.ignores || spec.ignore_index == -1, "ignore_index must be None or -1 with labels");
   return spec;
 }
 
@@ -192,27 +197,54 @@ void check_target(const Tensor& target) { check_tensor(target, target.dim() == 2
 
 // --------------------------------------------------------------------------------------------------------- problems
 
+bool is_multi_hot(const Tensor& target, const Spec& spec) { return target.dim() == 2 && !spec.labels; }
+
 // The target, which must outlive what is made of it, with contiguous rows if it is multi-hot.
 Target read_target(const Tensor& target, int64_t rows, const Spec& spec) {
-  Target read{target.const_data_ptr(), target.stride(0), target.dim() == 2, {}};
+  Target read{target.const_data_ptr(), target.stride(0), is_multi_hot(target, spec), spec.labels, {}, 1, 0};
   check(target.size(0) == rows, "target must have as many rows as the logits");
   if (read.multi_hot) {
     check(spec.family == Family::logistic, "multi-hot targets are for the logistic family only");
     read.entries = entries_of(target);
+    return read;
+  }
+  const bool int64 = torch_dtype(target) == aoti_torch_dtype_int64();
+  if (spec.labels) {
+    check(int64 && target.dim() == 2 && target.size(1) >= 1 && target.size(1) <= INT32_MAX,
+          "labels must be int64 (rows, P), P >= 1 and fewer than 2^31");
+    read.places = target.size(1);
+    read.place_stride = target.stride(1);
   } else {
-    check(torch_dtype(target) == aoti_torch_dtype_int64(), "target must be int64 class indices (rows,)");
+    check(int64, "target must be int64 class indices (rows,)");
   }
   return read;
 }
 
-Tensor with_readable_rows(const Tensor& target) { return target.dim() == 2 ? with_contiguous_rows(target) : target; }
+Tensor with_readable_rows(const Tensor& target, const Spec& spec) {
+  return is_multi_hot(target, spec) ? with_contiguous_rows(target) : target;
+}
+
+[[noreturn]] void refuse_class(int64_t y, int64_t row, const Spec& spec) {
+  throw std::out_of_range("Target " + std::to_string(y) + " is out of bounds. (row " + std::to_string(row) + ", " +
+                          std::to_string(spec.all_classes) + " classes)");
+}
 
 void check_class_indices(const Target& target, int64_t rows, const Spec& spec) {
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t y = target.label(row);
-    if ((y >= 0 && y < spec.all_classes) || target.ignored(row, spec)) continue;
-    throw std::out_of_range("Target " + std::to_string(y) + " is out of bounds. (row " + std::to_string(row) + ", " +
-                            std::to_string(spec.all_classes) + " classes)");
+    if ((y < 0 || y >= spec.all_classes) && !target.ignored(row, spec)) refuse_class(y, row, spec);
+  }
+}
+
+void check_lists(const Target& target, int64_t rows, const Spec& spec) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t place = 0; place < target.places; ++place) {
+      const int64_t y = target.label(row, place);
+      if (y < -1 || y >= spec.all_classes) refuse_class(y, row, spec);
+      if (place == 0) continue;
+      const int64_t before = target.label(row, place - 1);
+      check(y == -1 || (before != -1 && before < y), "labels must be ascending, with -1 behind the last");
+    }
   }
 }
 
@@ -232,13 +264,13 @@ Problem make_problem(const Tensor* logits, const Tensor& target, int64_t rows, i
   problem.spec = spec;
   if (problem.target.multi_hot) {
     check(target.size(1) == classes, "multi-hot targets must have the shape of the logits");
+  } else if (spec.labels) {
+    check_lists(problem.target, rows, spec);
   } else {
     check_class_indices(problem.target, rows, spec);
   }
   return problem;
 }
-
-int64_t statistics_columns(const Target& target) { return target.multi_hot ? 4 : 3; }
 
 }  // namespace
 }  // namespace fused_losses

@@ -19,8 +19,10 @@
 // AVX2 vector through memory, at five times the cost of exp itself.)
 #if defined(__GNUC__)
 #define FUSED_LOSSES_INLINE inline __attribute__((always_inline))
+#define FUSED_LOSSES_NOINLINE __attribute__((noinline))
 #else
 #define FUSED_LOSSES_INLINE inline
+#define FUSED_LOSSES_NOINLINE
 #endif
 
 namespace fused_losses {
@@ -51,6 +53,8 @@ struct Spec {
   int64_t ignore_index;
   int64_t first_class, all_classes;
   bool compact;
+  bool labels;  // the target is a list of labels for each row
+  double label_smoothing;
 
   int64_t slots() const { return k == 0 ? 0 : compact ? k : 1; }  // picks that are kept of a row
 };
@@ -61,21 +65,28 @@ struct Entries {
   uint64_t one, magnitude;
 };
 
-// (rows,) int64 class indices, or (rows, classes) multi-hot of any dtype. An index counts the classes of all shards.
+// (rows,) int64 class indices; or (rows, places) lists of them, each ascending, with -1 in the places behind its last;
+// or (rows, classes) multi-hot of any dtype. An index counts the classes of all shards.
 struct Target {
   const void* data;
   int64_t stride;  // from row to row
-  bool multi_hot;
+  bool multi_hot, labels;
   Entries entries;
+  int64_t places, place_stride;  // of a list; 1 and 0 otherwise
 
-  int64_t label(int64_t row) const { return static_cast<const int64_t*>(data)[row * stride]; }
+  int64_t label(int64_t row, int64_t place = 0) const {
+    return static_cast<const int64_t*>(data)[row * stride + place * place_stride];
+  }
+  int64_t statistics_columns() const { return multi_hot ? 4 : labels ? 3 + places : 3; }
+  int64_t coefficients_columns() const { return labels ? 2 + places : 2; }
   bool ignored(int64_t row, const Spec& spec) const {
     return !multi_hot && spec.ignores && label(row) == spec.ignore_index;
   }
 };
 
 // What is kept of a row, and what its gradient is made of, in the compute dtype: float64 for float64 logits, float32
-// for all others. The numbers are explained in fused_losses/finish.py.
+// for all others. The numbers are explained in fused_losses/finish.py. Lists of labels have one number more of the row
+// as a whole, for label smoothing, in front of those of the labels: rows.h.
 template <class T>
 struct SoftmaxStatistics {
   T max, log_sum, target;
@@ -106,7 +117,7 @@ struct Problem {
 // picks: compact (rows, k), every picked negative; threshold (rows, 1), the last one taken; all negatives (rows, 0).
 struct Forward {
   Problem problem;
-  void* statistics;     // (rows,)
+  void* statistics;     // (rows, target.statistics_columns())
   int32_t* pick_index;  // -1 in an empty slot
   void* pick_logit;     // dtype of the logits; -inf in an empty slot
   // Out: the first multi-hot entry that is neither 0 nor 1, as row * classes + class; the results are void then.
@@ -129,8 +140,8 @@ struct Backward {
   Problem problem;
   const void* grad;  // (rows,); one number for all of them has stride 0
   int64_t grad_stride;
-  const void* coefficients;  // (rows,)
-  const void* statistics;    // (rows,)
+  const void* coefficients;  // (rows, target.coefficients_columns())
+  const void* statistics;    // (rows, target.statistics_columns())
   const int32_t* pick_index;
   const void* pick_logit;
   void* dlogits;  // (rows, classes), contiguous, dtype of the logits

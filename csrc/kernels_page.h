@@ -54,7 +54,9 @@ static void forward(DType dtype, Forward& door) {
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
     if (door.problem.spec.family == Family::softmax) {
-      return ForwardWalk<S, SoftmaxForward<S>>(door, SoftmaxForward<S>(door)).run();
+      const auto walk = [&](auto family) { ForwardWalk<S, decltype(family)>(door, family).run(); };
+      if (door.problem.spec.label_smoothing == 0) return walk(SoftmaxForward<S, false>(door));
+      return walk(SoftmaxForward<S, true>(door));
     }
     with_phi<VecOf<S>>(door.problem.spec, [&](auto phi) {
       using Walked = LogisticForward<S, decltype(phi)>;

@@ -1,5 +1,5 @@
-// The logistic family: a row gives the sum of phi(z) over S, and, where a target is a row of its own, that of
-// softplus(-z) over its positives.
+// The logistic family: a row gives the sum of phi(z) over S; where label smoothing asks for it, that of z; and, where a
+// target is a row of its own, that of softplus(-z) over its positives.
 #pragma once
 
 #include "formulas.h"
@@ -16,48 +16,55 @@ class LogisticForward {
   struct Partial {
     T max = -kInfinity<T>;
     CompensatedSum sum;
+    CompensatedSum of_logits;  // for label smoothing only
   };
 
   LogisticForward(const Forward& door, Phi phi)
-      : statistics_(door.statistics), multi_hot_(door.problem.target.multi_hot), phi_(phi) {}
+      : statistics_(door, kInfinity<T>),
+        of_many_(door.problem.target.multi_hot ? static_cast<MultiHotStatistics<T>*>(door.statistics) : nullptr),
+        smoothed_(door.problem.spec.label_smoothing != 0),
+        phi_(phi) {}
 
   // phi(-inf) = 0, and a NaN stays one.
   template <class X>
   Partial over(const X* row, int64_t begin, int64_t end, Positives positives) const {
     using V = VecOf<X>;
-    V largest(-kInfinity<T>);
-    const CompensatedSum sum(sum_negatives(row, begin, end, positives, [&](V z) {
+    Partial partial;
+    V largest(partial.max);
+    partial.sum = CompensatedSum(sum_negatives(row, begin, end, positives, [&](V z) {
       largest = max(largest, z);
       return phi_.value(z);
     }));
-    return {max_lane(largest), sum};
-  }
-
-  static Partial merge(Partial a, Partial b) {
-    a.sum.add(b.sum);
-    return {a.max < b.max ? b.max : a.max, a.sum};
-  }
-
-  void write(int64_t row, const S* logits, Positives positives, Partial partial) const {
-    const T negatives = T(partial.sum.total());
-    if (multi_hot_) {
-      of_many()[row] = {partial.max, negatives, T(positive_sum(logits, positives)), T(positives.count)};
-    } else {
-      of_one()[row] = {partial.max, negatives,
-                       positives.count > 0 ? to_compute(logits[positives.index[0]]) : -kInfinity<T>};
+    partial.max = max_lane(largest);
+    if (smoothed_) {  // a second look at a piece in the first cache
+      partial.of_logits = CompensatedSum(sum_above(row, begin, end, positives, T(0)));
     }
+    return partial;
   }
 
-  void ignore(int64_t row) const { of_one()[row] = {0, 0, 0}; }  // only an index is ever ignored
+  static Partial merge(Partial a, const Partial& b) {
+    a.sum.add(b.sum);
+    a.max = a.max < b.max ? b.max : a.max;
+    a.of_logits.add(b.of_logits);
+    return a;
+  }
+
+  void write(int64_t row, const S* logits, Positives positives, const Partial& partial) const {
+    const T negatives = T(partial.sum.total());
+    if (of_many_ != nullptr) {
+      of_many_[row] = {partial.max, negatives, T(positive_sum(logits, positives)), T(positives.count)};
+      return;
+    }
+    statistics_.write(row, logits, positives, partial.max, negatives, T(partial.of_logits.total()));
+  }
+
+  void ignore(int64_t row) const { statistics_.ignore(row); }
 
   // Positives are counted all the same: multi-hot rows are normalised over the batch, and the others must not feel this
   // one.
   void spoil(int64_t row, Positives positives) const {
-    if (multi_hot_) {
-      of_many()[row] = {kNaN<T>, kNaN<T>, kNaN<T>, T(positives.count)};
-    } else {
-      of_one()[row] = {kNaN<T>, kNaN<T>, kNaN<T>};
-    }
+    statistics_.spoil(row);
+    if (of_many_ != nullptr) of_many_[row].num_positives = T(positives.count);
   }
 
  private:
@@ -72,11 +79,9 @@ class LogisticForward {
     return sum.total();
   }
 
-  LogisticStatistics<T>* of_one() const { return static_cast<LogisticStatistics<T>*>(statistics_); }
-  MultiHotStatistics<T>* of_many() const { return static_cast<MultiHotStatistics<T>*>(statistics_); }
-
-  void* statistics_;
-  bool multi_hot_;
+  StatisticsWriter<S> statistics_;
+  MultiHotStatistics<T>* of_many_;  // null unless the target is multi-hot
+  bool smoothed_;
   Phi phi_;
 };
 
@@ -88,18 +93,17 @@ class LogisticBackward {
   static constexpr bool multi_hot = true;
 
   struct Gradient {
-    Coefficients<T> coefficients;
-    V of_negatives, of_positives;
+    V of_negatives, of_smoothing, of_positives;
     const Phi& phi;
 
-    FUSED_LOSSES_INLINE V negative(V z) const { return of_negatives * phi.slope(z); }
+    FUSED_LOSSES_INLINE V negative(V z) const { return fma(of_negatives, phi.slope(z), of_smoothing); }
     FUSED_LOSSES_INLINE V positive(V z) const { return of_positives * sigmoid(V(0) - z); }
   };
 
   LogisticBackward(const Backward&, Phi phi) : phi_(phi) {}
 
-  Gradient gradient(int64_t, Coefficients<T> coefficients) const {
-    return {coefficients, V(coefficients.of_negatives), V(coefficients.of_target), phi_};
+  Gradient gradient(int64_t, const Scaled<T>& scaled) const {
+    return {V(scaled.of_negatives), V(scaled.of_smoothing), V(scaled.of_target), phi_};
   }
 
  private:

@@ -59,7 +59,12 @@ InstructionSet& chosen() {
 // ------------------------------------------------------------------------------------------------------------ doors
 
 using FinishResult = std::tuple<Tensor, Tensor>;
+using StatisticsResult = std::tuple<Tensor, Tensor, Tensor>;
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+void check_without_labels(const Spec& spec) {
+  check(!spec.labels, "forward and finish take no labels: finish.finish_labels makes a loss of their statistics");
+}
 
 void check_weight(const std::optional<Tensor>& weight, const Target& target, DType compute, const Spec& spec) {
   if (!weight.has_value()) return;
@@ -92,26 +97,13 @@ FinishResult finish_rows(const Tensor& statistics, const Target& target, const s
   return {std::move(loss), std::move(coefficients)};
 }
 
-ForwardResult forward(const Tensor& any_logits, const Tensor& any_target, const std::optional<Tensor>& weight,
-                      StringHandle reduction_handle, StringHandle loss_handle, StableListHandle params,
-                      std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-                      int64_t all_classes, bool compact) {
-  const Text reduction_name(reduction_handle);
-  const Spec spec =
-      read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
-  const Reduction reduction = reduction_of(reduction_name.view());
-  check_tensor(any_logits, 2, "logits");
-  check_target(any_target);
-  const DType dtype = dtype_of(any_logits, "logits");
-  const Tensor logits = with_contiguous_rows(any_logits), target = with_readable_rows(any_target);
-  const int64_t rows = logits.size(0), classes = logits.size(1);
-
-  Forward door{make_problem(&logits, target, rows, classes, spec)};
-  const Target& read = door.problem.target;
-  check_weight(weight, read, compute_dtype(dtype), spec);
-  Tensor statistics = empty({rows, statistics_columns(read)}, torch_dtype(compute_dtype(dtype)));
-  Tensor pick_index = empty({rows, spec.slots()}, aoti_torch_dtype_int32());
-  Tensor pick_logit = empty({rows, spec.slots()}, torch_dtype(dtype));
+// What the walk of a forward door sees of the problem.
+StatisticsResult see(const Problem& problem, DType dtype) {
+  Forward door{problem};
+  const int64_t rows = problem.rows, classes = problem.classes, slots = problem.spec.slots();
+  Tensor statistics = empty({rows, problem.target.statistics_columns()}, torch_dtype(compute_dtype(dtype)));
+  Tensor pick_index = empty({rows, slots}, aoti_torch_dtype_int32());
+  Tensor pick_logit = empty({rows, slots}, torch_dtype(dtype));
   door.statistics = statistics.mutable_data_ptr();
   door.pick_index = static_cast<int32_t*>(pick_index.mutable_data_ptr());
   door.pick_logit = pick_logit.mutable_data_ptr();
@@ -119,9 +111,42 @@ ForwardResult forward(const Tensor& any_logits, const Tensor& any_target, const 
 
   if (const int64_t entry = door.bad_entry; entry != INT64_MAX) {
     refuse("multi-hot targets must be 0 or 1, which row " + std::to_string(entry / classes) + ", class " +
-           std::to_string(entry % classes) + " is not; soft targets are not supported");
+           std::to_string(entry % classes) + " is not; soft targets are Labels with weights");
   }
-  auto [loss, coefficients] = finish_rows(statistics, read, weight, reduction, spec);
+  return {std::move(statistics), std::move(pick_index), std::move(pick_logit)};
+}
+
+StatisticsResult statistics(const Tensor& any_logits, const Tensor& any_target, StringHandle loss_handle,
+                            StableListHandle params, std::optional<double> alpha, int64_t k,
+                            std::optional<int64_t> ignore_index, int64_t first_class, int64_t all_classes, bool compact,
+                            bool labels, double label_smoothing) {
+  const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
+                              compact, labels, label_smoothing);
+  check_tensor(any_logits, 2, "logits");
+  check_target(any_target);
+  const DType dtype = dtype_of(any_logits, "logits");
+  const Tensor logits = with_contiguous_rows(any_logits), target = with_readable_rows(any_target, spec);
+  return see(make_problem(&logits, target, logits.size(0), logits.size(1), spec), dtype);
+}
+
+ForwardResult forward(const Tensor& any_logits, const Tensor& any_target, const std::optional<Tensor>& weight,
+                      StringHandle reduction_handle, StringHandle loss_handle, StableListHandle params,
+                      std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
+                      int64_t all_classes, bool compact, bool labels, double label_smoothing) {
+  const Text reduction_name(reduction_handle);
+  const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
+                              compact, labels, label_smoothing);
+  const Reduction reduction = reduction_of(reduction_name.view());
+  check_without_labels(spec);
+  check_tensor(any_logits, 2, "logits");
+  check_target(any_target);
+  const DType dtype = dtype_of(any_logits, "logits");
+  const Tensor logits = with_contiguous_rows(any_logits), target = with_readable_rows(any_target, spec);
+
+  const Problem problem = make_problem(&logits, target, logits.size(0), logits.size(1), spec);
+  check_weight(weight, problem.target, compute_dtype(dtype), spec);
+  auto [statistics, pick_index, pick_logit] = see(problem, dtype);
+  auto [loss, coefficients] = finish_rows(statistics, problem.target, weight, reduction, spec);
   return {std::move(loss), std::move(coefficients), std::move(statistics), std::move(pick_index),
           std::move(pick_logit)};
 }
@@ -129,17 +154,19 @@ ForwardResult forward(const Tensor& any_logits, const Tensor& any_target, const 
 FinishResult finish(const Tensor& any_statistics, const Tensor& target, const std::optional<Tensor>& weight,
                     StringHandle reduction_handle, StringHandle loss_handle, StableListHandle params,
                     std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-                    int64_t all_classes, bool compact) {
+                    int64_t all_classes, bool compact, bool labels, double label_smoothing) {
   const Text reduction_name(reduction_handle);
-  const Spec spec =
-      read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
+  const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
+                              compact, labels, label_smoothing);
   const Reduction reduction = reduction_of(reduction_name.view());
+  check_without_labels(spec);
   check_tensor(any_statistics, 2, "statistics");
   check_target(target);
   const DType compute = dtype_of(any_statistics, "statistics");
   check(compute == compute_dtype(compute), "statistics must be float32 or float64");
   const Target read = read_target(target, any_statistics.size(0), spec);
-  check(any_statistics.size(1) == statistics_columns(read), "statistics must have 3 columns, 4 with multi-hot targets");
+  check(any_statistics.size(1) == read.statistics_columns(),
+        "statistics must have 3 columns, 4 with multi-hot targets");
   check_weight(weight, read, compute, spec);
   const Tensor statistics = packed(any_statistics);
   return finish_rows(statistics, read, weight, reduction, spec);
@@ -149,10 +176,10 @@ Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::o
                 const Tensor& any_target, const Tensor& any_statistics, const Tensor& any_pick_index,
                 const Tensor& any_pick_logit, int64_t classes, StringHandle loss_handle, StableListHandle params,
                 std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-                int64_t all_classes, bool compact) {
-  const Spec spec =
-      read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes, compact);
-  const bool needs_logits = !spec.compact || any_target.dim() == 2;
+                int64_t all_classes, bool compact, bool labels, double label_smoothing) {
+  const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
+                              compact, labels, label_smoothing);
+  const bool needs_logits = !spec.compact || is_multi_hot(any_target, spec);
   check_tensor(grad, grad.dim() == 1 ? 1 : 0, "grad");
   check_target(any_target);
   for (const auto& [tensor, name] : {std::pair(&any_coefficients, "coefficients"),
@@ -171,7 +198,6 @@ Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::o
             dtype_of(any_statistics, "statistics") == compute,
         "grad, coefficients and statistics must have the compute dtype: float64 for float64 logits, else float32");
   check(grad.dim() == 0 || grad.size(0) == rows, "grad must be one number or (rows,)");
-  check(fits(any_coefficients, 2), "coefficients must be what forward returned");
   check(torch_dtype(any_pick_index) == aoti_torch_dtype_int32(), "pick_index must be int32");
   check(fits(any_pick_index, spec.slots()) && fits(any_pick_logit, spec.slots()),
         "picks must be what forward returned");
@@ -182,12 +208,14 @@ Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::o
 
   const std::optional<Tensor> logits =
       needs_logits ? std::optional<Tensor>(with_contiguous_rows(*any_logits)) : std::nullopt;
-  const Tensor target = with_readable_rows(any_target), statistics = packed(any_statistics);
+  const Tensor target = with_readable_rows(any_target, spec), statistics = packed(any_statistics);
   const Tensor coefficients = packed(any_coefficients);
   const Tensor pick_index = packed(any_pick_index), pick_logit = packed(any_pick_logit);
   Backward door{};
   door.problem = make_problem(logits.has_value() ? &*logits : nullptr, target, rows, classes, spec);
-  check(statistics.size(1) == statistics_columns(door.problem.target), "statistics must be what forward returned");
+  const Target& read = door.problem.target;
+  check(statistics.size(1) == read.statistics_columns(), "statistics must be what forward returned");
+  check(fits(coefficients, read.coefficients_columns()), "coefficients must be what forward returned");
   door.grad = grad.const_data_ptr();
   door.grad_stride = grad.dim() == 0 ? 0 : grad.stride(0);
   door.coefficients = coefficients.const_data_ptr();
@@ -244,6 +272,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
+  m.impl("statistics", TORCH_BOX(&fused_losses::statistics));
   m.impl("forward", TORCH_BOX(&fused_losses::forward));
   m.impl("finish", TORCH_BOX(&fused_losses::finish));
   m.impl("backward", TORCH_BOX(&fused_losses::backward));

@@ -267,7 +267,7 @@ class Selector {
   Selector(const Problem& problem, bool split)
       : classes_(problem.classes),
         k_(problem.spec.k < classes_ ? problem.spec.k : classes_),
-        most_(k_ + (problem.target.multi_hot ? classes_ : 1)),
+        most_(k_ + (problem.target.multi_hot || problem.target.places > classes_ ? classes_ : problem.target.places)),
         maxima_(classes_ / block_length(most_) + 2 * V::lanes + kRoom),
         logit_(candidate_room(split)),
         index_(candidate_room(split)) {}

@@ -1,4 +1,5 @@
-// The softmax family: a row gives the largest logit of S and the log-sum of S above it. Nothing here knows a loss.
+// The softmax family: a row gives the largest logit of S, the log-sum of S above it and, where label smoothing asks for
+// it, how far S lies below it in sum. Nothing here knows a loss.
 #pragma once
 
 #include "walk.h"
@@ -6,17 +7,24 @@
 namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
-template <class S>
+template <class S, bool kSmoothed>
 class SoftmaxForward {
  public:
   using T = Compute<S>;
 
-  struct Partial {
-    T max = -kInfinity<T>;
-    CompensatedSum sum;  // of exp(z - max)
+  // Differences, since a sum of logits loses digits at a large offset.
+  struct Below {
+    CompensatedSum sum;  // of z - max
+    double count = 0;    // of all z
   };
 
-  explicit SoftmaxForward(const Forward& door) : statistics_(static_cast<SoftmaxStatistics<T>*>(door.statistics)) {}
+  struct Partial {
+    T max = -kInfinity<T>;
+    CompensatedSum sum;                                   // of exp(z - max)
+    std::conditional_t<kSmoothed, Below, Nothing> below;  // short rows feel it where it is not needed
+  };
+
+  explicit SoftmaxForward(const Forward& door) : statistics_(door, kNaN<T>) {}
 
   // NaN and +inf among the logits make the sum NaN, which stays.
   template <class X>
@@ -26,34 +34,45 @@ class SoftmaxForward {
     V largest(partial.max);
     for_each_negative(row, begin, end, positives, [&](V z) { largest = max(largest, z); });
     partial.max = max_lane(largest);
-    const V shift(partial.max == -kInfinity<T> ? T(0) : partial.max);
+    const T level = partial.max == -kInfinity<T> ? T(0) : partial.max;
+    const V shift(level);
     partial.sum = CompensatedSum(
         sum_negatives<kPiece>(row, begin, end, positives, [&](V z) { return exp_nonpositive(z - shift); }));
+    if constexpr (kSmoothed) {  // a third look at a piece in the first cache
+      partial.below = {CompensatedSum(sum_above(row, begin, end, positives, level)),
+                       static_cast<double>(count_negatives(begin, end, positives))};
+    }
     return partial;
   }
 
   static Partial merge(Partial a, Partial b) {
     if (a.max < b.max) return merge(b, a);
+    if constexpr (kSmoothed) {
+      a.below.sum.add(b.below.sum);
+      const double lower = static_cast<double>(b.max) - static_cast<double>(a.max);
+      if (b.below.count > 0 && b.max < a.max) a.below.sum.add(b.below.count * lower);
+      a.below.count += b.below.count;
+    }
     if (b.sum.total() == 0) return a;
     a.sum.add(b.sum, b.max == a.max ? 1 : std::exp(static_cast<double>(b.max - a.max)));
     return a;
   }
 
-  void write(int64_t row, const S* logits, Positives positives, Partial partial) const {
+  void write(int64_t row, const S* logits, Positives positives, const Partial& partial) const {
     const double sum = partial.sum.total();
-    SoftmaxStatistics<T> statistics{partial.max, T(std::log(sum)), -kInfinity<T>};
-    if (partial.max == -kInfinity<T> && sum == 0) statistics.max = 0;
-    if (sum != sum) statistics.max = statistics.log_sum = kNaN<T>;
-    if (positives.count > 0) statistics.target = to_compute(logits[positives.index[0]]);
-    if (statistics.target == kInfinity<T>) statistics.target = kNaN<T>;
-    statistics_[row] = statistics;
+    T max = partial.max, log_sum = T(std::log(sum));
+    if (max == -kInfinity<T> && sum == 0) max = 0;
+    if (sum != sum) max = log_sum = kNaN<T>;
+    T below = 0;
+    if constexpr (kSmoothed) below = T(partial.below.sum.total());
+    statistics_.write(row, logits, positives, max, log_sum, below);
   }
 
-  void ignore(int64_t row) const { statistics_[row] = {0, 0, 0}; }
-  void spoil(int64_t row, Positives) const { statistics_[row] = {kNaN<T>, kNaN<T>, kNaN<T>}; }
+  void ignore(int64_t row) const { statistics_.ignore(row); }
+  void spoil(int64_t row, Positives) const { statistics_.spoil(row); }
 
  private:
-  SoftmaxStatistics<T>* statistics_;
+  StatisticsWriter<S> statistics_;
 };
 
 template <class S>
@@ -64,24 +83,25 @@ class SoftmaxBackward {
   static constexpr bool multi_hot = false;
 
   struct Gradient {
-    Coefficients<T> coefficients;
-    V of_negatives, max, log_sum;
+    V of_negatives, of_smoothing, max, log_sum;
 
-    FUSED_LOSSES_INLINE V negative(V z) const { return of_negatives * exp_nonpositive((z - max) - log_sum); }
+    FUSED_LOSSES_INLINE V negative(V z) const {
+      return fma(of_negatives, exp_nonpositive((z - max) - log_sum), of_smoothing);
+    }
   };
 
   explicit SoftmaxBackward(const Backward& door)
-      : statistics_(static_cast<const SoftmaxStatistics<T>*>(door.statistics)) {}
+      : statistics_(static_cast<const T*>(door.statistics), door.problem.target.statistics_columns(),
+                    door.problem.target.places) {}
 
-  Gradient gradient(int64_t row, Coefficients<T> coefficients) const {
-    const SoftmaxStatistics<T> statistics = statistics_[row];
-    // all of S is masked: exp(-inf - 0)
-    const T log_sum = statistics.log_sum == -kInfinity<T> ? T(0) : statistics.log_sum;
-    return {coefficients, V(coefficients.of_negatives), V(statistics.max), V(log_sum)};
+  Gradient gradient(int64_t row, const Scaled<T>& scaled) const {
+    const T max = statistics_[row][0], log_sum = statistics_[row][1];
+    // without a log-sum all of S is masked: exp(-inf - 0)
+    return {V(scaled.of_negatives), V(scaled.of_smoothing), V(max), V(log_sum == -kInfinity<T> ? T(0) : log_sum)};
   }
 
  private:
-  const SoftmaxStatistics<T>* statistics_;
+  RowTable<const T> statistics_;
 };
 
 }  // namespace FUSED_LOSSES_ISA

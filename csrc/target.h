@@ -1,4 +1,4 @@
-// The positives of a row, from a class index or from a multi-hot row.
+// The positives of a row, from a class index, from a list of labels or from a multi-hot row.
 #pragma once
 
 #include "kernels.h"
@@ -10,6 +10,7 @@ namespace FUSED_LOSSES_ISA {
 struct Positives {
   const int32_t* index;  // ascending
   int64_t count;
+  int64_t first_place = 0;  // of a list: where in it the first of them stands, and behind it the others
 };
 
 // body(index, n) for every n <= kMost positives, in order.
@@ -24,7 +25,7 @@ FUSED_LOSSES_INLINE void for_each_group(Positives positives, const Body& body) {
 class TargetReader {
  public:
   explicit TargetReader(const Problem& problem)
-      : problem_(problem), index_(problem.target.multi_hot ? problem.classes : 1) {}
+      : problem_(problem), index_(problem.target.multi_hot ? problem.classes : problem.target.places) {}
 
   bool ignored(int64_t row) const { return problem_.target.ignored(row, problem_.spec); }
 
@@ -33,11 +34,15 @@ class TargetReader {
   bool read(int64_t row, Positives* positives) {
     *positives = {index_.get(), 0};
     if (!problem_.target.multi_hot) {
-      // Unsigned: no difference overflows, and what is not among these classes is larger than any of them.
-      const uint64_t here =
-          static_cast<uint64_t>(problem_.target.label(row)) - static_cast<uint64_t>(problem_.spec.first_class);
-      index_[0] = static_cast<int32_t>(here);
-      positives->count = !ignored(row) && here < static_cast<uint64_t>(problem_.classes);
+      if (ignored(row)) return true;
+      for (int64_t place = 0; place < problem_.target.places; ++place) {
+        // Unsigned: no difference overflows, and what is not among these classes is larger than any of them.
+        const uint64_t here =
+            static_cast<uint64_t>(problem_.target.label(row, place)) - static_cast<uint64_t>(problem_.spec.first_class);
+        if (here >= static_cast<uint64_t>(problem_.classes)) continue;
+        if (positives->count == 0) positives->first_place = place;
+        index_[positives->count++] = static_cast<int32_t>(here);
+      }
       return true;
     }
     switch (problem_.target.entries.bytes) {

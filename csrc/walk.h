@@ -6,6 +6,7 @@
 // do not depend on the number of threads, be there a thread for several rows or several threads for a row.
 #pragma once
 
+#include "rows.h"
 #include "select.h"
 #include "simd.h"
 #include "target.h"
@@ -24,8 +25,8 @@ FUSED_LOSSES_INLINE void prefetch(const void* p) {
 #endif
 }
 
-// Calls visit(vector) for the negatives among row[begin, end). Lanes of positives and past the end hold -inf, a masked
-// class, which adds nothing to any statistic.
+// Calls visit(vector) for the negatives among row[begin, end). Lanes of positives and past the end hold `fill`, which
+// must add nothing: -inf, a masked class, unless what is added up is the logits themselves.
 // visit_run(address), if there is one, is called for kRun vectors that lie one behind the other and hold nothing else,
 // as long as there are so many; pause() after the last of the others, and before there are more than kRun of them.
 constexpr int kRun = 8;
@@ -36,8 +37,8 @@ struct Nothing {
 
 template <class S, class Visit, class VisitRun = Nothing, class Pause = Nothing>
 FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t end, Positives positives,
-                                           const Visit& visit, const VisitRun& visit_run = {},
-                                           const Pause& pause = {}) {
+                                           const Visit& visit, const VisitRun& visit_run = {}, const Pause& pause = {},
+                                           Compute<S> fill = -kInfinity<Compute<S>>) {
   using V = VecOf<S>;
   int64_t p = 0, i = begin;
   while (p < positives.count && positives.index[p] < begin) ++p;
@@ -49,10 +50,9 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
     for (; i + V::lanes <= stop; i += V::lanes) visit(V::load(row + i));
     if (i >= end) break;
     // A vector with a positive or with the end in it
-    constexpr auto masked_class = -kInfinity<typename V::Scalar>;
-    V z = i + V::lanes <= end ? V::load(row + i) : load_first<V>(row + i, end - i, masked_class);
+    V z = i + V::lanes <= end ? V::load(row + i) : load_first<V>(row + i, end - i, fill);
     for (; p < positives.count && positives.index[p] < i + V::lanes; ++p) {
-      z = replaced(z, positives.index[p] - i, masked_class);  // behind the end there is one already
+      z = replaced(z, positives.index[p] - i, fill);  // behind the end it stands already
     }
     visit(z);
     i += V::lanes;
@@ -67,7 +67,7 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
 // kAhead: fetch what lies that many classes ahead, for a second look at a piece while the next one is still in memory.
 template <int64_t kAhead = 0, class S, class Term>
 FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t end, Positives positives,
-                                         const Term& term) {
+                                         const Term& term, Compute<S> fill = -kInfinity<Compute<S>>) {
   using V = VecOf<S>;
   constexpr int half = kRun / 2;
   Sum<V> sum;
@@ -90,8 +90,26 @@ FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t en
       [&] {
         sum.add(rest);
         rest = V(0);
-      });
+      },
+      fill);
   return sum.total();
+}
+
+// The sum of z - level over the negatives, for label smoothing. Never a part of its callers, whose own loops a compiler
+// is to arrange as if it were not there.
+template <class S>
+FUSED_LOSSES_NOINLINE double sum_above(const S* row, int64_t begin, int64_t end, Positives positives,
+                                       Compute<S> level) {
+  using V = VecOf<S>;
+  const V shift(level);
+  return sum_negatives(row, begin, end, positives, [&](V z) { return z - shift; }, level);
+}
+
+// How many negatives there are among [begin, end).
+inline int64_t count_negatives(int64_t begin, int64_t end, Positives positives) {
+  int64_t count = end - begin;
+  for (int64_t p = 0; p < positives.count; ++p) count -= positives.index[p] >= begin && positives.index[p] < end;
+  return count;
 }
 
 inline void lower(std::atomic<int64_t>& least, int64_t value) {
@@ -214,10 +232,9 @@ class ForwardWalk {
 
 // Family:  multi_hot                   whether targets may be rows of their own
 //          using Gradient              that of one row
-//              Coefficients<T> coefficients
-//              V negative(V z)         the gradient at negatives with these logits; 0 at -inf
+//              V negative(V z)         the gradient at negatives with these logits
 //              V positive(V z)         at the positives of a multi-hot row, where there are some
-//          Gradient gradient(row, coefficients)               these times the upstream gradient
+//          Gradient gradient(row, Scaled<T>)
 template <class S, class Family>
 class BackwardWalk {
  public:
@@ -226,28 +243,35 @@ class BackwardWalk {
   using Gradient = typename Family::Gradient;
 
   BackwardWalk(Backward& door, Family family)
-      : door_(door), problem_(door.problem), spec_(door.problem.spec), family_(family) {}
+      : door_(door),
+        problem_(door.problem),
+        spec_(door.problem.spec),
+        family_(family),
+        coefficients_(static_cast<const T*>(door.coefficients), problem_.target.coefficients_columns(),
+                      problem_.target.places) {}
 
   void run() const {
     if (problem_.rows < num_threads()) {
       TargetReader targets(problem_);
       const int64_t pieces = (problem_.classes + kPiece - 1) / kPiece;
       for (int64_t row = 0; row < problem_.rows; ++row) {
-        const Gradient gradient = gradient_of(row);
+        const Scaled<T> scaled = scaled_of(row);
+        const Gradient gradient = family_.gradient(row, scaled);
         parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
           const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
-          fill(row, begin * kPiece, stop, targets.ignored(row), gradient);
+          fill(row, begin * kPiece, stop, targets.ignored(row), scaled.nan, gradient);
         });
-        patch(row, targets, gradient);
+        if (!scaled.nan) patch(row, targets, gradient);
       }
       return;
     }
     parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
       TargetReader targets(problem_);
       for (int64_t row = begin; row < end; ++row) {
-        const Gradient gradient = gradient_of(row);
-        fill(row, 0, problem_.classes, targets.ignored(row), gradient);
-        patch(row, targets, gradient);
+        const Scaled<T> scaled = scaled_of(row);
+        const Gradient gradient = family_.gradient(row, scaled);
+        fill(row, 0, problem_.classes, targets.ignored(row), scaled.nan, gradient);
+        if (!scaled.nan) patch(row, targets, gradient);
       }
     });
   }
@@ -256,23 +280,22 @@ class BackwardWalk {
   const S* logits(int64_t row) const { return static_cast<const S*>(problem_.logits) + row * problem_.logits_stride; }
   S* dlogits(int64_t row) const { return static_cast<S*>(door_.dlogits) + row * problem_.classes; }
 
-  Gradient gradient_of(int64_t row) const {
-    const T grad = static_cast<const T*>(door_.grad)[row * door_.grad_stride];
-    const Coefficients<T> of_loss = static_cast<const Coefficients<T>*>(door_.coefficients)[row];
-    return family_.gradient(row, {of_loss.of_negatives * grad, of_loss.of_target * grad});
-  }
+  T grad_of(int64_t row) const { return static_cast<const T*>(door_.grad)[row * door_.grad_stride]; }
 
-  // The row is NaN as a whole.
-  static bool spoilt(const Gradient& gradient) {
-    const Coefficients<T> c = gradient.coefficients;
-    return c.of_negatives != c.of_negatives || c.of_target != c.of_target;
+  Scaled<T> scaled_of(int64_t row) const {
+    const T grad = grad_of(row), *coefficients = coefficients_[row];
+    Scaled<T> scaled{coefficients[0] * grad, spec_.label_smoothing == 0 ? T(0) : coefficients[1] * grad,
+                     coefficients_.of_labels(row)[0] * grad, false};
+    scaled.nan =
+        scaled.of_negatives != scaled.of_negatives || (!problem_.target.labels && scaled.of_target != scaled.of_target);
+    return scaled;
   }
 
   // Every element of dlogits[row, begin:end), as if there were no positives and no compact picks.
-  void fill(int64_t row, int64_t begin, int64_t end, bool ignored, const Gradient& gradient) const {
-    if (!ignored && spoilt(gradient)) {
+  void fill(int64_t row, int64_t begin, int64_t end, bool ignored, bool nan, const Gradient& gradient) const {
+    if (!ignored && nan) {
       constant(row, begin, end, kNaN<T>);
-    } else if (ignored || (spec_.compact)) {
+    } else if (ignored || spec_.compact) {
       std::memset(dlogits(row) + begin, 0, (end - begin) * sizeof(S));
     } else if (spec_.k == 0) {
       transform(row, begin, end, [&](V z) { return gradient.negative(z); });
@@ -302,7 +325,7 @@ class BackwardWalk {
   // Scatters the compact picks, then the positives. Nothing is written for a pick that is no class: picks come from
   // whoever kept them since forward.
   void patch(int64_t row, TargetReader& targets, const Gradient& gradient) const {
-    if (targets.ignored(row) || spoilt(gradient)) return;
+    if (targets.ignored(row)) return;
     S* out = dlogits(row);
     bool all_classes = true;
     if (spec_.compact) {
@@ -327,7 +350,8 @@ class BackwardWalk {
     Positives positives;
     targets.read(row, &positives);
     if (!problem_.target.multi_hot) {
-      if (positives.count > 0) from_compute(out + positives.index[0], gradient.coefficients.of_target);
+      const T grad = grad_of(row), *of_label = coefficients_.of_labels(row) + positives.first_place;
+      for (int64_t p = 0; p < positives.count; ++p) from_compute(out + positives.index[p], of_label[p] * grad);
       return;
     }
     if constexpr (Family::multi_hot) {
@@ -359,6 +383,7 @@ class BackwardWalk {
   const Problem& problem_;
   const Spec& spec_;
   Family family_;
+  RowTable<const T> coefficients_;
 };
 
 }  // namespace FUSED_LOSSES_ISA

@@ -87,8 +87,8 @@ def check_options(loss: Loss, options: Options) -> None:
         _check_smoothing(loss, label_smoothing, weight)
     if margin is not None and not isinstance(margin, Margin):
         raise TypeError(
-            f"margin must be a Margin, got {type(margin).__name__}: Margin(angle=0.5) is ArcFace's, Margin(cosine=0.35) "
-            "CosFace's"
+            f"margin must be a Margin, got {type(margin).__name__}: Margin(angle=0.5) is ArcFace's, "
+            "Margin(cosine=0.35) CosFace's"
         )
     if shard is not None:
         check_shard(shard)
@@ -195,7 +195,10 @@ def rows_of(
     check_margin(options.margin, target.shape[0], device)
     k = _negatives_of(options, num_classes, multi_hot or (labels is not None and loss.family == "logistic"))
     compact = ops.keeps_picks(device, logits_shape[-1], k, multi_hot)
-    spec = LossSpec(loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact)
+    # False, 0.0: the compiler would take the fields' defaults for numbers that change
+    spec = LossSpec(
+        loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact, False, 0.0
+    )
     # the CPU doors always look, but a shard without classes enters none
     checked = options.shard is not None if device.type == "cpu" else options.check_targets
     if labels is not None:
@@ -208,7 +211,8 @@ def rows_of(
         if checked:
             reference.check_target(target, spec)
         return Rows(target, weight, options.reduction, spec, label_weight)
-    if checked or (options.label_smoothing and device.type == "cpu"):
+    smoothed = options.label_smoothing and device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked or smoothed:  # before what is no class becomes another one
         reference.check_target(target, spec)
     if options.label_smoothing:
         target, spec = _as_labels(target, spec)
@@ -267,10 +271,12 @@ def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:
         hint = "; for class indices, squeeze the target: target.squeeze(-1)"
     if loss.family == "softmax" and same and target.dtype.is_floating_point:
         raise ValueError(
-            f"{loss.name} takes soft targets as Labels, not as a matrix of all classes: Labels.mixup(y, y.flip(0), lam), "
-            "or, for what timm's Mixup(label_smoothing=0) gives, Labels.from_dense(target, 2), with the label_smoothing "
-            f"here; {_shapes(shape, target)}"
+            f"{loss.name} takes soft targets as fused_losses.Labels, not as a matrix of all classes: "
+            "Labels.mixup(y, y.flip(0), lam), or, for what timm's Mixup(label_smoothing=0) gives, "
+            f"Labels.from_dense(target, 2), with label_smoothing= here; {_shapes(shape, target)}"
         )
+    if not same and not hint and not (target.dtype.is_floating_point or target.dtype.is_complex):
+        hint = "; several classes per row, -1 in empty places, are fused_losses.Labels(target)"
     if loss.family == "softmax":
         raise ValueError(f"0D or 1D target tensor expected, multi-target not supported: {_shapes(shape, target)}{hint}")
     if not same:
@@ -322,7 +328,7 @@ def _check_with_multi_hot(options: Options) -> None:
     if options.label_smoothing:
         raise ValueError("label_smoothing needs one label per row, or Labels with weights; got multi-hot targets")
     if options.margin is not None:
-        raise ValueError("margin works with class indices and Labels; got multi-hot targets: Labels.from_lists(classes)")
+        raise ValueError("margin works with class indices and fused_losses.Labels, got multi-hot targets")
 
 
 def check_margin(margin: Margin | None, rows: int, device: torch.device) -> None:
@@ -330,6 +336,10 @@ def check_margin(margin: Margin | None, rows: int, device: torch.device) -> None
         check_device(f"the margin's {name}", value, device)
         if value.shape != (rows,):
             raise ValueError(f"expected the margin's {name} to be a number or ({rows},), got {tuple(value.shape)}")
+    angle = None if margin is None else margin.angle
+    looked_at = isinstance(angle, Tensor) and angle.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and not (angle.abs() <= torch.tensor(math.pi, dtype=angle.dtype)).all():
+        raise ValueError("expected the margin's angle from -pi to pi (radians)")
 
 
 def margin_from_logits(margin: Margin | None, dtype: torch.dtype) -> MarginTerms | None:

@@ -94,8 +94,8 @@ class StatisticsFromLogits(torch.autograd.Function):
             dlogits = pick_logit.new_empty((statistics.shape[0], 0))
         else:
             dlogits = ops.backward(
-                grad.new_ones(()), coefficients_of(grad, target, ctx.spec), kept, target, statistics, pick_index, pick_logit,
-                ctx.num_classes, *ctx.spec,
+                grad.new_ones(()), coefficients_of(grad, target, ctx.spec), kept, target, statistics, pick_index,
+                pick_logit, ctx.num_classes, *ctx.spec,
             )  # fmt: skip
         return once(dlogits, statistics, grad), None, None, None
 
@@ -134,7 +134,7 @@ def with_margin(statistics: Tensor, terms: MarginTerms | None, spec: LossSpec) -
 
 
 class LabelLogOdds(torch.autograd.Function):
-    """d_p of the labels (rows, P), 0 in empty places, differentiable by the statistics: for losses of the user's own."""
+    """d_p of the labels (rows, P), 0 in empty places, differentiable by the statistics: for the user's own losses."""
 
     @staticmethod
     def forward(ctx, statistics, labels):
@@ -162,16 +162,16 @@ class Finish(torch.autograd.Function):
             loss, coefficients = finish(statistics, target, label_weight, weight, reduction, spec)
         else:
             loss, coefficients = ops.finish(statistics, target, weight, reduction, *spec)
-        ctx.save_for_backward(statistics, target, coefficients)
-        ctx.spec = spec
+        ctx.save_for_backward(statistics, coefficients)
+        ctx.multi_hot = spec.multi_hot(target)  # not the spec: the compiler cannot carry its numbers across
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        statistics, target, coefficients = ctx.saved_tensors
+        statistics, coefficients = ctx.saved_tensors
         scaled = coefficients * grad.reshape(-1, 1)
         zeros = torch.zeros_like(scaled[:, :1])
-        if ctx.spec.multi_hot(target):
+        if ctx.multi_hot:
             dstatistics = torch.cat((zeros, scaled[:, :1], -scaled[:, 1:], zeros), dim=1)
         else:
             dstatistics = torch.cat((zeros, scaled), dim=1)

@@ -59,9 +59,7 @@ class Reduction(NamedTuple):
     summed: bool
 
     @classmethod
-    def of(
-        cls, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec, like: Tensor
-    ) -> "Reduction":
+    def of(cls, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec, like: Tensor) -> "Reduction":
         """like: (rows,) of the values' dtype."""
         ignored = ignored_rows(target, spec)
         if weight is None:

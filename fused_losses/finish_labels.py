@@ -1,8 +1,8 @@
 """The same for rows with several labels, or with one that is smoothed: N x P numbers, plain PyTorch.
 
-Statistics (rows, 3 + P): m, l or neg as without labels; s, where labels are smoothed, the sum over S of z_j - m (softmax
-family) or of z_j (logistic); z_p, the labels' logits, -inf in empty places. S has no label in it. w_p are the labels'
-weights.
+Statistics (rows, 3 + P): m, l or neg as without labels; s, where labels are smoothed, the sum over S of z_j - m
+(softmax family) or of z_j (logistic); z_p, the labels' logits, -inf in empty places. S has no label in it. w_p are the
+labels' weights.
 
 - softmax family: L_p = log(sum over S of e^z + sum over the other labels q of e^z_q), d_p = z_p - L_p, and the row is
   the sum of w_p value(d_p): cross-entropy with soft targets, mixup's rule for every other loss.
@@ -141,6 +141,12 @@ def weighted(w: Tensor, values: Tensor, present: Tensor) -> Tensor:
 # --- logistic family --------------------------------------------------------------------------------------------------
 
 
+def label_terms(statistics: Tensor, present: Tensor, w: Tensor) -> Tensor:
+    """pos (rows,), differentiable by the statistics."""
+    z = statistics[:, 3:].masked_fill(~present, 0)
+    return weighted(w, softplus(-z), present) + weighted(1 - w, softplus(z), present)
+
+
 def _logistic(statistics: Tensor, present: Tensor, w: Tensor, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Means over the terms of the batch, as the FRLR authors normalise; plain sums without alpha."""
     neg, z = statistics[:, 1], statistics[:, 3:]
@@ -150,6 +156,6 @@ def _logistic(statistics: Tensor, present: Tensor, w: Tensor, spec: LossSpec) ->
         rows = positives.shape[0]
         of_pos = rows / positives.sum().clamp(min=1).to(neg.dtype)
         of_neg = number(spec.alpha, neg) * rows / chosen_negatives(positives, spec).sum().clamp(min=1)
-    pos = weighted(w, softplus(-z), present) + weighted(1 - w, softplus(z), present)
+    pos = label_terms(statistics, present, w)
     t = of_pos * (torch.sigmoid(z) - w).masked_fill(~present, 0)
     return of_pos * pos + of_neg * neg, of_neg.expand(neg.shape).masked_fill(neg.isnan(), math.nan), t

@@ -65,7 +65,7 @@ def cross_entropy(
         weight: (C,), floating: row i counts weight[target[i]] times, and the mean divides by the sum of these.
         ignore_index: rows with this target count nothing and get a zero gradient. None: every row counts.
         reduction: "none" | "mean" (over the rows not ignored; NaN if there are none) | "sum".
-        label_smoothing: eps in [0, 1): the target is given a share 1 - eps, and eps is spread evenly over the target and
+        label_smoothing: eps in [0, 1): the target keeps a share 1 - eps, and eps is spread evenly over the target and
             the negatives S, as ``torch.nn.functional.cross_entropy`` does over all C classes. (fast-reid spreads it
             over the C - 1 others: eps C / (C - 1) here.) Default 0. Not together with ``weight``.
         margin: :class:`fused_losses.Margin` on the target's logit, or on those of all labels. Default: none.
@@ -264,13 +264,13 @@ def softmax_loss(
 def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options) -> Tensor:
     """The one way from a user's arguments to the autograd functions."""
     check_options(loss, options)
-    margin = margin_from_logits(options.margin, logits.dtype)
     rows, taken = rows_from_logits(loss, logits, target, options)
+    margin = margin_from_logits(options.margin, logits.dtype)
     plain = options.shard is None and margin is None and not taken.spec.labels
     if plain and not isinstance(loss, OwnSoftmax):
         result, _ = LossFromLogits.apply(rows, taken.target, taken.weight, taken.reduction, taken.spec)
     else:
-        statistics = StatisticsFromLogits.apply(rows, taken.target, taken.spec, options.shard)
+        statistics = StatisticsFromLogits.apply(rows, taken.target, taken.spec.of_statistics, options.shard)
         result = finished(loss, statistics, taken, margin)
     return result.squeeze(0) if logits.dim() == 1 and options.reduction == "none" else result
 
@@ -287,7 +287,7 @@ def finished(loss: Loss, statistics: Tensor, rows: Rows, margin: MarginTerms | N
     target, weight, reduction, spec, label_weight = rows
     statistics = with_margin(statistics, margin, spec)
     if not isinstance(loss, OwnSoftmax):
-        return Finish.apply(statistics, target, label_weight, weight, reduction, spec)
+        return Finish.apply(statistics, target, label_weight, weight, reduction, spec.of_finish)
     if not spec.labels:
         values = _own_values(loss, log_odds_of(statistics))
     else:

@@ -14,8 +14,9 @@ class Labels(NamedTuple):
     """The classes of each row, as a target of any loss; with weights, soft labels.
 
     The softmax family needs weights: the row's loss is the sum over its labels of weight times the loss of the label
-    among itself, the other labels and S, from one pass over the logits. That is cross-entropy with soft targets, and
-    mixup's lam L(a) + (1 - lam) L(b) for every other loss. A row without labels is ignored.
+    among itself, the other labels and S, from one pass over the logits. That is cross-entropy with soft targets (with
+    label smoothing, for weights that sum to 1), and mixup's lam L(a) + (1 - lam) L(b) for every other loss. A row
+    without labels is ignored.
 
     The logistic family takes them as the positives of a multi-hot target: the same loss as with the dense one. A label
     of weight w counts w softplus(-z) + (1 - w) softplus(z). A row without labels has no positives, and counts.
@@ -60,9 +61,7 @@ class Labels(NamedTuple):
         return cls(index, torch.tensor(padded, dtype=torch.float32, device=device).view(len(classes), most))
 
     @classmethod
-    def from_csr(
-        cls, crow: Tensor, col: Tensor, weight: Tensor | None = None, *, most: int | None = None
-    ) -> "Labels":
+    def from_csr(cls, crow: Tensor, col: Tensor, weight: Tensor | None = None, *, most: int | None = None) -> "Labels":
         """Labels from compressed sparse rows: those of row i are col[crow[i] : crow[i + 1]].
 
         Args:

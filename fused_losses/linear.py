@@ -23,6 +23,7 @@ from .arguments import (
     Options,
     Reduce,
     as_int64,
+    as_integer,
     check_device,
     check_kind,
     check_labels,
@@ -34,9 +35,10 @@ from .arguments import (
 )
 from .finish import RowStatistics, ignored_rows
 from .functional import finished
-from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
 from .labels import Labels
+from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
 from .linear_rows import MIB
+from .linear_topk import TopK, topk_of_layer
 from .losses import CrossEntropy, Loss, OwnSoftmax
 from .margin import Margin, MarginTerms
 from .modules import CrossEntropyLoss, RowLoss
@@ -132,9 +134,7 @@ def linear_cross_entropy(
             ``sparse_grad`` where the gradient is not sparse.
         RuntimeError: also for input and weight of different dtypes.
     """
-    loss_options = Options(
-        k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard
-    )
+    loss_options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     layer = _Layer(linear_bias, normalize, scale, gather_input, options)
     return apply(CrossEntropy(), loss_options, input, linear_weight, target, layer)[0]
 
@@ -152,8 +152,8 @@ class LayerOptions(TypedDict, total=False):
 
 @overload
 def linear_loss(
-    input: Tensor, linear_weight: Tensor, target: Tensor | Labels, *, loss: RowLoss, return_statistics: Literal[False] = False,
-    **layer: Unpack[LayerOptions],
+    input: Tensor, linear_weight: Tensor, target: Tensor | Labels, *, loss: RowLoss,
+    return_statistics: Literal[False] = False, **layer: Unpack[LayerOptions],
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -290,7 +290,7 @@ class LinearLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStatistics]:
         """The loss; with ``return_statistics`` also :class:`fused_losses.RowStatistics`, as in :func:`linear_loss`."""
         if target is None:
-            raise TypeError("LinearLoss gives the loss and needs the target: head(input, target); for logits call logits()")
+            raise TypeError("LinearLoss gives a loss and got no target; for classes call topk(), for logits logits()")
         if self.options is not None and self.options.sparse_grad and hasattr(self, "set_requires_gradient_sync"):
             raise RuntimeError("sparse_grad=True: fully_shard takes no sparse gradients; " + WITHOUT_WRAPPER)
         layer = _Layer(self.bias, self.normalize, self._scale(), self.gather_input, self.options)
@@ -299,9 +299,9 @@ class LinearLoss(nn.Module):
         return result if statistics is None else (result, statistics)
 
     def _scale(self) -> float | Tensor:
-        return self.scale if self.log_scale is None else self.log_scale.to(torch.promote_types(
-            self.log_scale.dtype, torch.float32
-        )).exp()
+        if self.log_scale is None:
+            return self.scale
+        return self.log_scale.to(reference.compute_dtype(self.log_scale.dtype)).exp()
 
     def extra_repr(self) -> str:
         scale = "learned" if self.scale is None else self.scale
@@ -322,11 +322,12 @@ class LinearLoss(nn.Module):
         if num_classes < self.num_classes or self.loss.weight is not None:
             raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes, or with class weights")
         shard = None if self.shard is None else ClassShard.split(num_classes, self.shard.group)
+        one_bias = self.bias is not None and self.bias.dim() == 0
         grown = LinearLoss(
-            self.in_features, num_classes, loss=self.loss, bias=self.bias is not None and self.bias.dim() > 0,
-            normalize=self.normalize, scale="learned" if self.scale is None else self.scale,
-            logit_bias=self.bias is not None and self.bias.dim() == 0, shard=shard, gather_input=self.gather_input, options=self.options,
-            device=self.weight.device, dtype=self.weight.dtype,
+            self.in_features, num_classes, loss=self.loss, bias=self.bias is not None and not one_bias,
+            normalize=self.normalize, scale="learned" if self.scale is None else self.scale, logit_bias=one_bias,
+            shard=shard, gather_input=self.gather_input, options=self.options, device=self.weight.device,
+            dtype=self.weight.dtype,
         )  # fmt: skip
         for old, new in ((self.weight, grown.weight), (self.bias, grown.bias), (self.log_scale, grown.log_scale)):
             if old is None or new is None:
@@ -352,6 +353,42 @@ class LinearLoss(nn.Module):
         pieces = self.weight.split(max(1, MIB // max(1, self.in_features)))  # no normalised copy here either
         return torch.cat([F.linear(input, _direction(w, 1.0).to(w.dtype), self._bias_of(w)) for w in pieces], dim=1)
 
+    def topk(self, input: Tensor, k: int) -> TopK:
+        """The k classes with the largest logits, values and indices (N, k), largest first: exact nearest identities.
+
+        The lowest class comes first among equals. No more logits at a time than ``options.chunk_bytes``; no margin, no
+        smoothing, no gradient. With a shard a collective, which gives every rank the same answer among all classes:
+        input is the same on every rank, also with ``gather_input``.
+
+        Args:
+            input: (N, D) or (D,), floating.
+            k: from 1 to C.
+        """
+        k = as_integer("k", k)
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k must be from 1 to the {self.num_classes} classes, got {k}")
+        layer_bias = self.bias if self.bias is not None and self.bias.dim() > 0 else None
+        scale = _check_options(self.options, layer_bias is not None, self.normalize, self._scale())
+        _check_layer(input, self.weight, self.bias, self.normalize, self.shard)
+        x = input if input.dim() == 2 else input[None]
+        if self.normalize:
+            x = _direction(x, scale)
+        chunk_bytes = 0 if self.options is None else self.options.chunk_bytes or 0
+        dtype = _dtype_of_linear(input, self.weight, self.bias)
+        layer_spec = LayerSpec(dtype, self.normalize, chunk_bytes, False, [False] * 3)
+        found = topk_of_layer(x, self.weight, self.bias, k, layer_spec, self.shard, self.num_classes)
+        return found if input.dim() == 2 else TopK(*(part.squeeze(0) for part in found))
+
+    def predict(self, input: Tensor) -> Tensor:
+        """The class with the largest logit, (N,): ``topk(input, 1)``."""
+        return self.topk(input, 1).indices.squeeze(-1)
+
+    @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        """The classes' vectors as a search index wants them, (C, D), of this rank's classes if they are sharded: of
+        length 1 with ``normalize``, where the logits are scale times the inner product with a vector of length 1."""
+        return _direction(self.weight, 1.0).to(self.weight.dtype) if self.normalize else self.weight.detach().clone()
+
     def _bias_of(self, classes: Tensor) -> Tensor | None:
         """The one bias, of each of these classes."""
         return None if self.bias is None else self.bias.expand(classes.shape[0])
@@ -375,7 +412,7 @@ def apply(
     bias, normalize, scale, gather_input, how = layer
     shard, reduction = options.shard, options.reduction
     check_options(loss, options)
-    scale = _check_options(how, bias is not None and bias.dim() > 0, normalize, scale)
+    scale = _check_options(how, isinstance(bias, Tensor) and bias.dim() > 0, normalize, scale)
     how = LinearLossOptions() if how is None else how
     num_classes = _check_layer(input, linear_weight, bias, normalize, shard)
     dtype = _dtype_of_linear(input, linear_weight, bias)
@@ -409,7 +446,7 @@ def apply(
             x, linear_weight, bias, target, label_weight, weight, reduction, margin, layer_spec, spec
         )
     else:
-        statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec, shard)
+        statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec.of_statistics, shard)
         result = finished(loss, statistics, rows, margin)
     found = RowStatistics.of(statistics.detach(), loss.family) if return_statistics else None
     return result.squeeze(0) if one_row and reduction == "none" else result, found
@@ -454,8 +491,8 @@ def wanted_of(*parameters: Tensor | None) -> list[bool]:
 
 def _check_loss(loss: RowLoss) -> None:
     if not isinstance(loss, RowLoss):
-        hint = ": fused_losses.CrossEntropyLoss()" if isinstance(loss, nn.CrossEntropyLoss) else ""
-        raise TypeError(f"loss must be a loss module of fused_losses, got {type(loss).__name__}{hint}")
+        got = loss.__name__ if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(f"loss must be a loss module, like fused_losses.CrossEntropyLoss(), got {got}")
     if loss.shard is not None:
         raise ValueError("give the shard to the linear layer, not to its loss")
 
@@ -480,9 +517,7 @@ def _dtype_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> torc
     return seen(input)
 
 
-def _check_layer(
-    input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: ClassShard | None
-) -> int:
+def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: ClassShard | None) -> int:
     """The number of classes, of all shards."""
     tensors = {"input": input, "linear_weight": weight}
     if bias is not None:
@@ -533,7 +568,9 @@ def _check_options(
     if options is not None and not isinstance(options, LinearLossOptions):
         raise TypeError(f"options must be LinearLossOptions, got {type(options).__name__}")
     if has_bias and normalize:
-        raise ValueError("cosine logits (normalize=True) take no bias of each class: one for all, () or logit_bias=True")
+        raise ValueError(
+            "cosine logits (normalize=True) take no bias of each class: one for all, linear_bias () or logit_bias=True"
+        )
     if isinstance(scale, Tensor):
         return _check_scale(scale, normalize)
     if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):  # to the compiler NumPy's numbers are arrays
@@ -550,7 +587,9 @@ def _check_options(
 def _check_scale(scale: Tensor, normalize: bool) -> Tensor:
     """A tensor, whose value only a CPU may look at: other devices would have to be waited for."""
     if scale.dim() != 0 or scale.dtype not in FLOATING:
-        raise ValueError(f"expected scale to be a number or a floating tensor (), got {scale.dtype}, {tuple(scale.shape)}")
+        raise ValueError(
+            f"expected scale to be a number or a floating tensor (), got {scale.dtype}, {tuple(scale.shape)}"
+        )
     if not normalize:
         raise ValueError("scale belongs to cosine logits: pass normalize=True")
     if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not 0 < scale.item() < math.inf:

@@ -18,7 +18,7 @@ from .linear_ops import (
     linear_forward,
     linear_forward_picks,
 )
-from .linear_rows import gathers_picks, gradient_shapes
+from .linear_rows import gathers_picks, gradient_shapes, one_bias
 from .losses import LossSpec
 from .margin import MarginTerms
 from .merge import merge, nothing, offered
@@ -85,9 +85,12 @@ class SparsePicks(Picks):
             size = (num_classes, *values.shape[1:])
             return torch.sparse_coo_tensor(picked[None], values, size, is_coalesced=True, check_invariants=False)
 
-        return dinput, *(
-            scattered(values) if want and values.dim() > 0 else values  # one bias of all classes has no dimension
-            for values, want in zip(of_picked, wanted[1:], strict=True)
+        return (
+            dinput,
+            *(
+                scattered(values) if want and values.dim() > 0 else values  # one bias of all classes has no dimension
+                for values, want in zip(of_picked, wanted[1:], strict=True)
+            ),
         )
 
 
@@ -155,8 +158,8 @@ class LinearStatistics(torch.autograd.Function):
         else:
             gradients = ctx.way.backward(coefficients_of(grad, target, ctx.spec), seen, layer, wanted, ctx.spec)
         if ctx.shard is not None:
-            for gradient, of_all_ranks in zip(gradients, (True, False, bias is not None and bias.dim() == 0), strict=True):
-                if gradient.numel() > 0 and of_all_ranks:
+            for gradient, want in ((gradients[0], wanted[0]), (gradients[2], wanted[2] and one_bias(bias))):
+                if want:
                     dist.all_reduce(gradient, group=ctx.shard.group)
         return *gradients_of((input, weight, bias), gradients, wanted, grad), None, None, None, None
 
@@ -175,9 +178,7 @@ class LinearLossAtOnce(torch.autograd.Function):
         reduced = Reduction.of(target, class_weight, reduction, spec, rows)
         share = reduced.without_ignored(reduced.share())
         margin = None if margin is None else [float(term) for term in margin]
-        values, statistics, *gradients = linear_at_once(
-            share, label_weight, margin, *layer, layer_spec.wanted, *spec
-        )
+        values, statistics, *gradients = linear_at_once(share, label_weight, margin, *layer, layer_spec.wanted, *spec)
         gradients = in_dtypes_of((input, weight, bias), gradients, layer_spec.wanted)
         if torch.compiler.is_compiling():  # a compiled graph keeps what backward needs by itself
             ctx.prepared = None

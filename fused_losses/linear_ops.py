@@ -25,7 +25,7 @@ def _sparse_shapes(
     input, weight, bias, norms, target, chunk_bytes, wanted, *spec,
 ):  # fmt: skip
     _, want_weight, want_bias = wanted
-    want_bias = want_bias and bias.dim() > 0
+    want_bias = want_bias and not rows.one_bias(bias)
     picked = torch.library.get_ctx().new_dynamic_size() if want_weight or want_bias else 0
     dinput, dweight, dbias = gradient_shapes(input, weight, bias, wanted)
     if want_weight:

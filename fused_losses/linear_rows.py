@@ -82,8 +82,17 @@ def gradient_shapes(input, weight, bias, wanted):
     return (
         input.new_empty(input.shape if want_input else (0,)),
         input.new_empty(weight.shape if want_weight else (0,), dtype=dtype),
-        input.new_empty(bias.shape if want_bias else (0,), dtype=dtype),
+        input.new_empty(_shape_of_bias(weight, bias) if want_bias else (0,), dtype=dtype),
     )
+
+
+def _shape_of_bias(weight: Tensor, bias: Tensor | None) -> torch.Size:
+    return weight.shape[:1] if bias is None else bias.shape
+
+
+def one_bias(bias: Tensor | None) -> bool:
+    """Whether it is one of all classes, ()."""
+    return bias is not None and bias.dim() == 0
 
 
 # --- the layer --------------------------------------------------------------------------------------------------------
@@ -429,7 +438,7 @@ def _pick_gradients(
         dinput = dinput.masked_fill(coefficients.isnan().any(1, keepdim=True), math.nan)
         dinput = dinput if ignored is None else dinput.masked_fill(ignored[:, None], 0)
         dinput = dinput.to(input.dtype)
-    if want_weight or (want_bias and bias.dim() > 0):
+    if want_weight or (want_bias and not one_bias(bias)):
         by_class = _ByClass(classes.masked_fill(nowhere, num_classes), num_classes, only_picked)
         picked = picked if by_class.picked is None else by_class.picked
     if want_weight:
@@ -437,7 +446,7 @@ def _pick_gradients(
         dweight = by_class.sum_rows(dz, counted.to(dz.dtype))
         if norms is not None:
             _through_norms(dweight, by_class.of(weight), by_class.of(norms))
-    if want_bias and bias.dim() == 0:
+    if want_bias and one_bias(bias):
         dbias = dz.sum()
     elif want_bias:
         dbias = by_class.sum_rows(dz, dz.new_ones((dz.shape[0], 1))).squeeze(1)

@@ -183,6 +183,17 @@ class LossSpec(NamedTuple):
         return target.dim() == 2 and not self.labels
 
     @property
+    def of_statistics(self) -> "LossSpec":
+        """What a statistics door needs of it: no loss of the softmax family, and no weight of a mean."""
+        softmax = self.family == "softmax"
+        return self._replace(loss="log_odds", params=[]) if softmax else self._replace(alpha=None)
+
+    @property
+    def of_finish(self) -> "LossSpec":
+        """What the finish behind it needs: no phi of the logistic family."""
+        return self if self.family == "softmax" else self._replace(loss="lr", params=[])
+
+    @property
     def slots(self) -> int:
         """Picks that are kept of a row."""
         return self.k if self.compact or self.k == 0 else 1

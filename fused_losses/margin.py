@@ -28,7 +28,8 @@ class Margin:
 
     Args:
         angle: radians, from -pi to pi; a number, or a tensor (N,) without gradient. Default 0. Where theta + angle
-            exceeds pi it is cos(theta) - angle * sin(angle) instead of cos(theta + angle), which goes on falling.
+            exceeds pi it is cos(theta) - angle * sin(angle) instead of cos(theta + angle): for angles up to 2.33 that
+            goes on falling.
         cosine: a finite number, or a tensor (N,) without gradient. Default 0.
         scale: what the cosines were multiplied by, finite, > 0. Default: that of the linear layer with
             ``normalize=True``. From logits an angle needs it (1 for plain cosines); without an angle it is 1.
@@ -97,16 +98,14 @@ class MarginTerms(NamedTuple):
     offset: float | Tensor  # a bias that all logits have, and no cosine
 
     @classmethod
-    def of(
-        cls, margin: Margin, scale: float | Tensor, offset: float | Tensor, dtype: torch.dtype
-    ) -> "MarginTerms":
+    def of(cls, margin: Margin, scale: float | Tensor, offset: float | Tensor, dtype: torch.dtype) -> "MarginTerms":
         """dtype: the compute dtype."""
         angle, cosine = (
-            value.to(dtype)[:, None] if isinstance(value, Tensor) else value
-            for value in (margin.angle, margin.cosine)
+            value.to(dtype)[:, None] if isinstance(value, Tensor) else value for value in (margin.angle, margin.cosine)
         )
         if isinstance(angle, Tensor):
-            return cls(angle.cos(), angle.sin(), cosine, angle * angle.sin(), scale, offset)
+            sin = angle.sin().abs() * angle.sign()  # of pi rounded up it is below 0
+            return cls(angle.cos(), sin, cosine, angle * sin, scale, offset)
         return cls(math.cos(angle), math.sin(angle), cosine, angle * math.sin(angle), scale, offset)
 
     @property

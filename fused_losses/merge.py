@@ -52,7 +52,7 @@ def merge(shard: ClassShard, seen: Seen, target: Tensor, spec: LossSpec) -> Seen
         count = statistics.shape[0]
         index = torch.where(pick_index < 0, shard.num_classes, pick_index + shard.start)
         of_ranks, indices, logits = exchange(shard, statistics, index, pick_logit)
-        indices, logits = _hardest(indices, logits, spec.k)
+        indices, logits = hardest_of_offers(indices, logits, spec.k)
         merged = _merged_over_picks(of_ranks, indices < shard.num_classes, logits, spec.multi_hot(target), spec)
         merged = merged.to(statistics.dtype)
         most = rows_of_ranks(shard, count)[0]
@@ -127,7 +127,7 @@ def _merge_log_sums(m: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:
     return most, ((m - most) + l).exp().sum(0).log()
 
 
-def _hardest(index: Tensor, logit: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def hardest_of_offers(index: Tensor, logit: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k hardest of all offers, hardest first, lowest class first among equals: index and logit (rows, k).
 
     index, logit: (ranks, rows, offers), num_classes and -inf in empty slots.

@@ -51,7 +51,13 @@ class RowLoss(nn.Module):
     check_targets: bool
     shard: ClassShard | None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __new__(cls, *args: Any, **kwargs: Any) -> RowLoss:
+        first = next(iter(inspect.signature(cls).parameters.values()))
+        if args and first.kind is first.KEYWORD_ONLY:
+            raise TypeError(f"{cls.__name__} takes its arguments by name, {cls.__name__}(k=100), got {args[0]!r}")
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, smooths: bool = True, **kwargs: Any) -> None:
         """Spells the options out, for ``help()`` and ``inspect``."""
         super().__init_subclass__(**kwargs)
         own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -60,6 +66,7 @@ class RowLoss(nn.Module):
                 name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Options.__annotations__[name]
             )
             for name, default in Options._field_defaults.items()
+            if smooths or name != "label_smoothing"
         ]
         cls.__signature__ = inspect.Signature([*own[1:], *shared])  # type: ignore[attr-defined]
 
@@ -151,7 +158,7 @@ class LRLoss(RowLoss):
         super().__init__(LR(), **options)
 
 
-class HSLRLoss(RowLoss):
+class HSLRLoss(RowLoss, smooths=False):
     """Module twin of :func:`fused_losses.hs_lr_loss`: hard selection; ``k`` or ``ratio`` is required."""
 
     alpha = _HyperParameter()
@@ -160,7 +167,7 @@ class HSLRLoss(RowLoss):
         super().__init__(HSLR(alpha), **options)
 
 
-class SSLRLoss(RowLoss):
+class SSLRLoss(RowLoss, smooths=False):
     """Module twin of :func:`fused_losses.ss_lr_loss`: logistic regression with soft selection."""
 
     alpha = _HyperParameter()

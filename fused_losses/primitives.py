@@ -4,13 +4,16 @@ own and for training accuracy from the pass that the loss has made anyway.
 
 from torch import Tensor
 
-from .arguments import IGNORE_INDEX, Options, check_options
-from .autograd import StatisticsFromLogits
-from .finish import RowStatistics
+from .arguments import IGNORE_INDEX, Options, Rows, check_options, margin_from_logits
+from .autograd import StatisticsFromLogits, with_margin
+from .finish import RowStatistics, ignored_rows
 from .finish import log_odds as log_odds_of
+from .finish_labels import label_terms, present_labels
 from .formulas import softplus
 from .functional import rows_from_logits
+from .labels import Labels
 from .losses import LR, SSLR, LogOdds, Loss
+from .margin import Margin
 from .shard import ClassShard
 
 
@@ -21,6 +24,7 @@ def log_odds(
     k: int | None = None,
     ratio: float | None = None,
     ignore_index: int | None = IGNORE_INDEX,
+    margin: Margin | None = None,
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
@@ -29,10 +33,15 @@ def log_odds(
     sigmoid(d) is the target's probability. Every loss of the softmax family is a function of d. Float32 (float64 for
     float64 logits), 0 in ignored rows, differentiable by the logits.
 
-    Arguments, defaults and errors as in :func:`fused_losses.cross_entropy`.
+    Arguments, defaults and errors as in :func:`fused_losses.cross_entropy`; class indices only.
     """
-    options = Options(k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard)
-    return log_odds_of(_statistics(LogOdds(), logits, target, options))
+    options = Options(
+        k=k, ratio=ratio, ignore_index=ignore_index, margin=margin, check_targets=check_targets, shard=shard
+    )
+    statistics, rows = _statistics(LogOdds(), logits, target, options)
+    d = log_odds_of(with_margin(statistics, margin_from_logits(margin, logits.dtype), rows.spec))
+    ignored = ignored_rows(rows.target, rows.spec) if margin is not None else None
+    return _of_rows(d if ignored is None else d.masked_fill(ignored, 0), logits)
 
 
 def row_statistics(
@@ -52,15 +61,16 @@ def row_statistics(
         negatives; ``correct``, whether the first exceeds the second. (N,) each; the first two differentiable by the
         logits.
 
-    Arguments, defaults and errors as in :func:`fused_losses.cross_entropy`.
+    Arguments, defaults and errors as in :func:`fused_losses.cross_entropy`; class indices only.
     """
     options = Options(k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard)
-    return RowStatistics.of(_statistics(LogOdds(), logits, target, options), "softmax")
+    statistics, _ = _statistics(LogOdds(), logits, target, options)
+    return RowStatistics.of(_of_rows(statistics, logits), "softmax")
 
 
 def logistic_sums(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | Labels,
     *,
     gamma: float | None = None,
     k: int | None = None,
@@ -76,25 +86,35 @@ def logistic_sums(
     logits.
 
     Args:
-        target: class indices (N,), or multi-hot (N, C), as in :func:`fused_losses.lr_loss`.
+        target: class indices (N,), multi-hot (N, C), or :class:`fused_losses.Labels`, as in
+            :func:`fused_losses.lr_loss`.
         gamma: how sharply easy negatives fade, finite, >= 0. Default: they all count alike.
 
     Other arguments, defaults and errors as in :func:`fused_losses.cross_entropy`.
     """
     options = Options(k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard)
     loss = LR() if gamma is None else SSLR(gamma=gamma)
-    statistics = _statistics(loss, logits, target, options)
-    pos, neg = statistics[..., 2], statistics[..., 1]
-    if target.dim() != logits.dim():
-        pos = softplus(-pos)
-        if ignore_index is not None:
-            pos = pos.masked_fill(target == ignore_index, 0)
-    return pos, neg
+    statistics, rows = _statistics(loss, logits, target, options)
+    neg = statistics[:, 1]
+    if rows.spec.labels:
+        pos = label_terms(statistics, *present_labels(statistics, rows.target, rows.label_weight))
+    elif rows.spec.multi_hot(rows.target):
+        pos = statistics[:, 2]
+    else:
+        pos = softplus(-statistics[:, 2])
+        ignored = ignored_rows(rows.target, rows.spec)
+        pos = pos if ignored is None else pos.masked_fill(ignored, 0)
+    return _of_rows(pos, logits), _of_rows(neg, logits)
 
 
-def _statistics(loss: Loss, logits: Tensor, target: Tensor, options: Options) -> Tensor:
-    """(rows, 3 | 4); of one row alone, (3 | 4,)."""
+def _statistics(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options) -> tuple[Tensor, Rows]:
+    """(rows, 3 | 4 | 3 + P), and what the doors took besides the logits."""
+    if isinstance(target, Labels) and loss.family == "softmax":
+        raise ValueError("log-odds and row statistics are those of one target: give class indices, got Labels")
     check_options(loss, options)
     rows, taken = rows_from_logits(loss, logits, target, options)
-    statistics = StatisticsFromLogits.apply(rows, taken.target, taken.spec, options.shard)
-    return statistics if logits.dim() == 2 else statistics.squeeze(0)
+    return StatisticsFromLogits.apply(rows, taken.target, taken.spec, options.shard), taken
+
+
+def _of_rows(numbers: Tensor, logits: Tensor) -> Tensor:
+    return numbers if logits.dim() == 2 else numbers.squeeze(0)

@@ -198,8 +198,8 @@ def check_target(target: Tensor, spec: LossSpec) -> None:
         if wrong.any():
             row, column = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"multi-hot targets must be 0 or 1, got {target[row, column].item()} at row {row}, class {column}: give "
-                "labels with weights as fl.Labels(index, weight)"
+                f"multi-hot targets must be 0 or 1, got {target[row, column].item()} at row {row}, class {column}; "
+                "soft targets are Labels with weights"
             )
         return
     no_class = (target < 0) | (target >= spec.all_classes)
@@ -208,9 +208,7 @@ def check_target(target: Tensor, spec: LossSpec) -> None:
         wrong &= target != spec.ignore_index
     if wrong.any():
         place = tuple(wrong.nonzero()[0].tolist())
-        raise IndexError(
-            f"Target {int(target[place])} is out of bounds. (row {place[0]}, {spec.all_classes} classes)"
-        )
+        raise IndexError(f"Target {int(target[place])} is out of bounds. (row {place[0]}, {spec.all_classes} classes)")
     if spec.labels:
         here, behind = target[:, :-1], target[:, 1:]
         if ((behind != -1) & ((here == -1) | (here >= behind))).any():

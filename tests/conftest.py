@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from fused_losses import ops, reference  # noqa: F401  (ops defines torch.ops.fused_losses)
+from fused_losses import ops, reference
 from ranks import Ranks
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
@@ -21,6 +21,37 @@ BACKENDS = {"reference": reference, "dispatched": torch.ops.fused_losses}
 @pytest.fixture(params=list(BACKENDS))
 def backend(request):
     return BACKENDS[request.param]
+
+
+def instruction_sets() -> list[str]:
+    if ops._extension_failure:
+        return ["none"]
+    cpu_isa = torch.ops.fused_losses._cpu_isa
+    names, chosen = [], cpu_isa("")
+    for name in ("avx512", "avx2", "baseline"):
+        try:
+            names.append(cpu_isa(name))
+        except ValueError:  # this machine or this build does not have it
+            continue
+    cpu_isa(chosen)
+    return names
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request):
+    """The C++ kernels of each instruction set that this machine has."""
+    cpu_isa = torch.ops.fused_losses._cpu_isa
+    chosen = cpu_isa("")
+    yield cpu_isa(request.param)
+    cpu_isa(chosen)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, as often as wanted; the test's end restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -24,9 +24,10 @@ class Formula(NamedTuple):
     def family(self) -> str:
         return FAMILIES[self.loss]
 
-    def spec(self, num_classes: int, k=0, compact=False, ignore_index=-100, part=None) -> LossSpec:
-        """part: first_class and all_classes; None: all classes are at hand."""
-        return LossSpec(self.loss, self.params, self.alpha, k, ignore_index, *(part or (0, num_classes)), compact)
+    def spec(self, num_classes: int, k=0, compact=False, ignore_index=-100, part=None, **labels) -> LossSpec:
+        """part: first_class and all_classes; None: all classes are at hand. labels: the last fields."""
+        part = part or (0, num_classes)
+        return LossSpec(self.loss, self.params, self.alpha, k, ignore_index, *part, compact, **labels)
 
 
 LOG_ODDS, CE, NLLR = Formula("log_odds", []), Formula("cross_entropy", []), Formula("nllr", [])
@@ -80,6 +81,34 @@ def backward(
     _, coefficients, *rest = kept
     given = None if withheld else logits
     return backend.backward(grad, coefficients, given, target, *rest, logits.shape[1], *spec)
+
+
+class Seen(NamedTuple):
+    """What the statistics door gives."""
+
+    statistics: Tensor
+    pick_index: Tensor
+    pick_logit: Tensor
+
+
+def statistics(
+    backend, formula: Formula, logits, labels, k=0, compact=False, ignore_index=None, part=None, label_smoothing=0.0
+) -> Seen:
+    """labels: (rows, P)."""
+    options = {"labels": True, "label_smoothing": label_smoothing}
+    spec = formula.spec(logits.shape[1], k, compact, ignore_index, part, **options)
+    return Seen(*backend.statistics(logits, labels, *spec))
+
+
+def backward_of_labels(
+    backend, formula: Formula, grad, coefficients, logits, labels, seen: Seen, k=0, compact=False, ignore_index=None,
+    part=None, label_smoothing=0.0,
+) -> Tensor:  # fmt: skip
+    """dlogits for coefficients (rows, 2 + P), with the logits withheld in the compact form."""
+    options = {"labels": True, "label_smoothing": label_smoothing}
+    spec = formula.spec(logits.shape[1], k, compact, ignore_index, part, **options)
+    given = None if compact and k > 0 else logits
+    return backend.backward(grad, coefficients, given, labels, *seen, logits.shape[1], *spec)
 
 
 def grad_like(logits: Tensor, seed: int = 0) -> Tensor:

@@ -141,5 +141,5 @@ def test_sparse_gradients_under_autocast():
 )
 def test_sparse_grad_where_the_gradient_is_dense(options, target, got):
     x, w, _ = make_layer()
-    with pytest.raises(ValueError, match=f"sparse_grad needs class-index targets .* got {got}"):
+    with pytest.raises(ValueError, match=f"sparse_grad needs class indices or Labels, .* got {got}"):
         SS_LR.linear(x, w, target, options=fl.LinearLossOptions(sparse_grad=True), **options)

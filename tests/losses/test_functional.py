@@ -143,6 +143,8 @@ def test_signatures():
         "weight": None,
         "ignore_index": -100,
         "reduction": "mean",
+        "label_smoothing": 0.0,
+        "margin": None,
         "check_targets": False,
         "shard": None,
     }
@@ -150,6 +152,8 @@ def test_signatures():
         parameters = inspect.signature(getattr(fl, loss.name)).parameters
         assert list(parameters)[:2] == ["logits", "target"]
         options = {name: p.default for name, p in parameters.items() if name not in ("logits", "target")}
+        if loss in (HS_LR, SS_LR):  # what they would smooth is what they fade out
+            options["label_smoothing"] = 0.0
         assert options == common | loss.hypers[0]
         assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in options)
 

@@ -19,7 +19,7 @@ from fused_losses import reference
 from fused_losses.losses import LossSpec
 
 OPS = torch.ops.fused_losses
-DOORS = ("forward", "finish", "backward")
+DOORS = ("forward", "statistics", "finish", "backward")
 LINEAR = (
     "linear_forward",
     "linear_forward_picks",
@@ -75,19 +75,30 @@ def consistent(draw: random.Random) -> tuple[str, list]:
     if name == "_cpu_elementary":
         return name, [draw.choice(("exp", "log1p")), torch.randn(draw.choice((0, 1, 3, 33)))]
     part = (0, classes) if draw.random() < 0.7 else (draw.choice((0, 4)), 100)
-    multi_hot = family == "logistic" and draw.random() < 0.4
-    ignore_index = draw.choice((-100, None)) if not multi_hot else -100
-    if multi_hot:
+    labels = name in ("statistics", "backward") and draw.random() < 0.5
+    multi_hot = not labels and family == "logistic" and draw.random() < 0.4
+    ignore_index = -100 if multi_hot else draw.choice((-1 if labels else -100, None))
+    if labels:
+        target = labels_of(draw, rows, part[1])
+    elif multi_hot:
         target = (torch.rand(rows, classes) < 0.3).to(draw.choice(DTYPES[:-1]))
     else:
         target = torch.randint(part[1], (rows,))
         if ignore_index is not None:
             target[target % 5 == 4] = ignore_index
     alpha = draw.choice((None, 1.5)) if family == "logistic" else None
-    spec = LossSpec(formula, params, alpha, k, ignore_index, *part, compact)
+    smoothing = draw.choice((0.0, 0.1)) if labels else 0.0
+    spec = LossSpec(formula, params, alpha, k, ignore_index, *part, compact, labels, smoothing)
     if name in LINEAR:
         return name, linear_arguments(draw, name, rows, classes, target, spec, dtype)
     logits, cd = torch.randn(rows, classes).to(dtype), reference.compute_dtype(dtype)
+    if name == "statistics" or labels:
+        statistics, *picks = OPS.statistics(logits, target, *spec)
+        if name == "statistics":
+            return name, [logits, target, *spec]
+        grad, coefficients = torch.rand(rows, dtype=cd), torch.rand(rows, 2 + target.shape[1], dtype=cd)
+        withheld = logits if k == 0 or not compact or draw.random() < 0.5 else None
+        return name, [grad, coefficients, withheld, target, statistics, *picks, classes, *spec]
     weight = torch.rand(part[1], dtype=cd) if draw.random() < 0.3 and not multi_hot else None
     reduced = target, weight, draw.choice(("none", "sum", "mean")), *spec
     if name == "forward":
@@ -97,6 +108,15 @@ def consistent(draw: random.Random) -> tuple[str, list]:
         return name, [statistics, *reduced]
     withheld = logits if k == 0 or not compact or multi_hot or draw.random() < 0.5 else None
     return name, [torch.rand_like(loss), coefficients, withheld, target, statistics, *picks, classes, *spec]
+
+
+def labels_of(draw: random.Random, rows: int, classes: int) -> Tensor:
+    """(rows, P): as many classes as it happens, then -1."""
+    target = torch.full((rows, draw.choice((1, 2, 5))), -1)
+    for row in target:
+        few = sorted(draw.sample(range(classes), draw.randint(0, min(len(row), classes))))
+        row[: len(few)] = torch.tensor(few, dtype=torch.int64)
+    return target
 
 
 def linear_arguments(draw, name, rows, classes, target, spec, dtype) -> list:
@@ -112,8 +132,9 @@ def linear_arguments(draw, name, rows, classes, target, spec, dtype) -> list:
         spec = spec._replace(first_class=0, all_classes=classes)
     arguments = [*layer, norms, target, draw.choice((1, 30, 10**6))]
     wanted = [draw.random() < 0.7 for _ in range(3)]
+    wanted[2] &= layer[2] is not None
     if name == "linear_at_once":
-        return [torch.rand(rows, dtype=cd), *arguments, wanted, *spec]
+        return [torch.rand(rows, dtype=cd), None, None, *arguments, wanted, *spec]
     forward = name.replace("backward", "forward")
     seen = getattr(OPS, forward)(*arguments, *spec)
     return [*arguments, *spec] if forward == name else [torch.rand(rows, 2, dtype=cd), *seen, *arguments, wanted, *spec]

@@ -122,7 +122,7 @@ def test_schemas_are_the_published_ones():
     """Backends in other languages register against these."""
     spec = (
         "str loss, float[] params, float? alpha, SymInt k, SymInt? ignore_index, SymInt first_class, "
-        "SymInt all_classes, bool compact"
+        "SymInt all_classes, bool compact, bool labels=False, float label_smoothing=0."
     )
     assert str(OPS.forward.default._schema) == (
         f"fused_losses::forward(Tensor logits, Tensor target, Tensor? weight, str reduction, {spec}) "
@@ -209,6 +209,6 @@ def test_many_equal_rows(dtype, reduction, weighted):
     weight = torch.full((2,), 0.7, dtype=dtype) if weighted else None
     ours, *_ = forward(OPS, LR, logits, target, weight=weight, reduction=reduction)
     values = torch.full((rows,), 2 * math.log(2), dtype=dtype)
-    plain = Reduction.of(target, weight, reduction, -100, values).loss(values)
+    plain = Reduction.of(target, weight, reduction, LR.spec(2), values).loss(values)
     truth = 2 * math.log(2) * (1 if reduction == "mean" else rows * (weight[0].item() if weighted else 1))
     assert_as_accurate(ours, plain, torch.tensor(truth, dtype=torch.float64), reduction)

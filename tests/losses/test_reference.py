@@ -310,7 +310,7 @@ def test_coefficients_are_the_derivatives_of_the_loss(backend, formula, form, we
     for reduction in ("none", "sum", "mean"):
         kept = forward(backend, formula, logits, target, 3, True, weight=weight, reduction=reduction)
         statistics = kept.statistics.clone().requires_grad_()
-        loss, _ = finish(statistics, target, weight, reduction, *formula.spec(11, 3, True))
+        loss, _ = finish(statistics, target, None, weight, reduction, formula.spec(11, 3, True))
         (derivative,) = torch.autograd.grad(loss.sum(), statistics)
         by_second, by_third = derivative[:, 1], derivative[:, 2] * (1 if form == "index" else -1)
         torch.testing.assert_close(kept.coefficients, torch.stack((by_second, by_third), dim=1))
