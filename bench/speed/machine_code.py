@@ -207,8 +207,9 @@ def record(
         y = torch.zeros((shape[0], num_labels), dtype=torch.int64)
     else:
         y = torch.zeros(shape, dtype=torch.bool)
+    ignored = -1 if num_labels else -100
     spec = LossSpec(
-        loss.split(",")[0], params, alpha, k, -1 if num_labels else -100, 0, shape[1], compact, num_labels > 0, smoothing
+        loss.split(",")[0], params, alpha, k, ignored, 0, shape[1], compact, num_labels > 0, smoothing
     )  # fmt: skip
     honest = device.profile, device.launch
     device.profile, device.launch = lambda _: on, recorder
@@ -237,7 +238,7 @@ def kernels(target: str, dtypes: list[str], losses: list[str]):
         ):
             if kind == "multi_hot" and LOSSES[loss][0] == "softmax":
                 continue
-            if "smoothed" in kind and LOSSES[loss][2] is not None or kind in LABELS and reduction == "mean":
+            if (kind in LABELS and reduction == "mean") or ("smoothed" in kind and LOSSES[loss][2] is not None):
                 continue
             name = loss + ("" if kind == "index" else f", {kind}") + (", hardest" if k else "")
             for launched in record(on, (rows, classes), DTYPES[dtype], loss, kind, reduction, k, compact):
