@@ -179,7 +179,8 @@ def ours_in_form(k: int, compact: bool) -> Provider:
 
     def provider(logits: Tensor, target: Tensor) -> Tensor:
         rows, taken = rows_from_logits(HSLR(), logits, target, Options(k=k))
-        loss, _ = LossFromLogits.apply(rows, *taken._replace(spec=taken.spec._replace(compact=compact)))
+        spec = taken.spec._replace(compact=compact)
+        loss, _ = LossFromLogits.apply(rows, taken.target, taken.weight, taken.reduction, spec)
         return loss
 
     return provider

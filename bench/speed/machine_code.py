@@ -42,7 +42,17 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), device.Device(304, 64, nvidia=False)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BUDGET = {("forward_kernel", "cross_entropy"): 10.0, ("backward_kernel", "cross_entropy"): 12.0}
+BUDGET = {
+    ("forward_kernel", "cross_entropy"): 10.0, ("backward_kernel", "cross_entropy"): 12.0,
+    ("forward_kernel", "cross_entropy, labels smoothed"): 11.5,
+    ("backward_kernel", "cross_entropy, labels smoothed"): 13.5,
+}  # fmt: skip
+LABELS = {
+    "label": (1, 0.0),
+    "label smoothed": (1, 0.1),
+    "labels": (3, 0.0),
+    "labels smoothed": (3, 0.1),
+}  # P, smoothing
 LOSSES = {  # family, hyper-parameters, weight of the mean over the negatives
     "cross_entropy": ("softmax", [], None),
     "nllr": ("softmax", [], None),
@@ -136,7 +146,8 @@ class Report:
 
     def _failures_of_walks(self, where: str) -> list[str]:
         found = []
-        for loop in self.loops:
+        wide = [loop for loop in self.loops if any(access.endswith(" 16") for access in loop.accesses)]
+        for loop in wide if "label" in self.loss and wide else self.loops:  # the others are over labels
             narrow = [access for access in loop.accesses if not access.endswith(" 16")]
             if "multi_hot" in self.loss:  # multi-hot targets have narrower elements than the logits
                 narrow = [access for access in narrow if access.startswith("store")]
@@ -152,7 +163,7 @@ class Report:
         narrow."""
         reading = [loop for loop in self.loops if any(access.startswith("load") for access in loop.accesses)]
         narrow = [loop for loop in reading if "load 16" not in loop.accesses]
-        if "multi_hot" in self.loss:
+        if "multi_hot" in self.loss or "label" in self.loss:  # labels are read one by one in between
             narrow = []
         elif self.kernel == "scatter_kernel":
             narrow = narrow[1:]
@@ -177,7 +188,7 @@ class Report:
 def record(
     on: device.Device, shape: tuple[int, int], dtype: torch.dtype, loss: str, target: str, reduction: str, k: int = 0,
     compact: bool = False,
-):  # fmt: skip
+) -> list[Launched]:  # fmt: skip
     """The launches of one step, forward and backward, without a GPU and without running them."""
     _, params, alpha = LOSSES[loss]
     launches: list[Launched] = []
@@ -189,16 +200,26 @@ def record(
         launches.append(Launched(kernel, warps, arguments, constexprs, options))
 
     logits = torch.empty(shape, dtype=dtype)
+    num_labels, smoothing = LABELS.get(target, (0, 0.0))
     if target == "index":
         y = torch.zeros(shape[0], dtype=torch.int64)
+    elif num_labels:
+        y = torch.zeros((shape[0], num_labels), dtype=torch.int64)
     else:
         y = torch.zeros(shape, dtype=torch.bool)
-    spec = LossSpec(loss.split(",")[0], params, alpha, k, -100, 0, shape[1], compact)
+    ignored = -1 if num_labels else -100
+    spec = LossSpec(
+        loss.split(",")[0], params, alpha, k, ignored, 0, shape[1], compact, num_labels > 0, smoothing
+    )  # fmt: skip
     honest = device.profile, device.launch
     device.profile, device.launch = lambda _: on, recorder
     try:
-        value, coefficients, *kept = doors.forward(logits, y, None, reduction, *spec)
-        given = None if compact and target == "index" else logits
+        if num_labels:
+            kept = doors.statistics(logits, y, *spec)
+            value, coefficients = kept[0].new_empty(shape[0]), kept[0].new_empty((shape[0], 2 + num_labels))
+        else:
+            value, coefficients, *kept = doors.forward(logits, y, None, reduction, *spec)
+        given = None if compact and target != "multi_hot" else logits
         doors.backward(torch.empty_like(value), coefficients, given, y, *kept, shape[1], *spec)
     finally:
         device.profile, device.launch = honest
@@ -213,11 +234,13 @@ def kernels(target: str, dtypes: list[str], losses: list[str]):
     for dtype in dtypes:
         found: dict[str, tuple[Launched, list[str], list[int]]] = {}
         for loss, (rows, classes, k, compact), kind, reduction in itertools.product(
-            losses, steps, ("index", "multi_hot"), ("none", "mean")
+            losses, steps, ("index", "multi_hot", *LABELS), ("none", "mean")
         ):
             if kind == "multi_hot" and LOSSES[loss][0] == "softmax":
                 continue
-            name = loss + (", multi_hot" if kind == "multi_hot" else "") + (", hardest" if k else "")
+            if (kind in LABELS and reduction == "mean") or ("smoothed" in kind and LOSSES[loss][2] is not None):
+                continue
+            name = loss + ("" if kind == "index" else f", {kind}") + (", hardest" if k else "")
             for launched in record(on, (rows, classes), DTYPES[dtype], loss, kind, reduction, k, compact):
                 _, names, counts = found.setdefault(launched.key(), (launched, [], []))
                 if name not in names:

@@ -18,7 +18,16 @@ from ..losses import LossSpec
 from . import device, logistic, softmax
 from .finish import Ending, Outputs, end_row
 from .formulas import formulas
-from .gradient import fill, fill_of_row, index_positive, multi_hot_positive, of_negatives, scale_of_row
+from .gradient import (
+    fill,
+    fill_of_row,
+    index_positive,
+    multi_hot_positive,
+    of_negative,
+    of_negatives,
+    write_labels,
+)
+from .labels import label_target, with_label_logits, write_label_logits
 from .rows import (
     SIZES,
     Labels,
@@ -42,38 +51,46 @@ from .rows import (
 def forward_kernel(
     loss_ptr, coefficients_ptr, statistics_ptr,  # see Outputs
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
-    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     a, b, p, q,
-    TARGET: tl.constexpr, WALK: tl.constexpr, STATISTICS: tl.constexpr, PHI: tl.constexpr, FINISH: tl.constexpr,
-    VALUE: tl.constexpr, SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    TARGET: tl.constexpr, WALK: tl.constexpr, LOGIT: tl.constexpr, STATISTICS: tl.constexpr, PHI: tl.constexpr,
+    FINISH: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one row."""
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     number = tl.program_id(0).to(tl.int64)
-    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, VECTOR)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, PHI, FAST, ROWS, LANES)
-    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr)
-    end_row(outputs, number, target, STATISTICS(*seen), p, q, FINISH, VALUE, SLOPE)
+    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
+    statistics = STATISTICS(*seen)
+    if num_labels is not None:
+        statistics = with_label_logits(statistics_ptr, number, row, target, statistics, LOGIT)
+    end_row(outputs, number, target, statistics, p, q, FINISH, VALUE, SLOPE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def part_kernel(
     parts_ptr,  # (rows, parts, 4)
+    statistics_ptr,  # (rows, 3 + labels), or None
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
-    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     a, b,
-    TARGET: tl.constexpr, WALK: tl.constexpr, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    TARGET: tl.constexpr, WALK: tl.constexpr, LOGIT: tl.constexpr, PHI: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row: for rows too few to fill the device."""
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     number = tl.program_id(0).to(tl.int64)
-    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, VECTOR)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, PHI, FAST, ROWS, LANES)
+    if num_labels is not None:
+        poison = write_label_logits(statistics_ptr, number, row, target, LOGIT)
+        seen = seen[0], seen[1] + poison, seen[2], seen[3]
     slot = (number * tl.num_programs(1) + tl.program_id(1)) * 4
     for i in tl.static_range(4):
         tl.store(parts_ptr + slot + i, seen[i])
@@ -83,14 +100,15 @@ def part_kernel(
 def merge_kernel(
     loss_ptr, coefficients_ptr, statistics_ptr,  # see Outputs
     parts_ptr, parts,  # (rows, parts, 4)
-    num_classes, target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    num_classes,
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     p, q,
     TARGET: tl.constexpr, MERGE: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr,
     SLOPE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program, one row: its parts in a fixed order, so that the result does not depend on who came first."""
     number = tl.program_id(0).to(tl.int64)
-    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, 1)
     part = tl.arange(0, PARTS)
     slot = parts_ptr + (number * parts + part) * 4
@@ -99,7 +117,7 @@ def merge_kernel(
     thirds = tl.load(slot + 2, mask=part < parts, other=0.0)
     counts = tl.load(slot + 3, mask=part < parts, other=0.0)
     seen = MERGE(tops, totals, thirds, counts)
-    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr)
+    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
     end_row(outputs, number, target, STATISTICS(*seen), p, q, FINISH, VALUE, SLOPE)
 
 
@@ -118,7 +136,7 @@ def write_index(
     for i in range(first, behind - 1):
         tile = i + (i >= last).to(tl.int32)
         z = load_tile(row, tile, ROWS, LANES)
-        store_tile(drow, tile, scale.c * NEGATIVE(z, scale.p, scale.q, FAST), ROWS, LANES)
+        store_tile(drow, tile, of_negative(z, scale, NEGATIVE, FAST), ROWS, LANES)
     z = load_tile(row, last, ROWS, LANES)
     positions = last * TILE + tile_lanes(ROWS, LANES)
     values = _gradient(z, row, target, positions, positions >= 0, scale, index_positive, NEGATIVE, FAST)
@@ -141,11 +159,28 @@ def write_multi_hot(
 
 
 @triton.jit
+def write_around_labels(
+    drow, row, target, scale, NEGATIVE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """All classes as negatives, then the labels over these: the loop tests no positions."""
+    first, behind = part_of(row, ROWS * LANES)
+    for tile in range(first, behind):
+        z = load_tile(row, tile, ROWS, LANES)
+        store_tile(drow, tile, of_negative(z, scale, NEGATIVE, FAST), ROWS, LANES)
+    _write_rim(drow, row, target, scale, None, NEGATIVE, FAST)
+    write_labels(drow, target, scale, ROWS * LANES)
+
+
+@triton.jit
 def _gradient(
     z, row, target, positions, inside, scale, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
-    positive, gradient = POSITIVE(z, row, target, positions, inside, scale, FAST)
-    return tl.where(positive, gradient, scale.c * NEGATIVE(z, scale.p, scale.q, FAST))
+    if POSITIVE is None:
+        values = of_negative(z, scale, NEGATIVE, FAST)
+    else:
+        positive, gradient = POSITIVE(z, row, target, positions, inside, scale, FAST)
+        values = tl.where(positive, gradient, of_negative(z, scale, NEGATIVE, FAST))
+    return values
 
 
 @triton.jit
@@ -160,19 +195,19 @@ def _write_rim(drow, row, target, scale, POSITIVE: tl.constexpr, NEGATIVE: tl.co
 def backward_kernel(
     dlogits_ptr, dlogits_stride,  # (rows, classes), of the logits' phase
     grad_ptr, grad_stride,  # (rows,) or, with stride 0, ()
-    coefficients_ptr, statistics_ptr,  # (rows, 2), (rows, 3 | 4)
+    coefficients_ptr, statistics_ptr,  # (rows, 2 | 2 + labels), (rows, 3 | 4 | 3 + labels)
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
-    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     a, b,
-    TARGET: tl.constexpr, PARAMETERS: tl.constexpr, NEGATIVE: tl.constexpr, WRITE: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    TARGET: tl.constexpr, SCALE: tl.constexpr, PARAMETERS: tl.constexpr, NEGATIVE: tl.constexpr, WRITE: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row."""
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     number = tl.program_id(0).to(tl.int64)
-    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, VECTOR)
-    scale = scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, a, b, PARAMETERS)
+    scale = SCALE(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, num_labels, a, b, PARAMETERS)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     drow = same_classes(open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes), row)
     value, filled = fill_of_row(target, scale)
@@ -184,27 +219,43 @@ def backward_kernel(
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
-# By family and the dimensions of the target.
+# By family and what the targets are.
 _WALKS = {
-    ("softmax", 1): softmax.walk,
-    ("logistic", 1): logistic.walk_index,
-    ("logistic", 2): logistic.walk_multi_hot,
+    ("softmax", "index"): softmax.walk,
+    ("softmax", "labels"): softmax.walk_labels,
+    ("softmax", "labels, smoothed"): softmax.walk_labels_smoothed,
+    ("logistic", "index"): logistic.walk_index,
+    ("logistic", "multi_hot"): logistic.walk_multi_hot,
+    ("logistic", "labels"): logistic.walk_labels,
+    ("logistic", "labels, smoothed"): logistic.walk_labels_smoothed,
 }
-_MERGES = {"softmax": softmax.merge, "logistic": logistic.merge}
-_TARGETS = {1: index_target, 2: multi_hot_target}
-_WRITES = {1: write_index, 2: write_multi_hot}
+_MERGES = {
+    ("softmax", "index"): softmax.merge,
+    ("softmax", "labels"): softmax.merge_labels,
+    ("logistic", "index"): logistic.merge,
+    ("logistic", "multi_hot"): logistic.merge,
+    ("logistic", "labels"): logistic.merge,
+}
+_LOGITS = {"softmax": softmax.label_logit, "logistic": logistic.label_logit}
+_TARGETS = {"index": index_target, "multi_hot": multi_hot_target, "labels": label_target}
+_WRITES = {"index": write_index, "multi_hot": write_multi_hot, "labels": write_around_labels}
 
 
 def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> None:
     num_rows, num_classes = logits.shape
-    z, walk = device.as_matrix(logits), device.walk_of(logits, num_classes, halved=target.dim() == 2)
+    kind = device.kind_of(target, spec)
+    z, walk = device.as_matrix(logits), device.walk_of(logits, num_classes, halved=kind == "multi_hot")
     labels = device.labels_beside(z, target, spec)
     phi, a, b = None, 0.0, 0.0
     if spec.family == "logistic":
         phi, _, a, b = formulas(spec.loss, spec.params)
+    smoothed = ", smoothed" if spec.label_smoothing else ""
     walked = {
-        "TARGET": _TARGETS[target.dim()], "WALK": _WALKS[spec.family, target.dim()], "PHI": phi, **walk.tiles
+        "TARGET": _TARGETS[kind], "WALK": _WALKS[spec.family, kind + smoothed], "PHI": phi,
+        "LOGIT": _LOGITS[spec.family] if spec.labels else None, **walk.tiles,
     }  # fmt: skip
+    if spec.labels:
+        walked |= device.limited_registers(logits, 64)
     if walk.parts == 1:
         device.launch(
             forward_kernel, (num_rows,), walk.warps, *ending.outputs, *z, num_classes, *labels, a, b, ending.p,
@@ -212,10 +263,13 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> N
         )  # fmt: skip
         return
     parts = logits.new_empty((num_rows, walk.parts, 4), dtype=torch.float32)
-    device.launch(part_kernel, (num_rows, walk.parts), walk.warps, parts, *z, num_classes, *labels, a, b, **walked)
+    beside = ending.outputs[2] if spec.labels else None
+    device.launch(
+        part_kernel, (num_rows, walk.parts), walk.warps, parts, beside, *z, num_classes, *labels, a, b, **walked
+    )
     device.launch(
         merge_kernel, (num_rows,), 1, *ending.outputs, parts, walk.parts, num_classes, *labels, ending.p, ending.q,
-        TARGET=walked["TARGET"], MERGE=_MERGES[spec.family], **ending.functions,
+        TARGET=walked["TARGET"], MERGE=_MERGES[spec.family, kind], **ending.functions,
         PARTS=triton.next_power_of_2(walk.parts),
     )  # fmt: skip
 
@@ -227,10 +281,14 @@ def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec) ->
     dlogits, dz = device.empty_gradient(logits, z)
     if num_rows == 0:
         return dlogits
-    walk, (functions, a, b) = device.walk_of(logits, num_classes), of_negatives(spec)
+    walk, (functions, a, b), kind = (
+        device.walk_of(logits, num_classes),
+        of_negatives(spec),
+        device.kind_of(target, spec),
+    )
     device.launch(
         backward_kernel, (num_rows, walk.parts), walk.warps, dz.base, dz.stride, *upstream, *z, num_classes,
         *device.labels_beside(z, target, spec), a, b,
-        TARGET=_TARGETS[target.dim()], WRITE=_WRITES[target.dim()], **functions, **walk.tiles,
+        TARGET=_TARGETS[kind], WRITE=_WRITES[kind], **functions, **walk.tiles,
     )  # fmt: skip
     return dlogits

@@ -111,10 +111,10 @@ def walk_of(rows: Tensor, num_classes: int, halved: bool = False) -> Walk:
     return Walk(tile.warps, parts, {"FAST": device.nvidia, **shape})
 
 
-def limited_registers(rows: Tensor) -> dict[str, int]:
+def limited_registers(rows: Tensor, most: int = 128) -> dict[str, int]:
     """Compiler's option for kernels of which the assembler would give a thread more registers than leave room for 16
-    warps per multiprocessor."""
-    return {"maxnreg": 128} if profile(rows.device).nvidia else {}
+    warps per multiprocessor, or for the 32 that 64 registers leave room for."""
+    return {"maxnreg": most} if profile(rows.device).nvidia else {}
 
 
 def launch(kernel, grid: tuple[int, ...], warps: int, *arguments, **constexprs) -> None:
@@ -143,10 +143,19 @@ def as_matrix(x: Tensor) -> Matrix:
     return Matrix(base, phase, x.stride(0))
 
 
+def kind_of(target: Tensor, spec: LossSpec) -> str:
+    """What the targets are: class indices (rows,), several labels (rows, labels), or multi-hot (rows, classes)."""
+    return "labels" if spec.labels else "index" if target.dim() == 1 else "multi_hot"
+
+
 def labels_beside(z: Matrix, target: Tensor, spec: LossSpec) -> tuple:
     """The targets as kernels take them: ``rows.Labels``, argument by argument."""
-    y = Matrix(target, 0, target.stride(0)) if target.dim() == 1 else _multi_hot_beside(z, target)
-    return *y, spec.ignore_index if target.dim() == 1 else None, spec.first_class, spec.all_classes
+    kind = kind_of(target, spec)
+    if kind == "labels" and target.shape[1] > 1 and target.stride(1) != 1:
+        target = target.contiguous()
+    y = _multi_hot_beside(z, target) if kind == "multi_hot" else Matrix(target, 0, target.stride(0))
+    ignore_index = None if kind == "multi_hot" else spec.ignore_index
+    return *y, ignore_index, spec.first_class, spec.all_classes, target.shape[1] if kind == "labels" else None
 
 
 def _multi_hot_beside(z: Matrix, target: Tensor) -> Matrix:

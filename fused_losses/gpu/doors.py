@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from ..losses import LossSpec
-from . import all_negatives, gradient, hardest
+from . import all_negatives, device, gradient, hardest
 from . import finish as finishing
 from .device import unserved
 
-__all__ = ["backward", "finish", "forward", "unserved"]
+__all__ = ["backward", "finish", "forward", "statistics", "unserved"]
 
 
 def forward(
@@ -16,22 +16,36 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, coefficients (rows, 2), statistics (rows, 3 | 4), pick_index and pick_logit (rows, k | 1 | 0)."""
     spec = LossSpec(*spec)
+    finished = finishing.empty(logits, reduction)
+    if finishing.ends_rows(target, weight, reduction, spec):
+        return *finished, *_statistics(logits, target, spec, finished)
+    seen = _statistics(logits, target, spec)
+    with torch.cuda.device_of(logits):
+        finishing.launch(finished, seen[0], target, weight, reduction, spec)
+    return *finished, *seen
+
+
+def statistics(logits: Tensor, target: Tensor, *spec) -> tuple[Tensor, Tensor, Tensor]:
+    """statistics (rows, 3 | 4 | 3 + labels), pick_index and pick_logit (rows, k | 1 | 0)."""
+    return _statistics(logits, target, LossSpec(*spec))
+
+
+def _statistics(
+    logits: Tensor, target: Tensor, spec: LossSpec, finished: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """finished: loss and coefficients, if the kernel that has a row fills these too."""
     num_rows = logits.shape[0]
-    loss, coefficients = finishing.empty(logits, reduction)
-    statistics = logits.new_empty((num_rows, 4 if target.dim() == 2 else 3), dtype=torch.float32)
+    columns = {"index": 3, "multi_hot": 4, "labels": 3 + target.shape[-1]}[device.kind_of(target, spec)]
+    statistics = logits.new_empty((num_rows, columns), dtype=torch.float32)
     pick_logit = logits.new_empty((num_rows, spec.slots))
     picks = torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
-    finished = loss, coefficients
-    at_once = finishing.ends_rows(target, weight, reduction, spec)
-    ending = finishing.ending(spec, statistics, finished if at_once else None)
+    ending = finishing.ending(spec, statistics, finished)
     with torch.cuda.device_of(logits):
         if num_rows > 0 and spec.k > 0:
             hardest.forward(logits, target, spec, picks, ending)
         elif num_rows > 0:
             all_negatives.forward(logits, target, spec, ending)
-        if not at_once:
-            finishing.launch(finished, statistics, target, weight, reduction, spec)
-    return loss, coefficients, statistics, *picks
+    return statistics, *picks
 
 
 def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec) -> tuple[Tensor, Tensor]:

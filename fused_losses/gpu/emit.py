@@ -1,6 +1,7 @@
 """What is written of the picks of a row: all of them in the compact form, the edge in the threshold form.
 
-EMIT(picks, array, VIEW, info, cut, TERM, p, q, FAST, GROUPS) -> sum of TERM over the picks
+EMIT(picks, array, VIEW, info, cut, TERM, SMOOTH, p, q, FAST, GROUPS) -> (sum of TERM over the picks, sum of SMOOTH,
+    or 0 where that is None)
 """
 
 from typing import NamedTuple
@@ -79,10 +80,21 @@ def store_columns(ptr, ranks, chosen, room, values):
 
 
 @triton.jit
+def _smoothed(s, rest, rim, rim_picked, SMOOTH: tl.constexpr, p, q):
+    """The sum of SMOOTH over the picks from that of the body."""
+    if SMOOTH is None:
+        total = 0.0
+    else:
+        total = sum_of(s, rest) + tl.sum(tl.where(rim_picked, SMOOTH(rim, p, q), 0.0), axis=0)
+    return total
+
+
+@triton.jit
 def emit_compact(
-    picks, array, VIEW: tl.constexpr, info, cut, TERM: tl.constexpr, p, q, FAST: tl.constexpr, GROUPS: tl.constexpr
+    picks, array, VIEW: tl.constexpr, info, cut, TERM: tl.constexpr, SMOOTH: tl.constexpr, p, q,
+    FAST: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the picks, (k,), in order of their classes, and returns the sum of TERM over them.
+    """Writes the picks, (k,), in order of their classes, and returns the sums over them.
 
     No slot behind ``wanted`` is written, whatever a row with a NaN, where counts need not agree, would ask for.
     """
@@ -92,7 +104,7 @@ def emit_compact(
     rim_picked = rim_allowed & picked(rim, rim_position, cut)
     in_tail = rim_position >= 0
     sums = tl.zeros((GROUPS,), tl.float32)
-    rest = sums
+    rest, s, s_rest = sums, sums, sums
     in_head = tl.sum((rim_picked & ~in_tail).to(tl.int32), axis=0)
     taken = in_head
     for tile in range(tl.cdiv(array.body, GROUPS * (rim.shape[0] // 2))):
@@ -100,6 +112,8 @@ def emit_compact(
         classes, allowed = VIEW(info, array, positions, inside)
         chosen = allowed & picked(x, positions, cut)
         sums, rest = add(sums, rest, tl.sum(tl.where(chosen, TERM(x, p, q, FAST), 0.0), axis=1))
+        if SMOOTH is not None:
+            s, s_rest = add(s, s_rest, tl.sum(tl.where(chosen, SMOOTH(x, p, q), 0.0), axis=1))
         chosen_columns, ranks, number = rank_columns(chosen)
         store_columns(picks.index_ptr + taken, ranks, chosen_columns, picks.wanted - taken, classes)
         store_columns(picks.logit_ptr + taken, ranks, chosen_columns, picks.wanted - taken, x.to(element))
@@ -114,21 +128,23 @@ def emit_compact(
         tl.store(picks.index_ptr + slot, -1, mask=slot < picks.slots)
         nothing = tl.full((GROUPS,), -_INF, tl.float32).to(element)
         tl.store(picks.logit_ptr + slot, nothing, mask=slot < picks.slots)
-    return sum_of(sums, rest) + tl.sum(tl.where(rim_picked, TERM(rim, p, q, FAST), 0.0), axis=0)
+    total = sum_of(sums, rest) + tl.sum(tl.where(rim_picked, TERM(rim, p, q, FAST), 0.0), axis=0)
+    return total, _smoothed(s, s_rest, rim, rim_picked, SMOOTH, p, q)
 
 
 @triton.jit
 def emit_threshold(
-    picks, array, VIEW: tl.constexpr, info, cut, TERM: tl.constexpr, p, q, FAST: tl.constexpr, GROUPS: tl.constexpr
+    picks, array, VIEW: tl.constexpr, info, cut, TERM: tl.constexpr, SMOOTH: tl.constexpr, p, q,
+    FAST: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the edge, the last pick in the order of picking, (1,), and returns the sum of TERM over the picks."""
+    """Writes the edge, the last pick in the order of picking, (1,), and returns the sums over the picks."""
     rim, rim_position, rim_inside = open_rim(array)
     rim_classes, rim_allowed = VIEW(info, array, rim_position, rim_inside)
     rim_picked = rim_allowed & picked(rim, rim_position, cut)
     total = tl.sum(tl.where(rim_picked, TERM(rim, p, q, FAST), 0.0), axis=0)
     VECTOR: tl.constexpr = rim.shape[0] // 2
     sums = tl.zeros((GROUPS,), tl.float32)
-    rest = sums
+    rest, s, s_rest = sums, sums, sums
     lowest = tl.full((GROUPS, VECTOR), _INF, tl.float32)  # of every lane, and its highest class
     lowest_class = tl.full((GROUPS, VECTOR), -1, tl.int32)
     for tile in range(tl.cdiv(array.body, GROUPS * VECTOR)):
@@ -136,14 +152,17 @@ def emit_threshold(
         classes, allowed = VIEW(info, array, positions, inside)
         chosen = allowed & picked(x, positions, cut)
         sums, rest = add(sums, rest, tl.sum(tl.where(chosen, TERM(x, p, q, FAST), 0.0), axis=1))
+        if SMOOTH is not None:
+            s, s_rest = add(s, s_rest, tl.sum(tl.where(chosen, SMOOTH(x, p, q), 0.0), axis=1))
         lower = chosen & (x <= lowest)
         lowest = tl.where(lower, x, lowest)
         lowest_class = tl.where(lower, classes, lowest_class)
 
+    smoothed = _smoothed(s, s_rest, rim, rim_picked, SMOOTH, p, q)
     rim = tl.where(rim_picked, rim, _INF)
     bottom = tl.minimum(tl.min(tl.min(lowest, axis=1), axis=0), tl.min(rim, axis=0))
     edge_class = tl.max(tl.max(tl.where(lowest == bottom, lowest_class, -1), axis=1), axis=0)
     edge_class = tl.maximum(edge_class, tl.max(tl.where(rim_picked & (rim == bottom), rim_classes, -1), axis=0))
     tl.store(picks.index_ptr, edge_class)
     tl.store(picks.logit_ptr, tl.load(picks.row_ptr + edge_class, mask=edge_class >= 0, other=-_INF))
-    return total + sum_of(sums, rest)
+    return total + sum_of(sums, rest), smoothed

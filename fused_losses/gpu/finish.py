@@ -61,7 +61,8 @@ class Outputs(NamedTuple):
 
     loss_ptr: tl.tensor  # (rows,), or None: statistics alone
     coefficients_ptr: tl.tensor  # (rows, 2), or None
-    statistics_ptr: tl.tensor  # (rows, 3 | 4)
+    statistics_ptr: tl.tensor  # (rows, 3 | 4 | 3 + labels)
+    num_labels: tl.tensor  # whose logits stand behind the statistics that are written here, or None
 
 
 @triton.jit
@@ -69,10 +70,11 @@ def end_row(outputs, row, target, statistics, p, q, FINISH: tl.constexpr, VALUE:
     """Writes a row's statistics and, if they are asked for, its loss and coefficients. An ignored row is 0, one with a
     bad target NaN."""
     COLUMNS: tl.constexpr = len(statistics)
+    columns = COLUMNS if outputs.num_labels is None else COLUMNS + outputs.num_labels
     live = ~(target.ignored | target.bad)
     dead = tl.where(target.ignored, 0.0, float("nan"))
     for i in tl.static_range(COLUMNS):
-        tl.store(outputs.statistics_ptr + row * COLUMNS + i, tl.where(live, statistics[i], dead))
+        tl.store(outputs.statistics_ptr + row * columns + i, tl.where(live, statistics[i], dead))
     if outputs.loss_ptr is not None:
         value, c, t = FINISH(statistics, p, q, VALUE, SLOPE)
         tl.store(outputs.loss_ptr + row, tl.where(live, value, dead))
@@ -91,17 +93,20 @@ class Ending(NamedTuple):
 
 def ending(spec: LossSpec, statistics: Tensor, finished: tuple[Tensor, Tensor] | None) -> Ending:
     """finished: loss and coefficients, if the kernel fills these too."""
-    functions = {"STATISTICS": _STATISTICS[spec.family, statistics.shape[1]]}
+    multi_hot = not spec.labels and statistics.shape[1] == 4
+    functions = {"STATISTICS": _STATISTICS[spec.family, spec.labels, multi_hot]}
     if finished is None:
         return Ending((None, None, statistics), 0.0, 0.0, {**functions, "FINISH": None, "VALUE": None, "SLOPE": None})
-    p, q, of_loss = _finish_of(spec, multi_hot=statistics.shape[1] == 4)
+    p, q, of_loss = _finish_of(spec, multi_hot)
     return Ending((*finished, statistics), p, q, functions | of_loss)
 
 
-_STATISTICS = {
-    ("softmax", 3): softmax.statistics,
-    ("logistic", 3): logistic.index_statistics,
-    ("logistic", 4): logistic.multi_hot_statistics,
+_STATISTICS = {  # by family, whether there are several labels, whether they are multi-hot
+    ("softmax", False, False): softmax.statistics,
+    ("softmax", True, False): softmax.label_statistics,
+    ("logistic", False, False): logistic.index_statistics,
+    ("logistic", False, True): logistic.multi_hot_statistics,
+    ("logistic", True, False): logistic.label_statistics,
 }
 
 

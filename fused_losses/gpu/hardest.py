@@ -21,28 +21,42 @@ from .device import Device, Tile
 from .finish import Ending
 from .formulas import formulas
 from .gradient import index_positive, multi_hot_positive, of_negatives
+from .labels import label_target, labels_here, labels_view
 from .rows import index_target, multi_hot_target
 
 _HELD_CLASSES = 2048  # of a row in the registers of one warp
 _FEWEST_CANDIDATES = 64
 
-# By the dimensions of the target.
+# By what the targets are. One label per row is left out as a class index is.
 _TARGETS = {
-    1: {"TARGET": index_target, "POSITIVES": picks.index_positives, "VIEW": select.index_view},
-    2: {"TARGET": multi_hot_target, "POSITIVES": picks.multi_hot_positives, "VIEW": select.multi_hot_view},
+    "index": {"TARGET": index_target, "POSITIVES": picks.index_positives, "VIEW": select.index_view},
+    "multi_hot": {"TARGET": multi_hot_target, "POSITIVES": picks.multi_hot_positives, "VIEW": select.multi_hot_view},
+    "label": {"TARGET": label_target, "POSITIVES": picks.index_positives, "VIEW": select.index_view},
+    "labels": {"TARGET": label_target, "POSITIVES": labels_here, "VIEW": labels_view},
 }
-_HELD = {"OPEN": picks.hold, "COUNT": select.count_held}
+_HELD = {
+    "index": {"OPEN": picks.hold, "COUNT": select.count_held},
+    "multi_hot": {"OPEN": picks.hold, "COUNT": select.count_held},
+    "label": {"OPEN": picks.hold, "COUNT": select.count_held},
+    "labels": {"OPEN": picks.hold_labels, "COUNT": select.count_held},
+}
 _WALKED = {
-    1: {"OPEN": picks.walk_index, "COUNT": select.count_walked},
-    2: {"OPEN": picks.walk_multi_hot, "COUNT": select.count_walked_multi_hot},
+    "index": {"OPEN": picks.walk_index, "COUNT": select.count_walked},
+    "multi_hot": {"OPEN": picks.walk_multi_hot, "COUNT": select.count_walked_multi_hot},
+    "label": {"OPEN": picks.walk_index, "COUNT": select.count_walked},
+    "labels": {"OPEN": picks.walk_index, "COUNT": select.count_walked_labels},
 }
+_BLOCKS = {"index": select.count_winners, "label": select.count_winners, "labels": select.count_winners_labels}
+_LOGITS = {"softmax": softmax.label_logit, "logistic": logistic.label_logit}
 _SCATTERED = {
-    1: {"TARGET": index_target, "FILL": scatter.index_fill},
-    2: {"TARGET": multi_hot_target, "FILL": scatter.multi_hot_fill},
+    "index": {"TARGET": index_target, "FILL": scatter.index_fill},
+    "multi_hot": {"TARGET": multi_hot_target, "FILL": scatter.multi_hot_fill},
+    "labels": {"TARGET": label_target, "FILL": scatter.index_fill},
 }
 _THRESHOLD = {
-    1: {"TARGET": index_target, "POSITIVE": index_positive},
-    2: {"TARGET": multi_hot_target, "POSITIVE": multi_hot_positive},
+    "index": {"TARGET": index_target, "POSITIVE": index_positive},
+    "multi_hot": {"TARGET": multi_hot_target, "POSITIVE": multi_hot_positive},
+    "labels": {"TARGET": label_target, "POSITIVE": None},
 }
 
 
@@ -104,14 +118,23 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, kept: tuple[Tensor, 
     num_rows, num_classes = logits.shape
     on, itemsize, k = device.profile(logits.device), logits.element_size(), spec.k
     z = device.as_matrix(logits)
-    how = plan(on, num_rows, num_classes, k, itemsize, target.dim() == 2)
+    kind = device.kind_of(target, spec)
+    how = plan(on, num_rows, num_classes, k, itemsize, kind == "multi_hot")
     if spec.family == "softmax":
-        term, parameters, a, b = softmax.share, softmax.below_top, 0.0, 0.0
+        term, parameters, a, b, smooth = softmax.share, softmax.below_top, 0.0, 0.0, softmax.below
     else:
         term, _, a, b = formulas(spec.loss, spec.params)
-        parameters = logistic.hyper_parameters
-    emit_form = emit.emit_compact if spec.compact else emit.emit_threshold
-    functions = {"EMIT": emit_form, "TERM": term, "PARAMETERS": parameters, **ending.functions}
+        parameters, smooth = logistic.hyper_parameters, logistic.itself
+    functions = {
+        "EMIT": emit.emit_compact if spec.compact else emit.emit_threshold, "TERM": term,
+        "SMOOTH": smooth if spec.label_smoothing else None, "PARAMETERS": parameters,
+        "SEEN": picks.seen_of_labels if spec.labels else picks.seen_with_positives,
+        "LOGIT": _LOGITS[spec.family] if spec.labels else None, **ending.functions,
+    }  # fmt: skip
+    most_labels = target.shape[1] if spec.labels else 1
+    if spec.labels and most_labels == 1:
+        kind = "label"
+    functions |= _TARGETS[kind]
     shape = {"ROWS": how.tile.rows, "LANES": how.tile.lanes(on, itemsize)}
     tiles = {"FAST": on.nvidia, **shape, "GROUPS": how.emitted * how.tile.threads(on)} | device.limited_registers(
         logits
@@ -119,14 +142,14 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, kept: tuple[Tensor, 
     matrix = *z, num_classes
     rows = *ending.outputs, *kept, spec.slots, k, *matrix, *device.labels_beside(z, target, spec)
     if how.width == 0:
-        functions |= _TARGETS[target.dim()] | (_HELD if how.held else _WALKED[target.dim()])
+        functions |= (_HELD if how.held else _WALKED)[kind]
         device.launch(
             picks.row_kernel, (num_rows,), how.tile.warps, *rows, *upper_tail(k, num_classes), a, b, ending.p, ending.q,
             **functions, **tiles,
         )  # fmt: skip
         return
-    scratch = _scratch(logits, how, how.tile.classes(on, itemsize), k)
-    functions["READ"] = picks.write_maxima
+    scratch = _scratch(logits, how, how.tile.classes(on, itemsize), k, most_labels)
+    functions |= {"READ": picks.write_maxima, "COUNT": _BLOCKS[kind]}
     if how.parts > 1:
         functions["READ"] = picks.maxima_written
         device.launch(
@@ -134,12 +157,12 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, kept: tuple[Tensor, 
         )
     blocks = triton.cdiv(num_classes, how.width)
     device.launch(
-        picks.blocks_kernel, (num_rows,), how.tile.warps, *rows, *scratch, *upper_tail(k + 1, blocks), a, b, ending.p,
-        ending.q, **functions, **tiles, WIDTH=how.width,
+        picks.blocks_kernel, (num_rows,), how.tile.warps, *rows, *scratch, *upper_tail(k + most_labels, blocks), a, b,
+        ending.p, ending.q, **functions, **tiles, WIDTH=how.width,
     )  # fmt: skip
 
 
-def _scratch(logits: Tensor, how: Plan, tile: int, k: int) -> tuple[Tensor, Tensor, int, int]:
+def _scratch(logits: Tensor, how: Plan, tile: int, k: int, most_labels: int) -> tuple[Tensor, Tensor, int, int]:
     """Memory for block maxima and candidates' logits, winning blocks and candidates' classes; how many blocks and
     candidates.
 
@@ -149,7 +172,7 @@ def _scratch(logits: Tensor, how: Plan, tile: int, k: int) -> tuple[Tensor, Tens
     num_rows, num_classes = logits.shape
     vector = 16 // logits.element_size()
     row_maxima = triton.cdiv(num_classes, tile) * (tile // how.width)
-    max_blocks = k + 1 + (k + 1) // 8
+    max_blocks = k + most_labels + (k + most_labels) // 8
     capacity = max(2 * k, _FEWEST_CANDIDATES)
     room = capacity // vector * vector + vector
     scratch = logits.new_empty((num_rows * (row_maxima + room),))
@@ -180,16 +203,20 @@ def backward(
     if num_rows == 0:
         return dlogits
 
-    walk, (functions, a, b) = device.walk_of(pick_logit, num_classes), of_negatives(spec)
+    walk, (functions, a, b), kind = (
+        device.walk_of(pick_logit, num_classes),
+        of_negatives(spec),
+        device.kind_of(target, spec),
+    )
     labels = *z, num_classes, *device.labels_beside(z, target, spec), a, b
     if spec.compact:
-        functions |= _SCATTERED[target.dim()]
+        functions |= _SCATTERED[kind]
         device.launch(
             scatter.scatter_kernel, (num_rows, walk.parts), walk.warps, *dz, *upstream, pick_index, pick_logit, spec.k,
             *labels, **functions, **walk.tiles,
         )  # fmt: skip
     else:
-        functions |= _THRESHOLD[target.dim()]
+        functions |= _THRESHOLD[kind]
         device.launch(
             scatter.threshold_kernel, (num_rows, walk.parts), walk.warps, dz.base, dz.stride, *upstream, pick_index,
             pick_logit, *labels, **functions, **walk.tiles,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .formulas import softplus
+from .labels import walk_around_labels
 from .rows import is_positive, last_tile, load_tile, logit_of_target, part_of, rim_positions, tile_lanes
 from .sums import add, fold, sum_of
 
@@ -95,6 +96,89 @@ def multi_hot_statistics(top, neg, pos, count):
     return top, neg, pos, count.to(tl.float32)
 
 
+# --- several labels ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def walk_labels(
+    row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """This program's part of a row -> (maximum of the negatives, neg, 0, 0)"""
+    return walk_around_labels(row, target, a, b, PHI, FAST, _start, _step, _end, ROWS, LANES)
+
+
+@triton.jit
+def walk_labels_smoothed(
+    row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """This program's part of a row -> (maximum of the negatives, neg, sum of z, 0)"""
+    return walk_around_labels(
+        row, target, a, b, PHI, FAST, _start_smoothed, _step_smoothed, _end_smoothed, ROWS, LANES
+    )  # fmt: skip
+
+
+@triton.jit
+def _start(LANES: tl.constexpr, VECTOR: tl.constexpr):
+    zeros = tl.zeros((LANES // VECTOR,), tl.float32)
+    return tl.full((LANES,), -_INF, tl.float32), zeros, zeros
+
+
+@triton.jit
+def _step(state, z, a, b, PHI: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
+    tops, sums, rest = state
+    sums, rest = add(sums, rest, fold(PHI(z, a, b, FAST), VECTOR))
+    return tl.maximum(tops, tl.max(z, axis=0)), sums, rest
+
+
+@triton.jit
+def _end(state, rim, inside, number, a, b, PHI: tl.constexpr, FAST: tl.constexpr):
+    tops, sums, rest = state
+    top = tl.maximum(tl.max(tops, axis=0), tl.max(rim, axis=0))
+    return top, sum_of(sums, rest) + tl.sum(PHI(rim, a, b, FAST), axis=0), 0.0, 0.0
+
+
+@triton.jit
+def _start_smoothed(LANES: tl.constexpr, VECTOR: tl.constexpr):
+    tops, zeros, _ = _start(LANES, VECTOR)
+    return tops, zeros, zeros, zeros, zeros, tl.zeros((LANES // VECTOR,), tl.int32)
+
+
+@triton.jit
+def _step_smoothed(
+    state, z, a, b, PHI: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    """With the sum of z. Where padding and labels, which do not count, look like logits of -inf, none of these is
+    counted: what is then missing shows that some were logits."""
+    tops, sums, rest, s, s_rest, count = state
+    tops, sums, rest = _step((tops, sums, rest), z, a, b, PHI, FAST, WHOLE, VECTOR)
+    if WHOLE:
+        count += z.shape[0] * VECTOR
+    else:
+        count += fold((z > -_INF).to(tl.int32), VECTOR)
+        z = tl.where(z > -_INF, z, 0.0)
+    s, s_rest = add(s, s_rest, fold(z, VECTOR))
+    return tops, sums, rest, s, s_rest, count
+
+
+@triton.jit
+def _end_smoothed(state, rim, inside, number, a, b, PHI: tl.constexpr, FAST: tl.constexpr):
+    tops, sums, rest, s, s_rest, count = state
+    top, neg, _, _ = _end((tops, sums, rest), rim, inside, number, a, b, PHI, FAST)
+    s = tl.where(tl.sum(count, axis=0) < number, -_INF, sum_of(s, s_rest))
+    return top, neg, s + tl.sum(tl.where(inside, rim, 0.0), axis=0), 0.0
+
+
+@triton.jit
+def label_statistics(top, neg, s, none):
+    """-> (m, neg, s)"""
+    return top, neg, s
+
+
+@triton.jit
+def label_logit(z):
+    return z
+
+
 # --- one negative -----------------------------------------------------------------------------------------------------
 
 
@@ -105,5 +189,11 @@ def hyper_parameters(top, a, b):
 
 
 @triton.jit
-def hyper_parameters_of_row(statistics_ptr, row, a, b):
+def itself(z, a, b):
+    """What label smoothing sums of a negative."""
+    return z
+
+
+@triton.jit
+def hyper_parameters_of_row(statistics_ptr, row, columns, a, b):
     return a, b

@@ -2,7 +2,8 @@
 
 Two ways to find the picks, both exact. ``row_kernel`` searches the row itself, held in registers or read again from the
 caches; ``blocks_kernel`` reads it once, writing the maximum of every block of W logits, and searches only the blocks
-whose maximum is among the k + 1 largest: they hold the k hardest negatives, whichever block the target is in.
+whose maximum is among the largest, k and one for every label: they hold the k hardest negatives, whichever blocks the
+labels are in.
 """
 
 from typing import NamedTuple
@@ -13,11 +14,11 @@ import triton.language as tl
 from .emit import Picks, rank_columns, store_columns
 from .finish import Outputs, end_row
 from .formulas import softplus
+from .labels import column_of_label, hide, with_label_logits
 from .rows import (
     SIZES,
     Array,
     Labels,
-    index_target,
     is_positive,
     load_tile,
     logit_of_target,
@@ -31,11 +32,9 @@ from .select import (
     Guess,
     Winners,
     count_walked,
-    count_winners,
     cut_at,
     float_of,
     guess,
-    index_view,
     key_of,
     list_view,
     load_groups,
@@ -84,6 +83,19 @@ def multi_hot_positives(row, target, FAST: tl.constexpr, ROWS: tl.constexpr, LAN
     return sum_of(pos, rest) + tl.sum(softplus(-rim, FAST), axis=0), number
 
 
+# Four numbers of a row, as STATISTICS takes them: SEEN(top, total, s, at_positives, poison, positives)
+
+
+@triton.jit
+def seen_with_positives(top, total, s, at_positives, poison, positives):
+    return top, total, at_positives + poison, positives
+
+
+@triton.jit
+def seen_of_labels(top, total, s, at_positives, poison, positives):
+    return top, total + poison, s, positives
+
+
 # --- a row searched as a whole ----------------------------------------------------------------------------------------
 
 
@@ -113,22 +125,33 @@ def hold(row, target, at_positives, VIEW: tl.constexpr, ROWS: tl.constexpr, LANE
     return (x, rim), survey_held(x, rim)
 
 
+@triton.jit
+def hold_labels(row, target, at_positives, VIEW: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
+    rim, positions, inside = open_rim(row)
+    rim = tl.where(VIEW(target, row, positions, inside)[1], rim, -_INF)
+    x = load_tile(row, 0, ROWS, LANES)
+    for place in range(target.number):
+        x = hide(x, column_of_label(target, place) - row.head, VECTOR)
+    return (x, rim), survey_held(x, rim)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def row_kernel(
     loss_ptr, coefficients_ptr, statistics_ptr,  # see Outputs
     pick_index_ptr, pick_logit_ptr, pick_stride, k,  # (rows, k) or (rows, 1)
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
-    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     quantile, reach, a, b, p, q,
     TARGET: tl.constexpr, POSITIVES: tl.constexpr, VIEW: tl.constexpr, OPEN: tl.constexpr, COUNT: tl.constexpr,
-    EMIT: tl.constexpr, TERM: tl.constexpr, PARAMETERS: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr,
-    VALUE: tl.constexpr, SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    EMIT: tl.constexpr, TERM: tl.constexpr, SMOOTH: tl.constexpr, PARAMETERS: tl.constexpr, SEEN: tl.constexpr,
+    LOGIT: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program, one row."""
     ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty
     number = tl.program_id(0).to(tl.int64)
-    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, 128 // ELEMENT.primitive_bitwidth)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     row = only_if(~(target.ignored | target.bad), row)
@@ -145,9 +168,12 @@ def row_kernel(
     bracket = search(COUNT, source, bracket, wanted, wanted, first, ELEMENT, ROWS, LANES)
     cut = cut_at(row, VIEW, target, bracket, wanted, wanted, GROUPS)
     at, beside = PARAMETERS(moments.top, a, b)
-    total = EMIT(picks, row, VIEW, target, cut, TERM, at, beside, FAST, GROUPS)
-    statistics = STATISTICS(moments.top, total, at_positives + moments.poison, positives)
-    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr)
+    total, s = EMIT(picks, row, VIEW, target, cut, TERM, SMOOTH, at, beside, FAST, GROUPS)
+    seen = SEEN(moments.top, total, s, at_positives, moments.poison, positives)
+    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
+    statistics = STATISTICS(*seen)
+    if num_labels is not None:
+        statistics = with_label_logits(statistics_ptr, number, row, target, statistics, LOGIT)
     end_row(outputs, number, target, statistics, p, q, FINISH, VALUE, SLOPE)
 
 
@@ -220,11 +246,11 @@ def maxima_written(maxima_ptr, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def winning_blocks(
-    scratch, num_blocks, poison, k, quantile, reach, LANES: tl.constexpr, GROUPS: tl.constexpr
+    scratch, num_blocks, poison, k, labels, quantile, reach, LANES: tl.constexpr, GROUPS: tl.constexpr
 ):  # fmt: skip
-    """At least the blocks of the k + 1 largest maxima, equal ones by number. One of them may owe its maximum to the
-    target; the others hold a negative each that is as hard as any element outside the winners, or equal and in front of
-    it.
+    """At least the blocks of the largest maxima, k and one for every label, equal ones by number. As many as there are
+    labels may owe their maximum to one; the others hold a negative each that is as hard as any element outside the
+    winners, or equal and in front of it.
 
     -> (Winners, the smallest of their maxima, NaN if there is a NaN in the row)
     """
@@ -232,7 +258,7 @@ def winning_blocks(
     maxima = Array(scratch.maxima_ptr, 0, num_blocks, num_blocks)
     no_rim = tl.full((2 * (128 // ELEMENT.primitive_bitwidth),), -_INF, tl.float32)
     moments = survey(maxima, plain_view, (0,), no_rim, 1, LANES)
-    needed = tl.minimum(k + 1, num_blocks)
+    needed = tl.minimum(k + labels, num_blocks)
     lowest = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
     bracket = Bracket(lowest, key_of(moments.top, ELEMENT) + 1, num_blocks, needed * 0)
     source = (maxima, no_rim, tl.full((), float("nan"), tl.float32))
@@ -258,7 +284,8 @@ def _list_blocks(scratch, maxima, cut, GROUPS: tl.constexpr):
 
 @triton.jit
 def candidates(
-    scratch, row, target, z_y, winners, bound, wanted, WIDTH: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr
+    scratch, row, target, at_positives, winners, bound, wanted, VIEW: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Lists the negatives of the winning blocks and the rim that are not below the smallest of the winners' maxima.
 
@@ -279,7 +306,7 @@ def candidates(
     turns = number + 3  # to go, of three; the first says how many more there are
     while turns > 0:
         number, highest = _list_candidates(
-            scratch, number, row, target, winners, at_least, at_most, WIDTH, GROUPS
+            scratch, number, row, target, winners, at_least, at_most, VIEW, WIDTH, GROUPS
         )  # fmt: skip
         tl.debug_barrier()  # the next listing, or the padding, overwrites this one
         if turns == 3:
@@ -287,7 +314,7 @@ def candidates(
             turns = number * 0
             if number > scratch.capacity:
                 bracket = search(
-                    count_winners, (row, winners, WIDTH, rim, z_y),
+                    COUNT, (row, winners, WIDTH, rim, at_positives),
                     Bracket(low, key_of(top, ELEMENT) + 1, number, wanted * 0), wanted, scratch.capacity,
                     Guess(nothing, nothing), ELEMENT, 1, LANES,
                 )  # fmt: skip
@@ -306,7 +333,8 @@ def candidates(
 
 @triton.jit
 def _list_candidates(
-    scratch, taken, row, target, winners, at_least, at_most, WIDTH: tl.constexpr, GROUPS: tl.constexpr
+    scratch, taken, row, target, winners, at_least, at_most, VIEW: tl.constexpr, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Appends the negatives within [at_least, at_most] of the winning blocks and the rim, in order, as far as there is
     room.
@@ -317,7 +345,7 @@ def _list_candidates(
     PIECES: tl.constexpr = WIDTH // (128 // element.primitive_bitwidth)
     capacity = scratch.capacity
     rim, rim_position, rim_inside = open_rim(row)
-    rim_classes, rim_negative = index_view(target, row, rim_position, rim_inside)
+    rim_classes, rim_negative = VIEW(target, row, rim_position, rim_inside)
     rim_kept = rim_negative & (rim >= at_least) & (rim <= at_most)
     in_tail = rim_position >= 0
     in_head = tl.sum((rim_kept & ~in_tail).to(tl.int32), axis=0)
@@ -327,7 +355,7 @@ def _list_candidates(
     tops = tl.full((GROUPS,), -_INF, tl.float32)
     for tile in range(tl.cdiv(winners.number * PIECES, GROUPS)):
         x, positions, inside = load_winners(row, winners, tile, WIDTH, GROUPS)
-        classes, negative = index_view(target, row, positions, inside)
+        classes, negative = VIEW(target, row, positions, inside)
         kept = negative & (x >= at_least) & (x <= at_most)
         tops = tl.maximum(tops, tl.max(tl.where(kept, x, -_INF), axis=1))
         kept_columns, ranks, number = rank_columns(kept)
@@ -358,12 +386,13 @@ def blocks_kernel(
     loss_ptr, coefficients_ptr, statistics_ptr,  # see Outputs
     pick_index_ptr, pick_logit_ptr, pick_stride, k,  # (rows, k) or (rows, 1)
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
-    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     scratch_logit_ptr, scratch_index_ptr, max_blocks, capacity,  # see _scratch_of_row
     quantile, reach, a, b, p, q,
-    READ: tl.constexpr, EMIT: tl.constexpr, TERM: tl.constexpr, PARAMETERS: tl.constexpr, STATISTICS: tl.constexpr,
-    FINISH: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    READ: tl.constexpr, TARGET: tl.constexpr, POSITIVES: tl.constexpr, VIEW: tl.constexpr, COUNT: tl.constexpr,
+    EMIT: tl.constexpr, TERM: tl.constexpr, SMOOTH: tl.constexpr, PARAMETERS: tl.constexpr, SEEN: tl.constexpr,
+    LOGIT: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program, one row. READ writes the maxima of its blocks, unless ``maxima_kernel`` has done so."""
     ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty
@@ -373,11 +402,11 @@ def blocks_kernel(
     scratch = _scratch_of_row(
         scratch_logit_ptr, scratch_index_ptr, number, num_classes, max_blocks, capacity, TILE, WIDTH
     )
-    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
-    target = index_target(labels, number, num_classes, VECTOR)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
+    target = TARGET(labels, number, num_classes, VECTOR)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     row = only_if(~(target.ignored | target.bad), row)
-    z_y, positives = index_positives(row, target, FAST, ROWS, LANES)
+    at_positives, positives = POSITIVES(row, target, FAST, ROWS, LANES)
     wanted = tl.minimum(k, row.length - positives)
     slots = number * pick_stride
     picks = Picks(pick_index_ptr + slots, pick_logit_ptr + slots, k, wanted, row.ptr - row.head)
@@ -387,9 +416,14 @@ def blocks_kernel(
     num_blocks = tl.cdiv(row.body, TILE) * (TILE // WIDTH)
     rim, _positions, _inside = open_rim(row)
     poison = tl.where(tl.sum((rim != rim).to(tl.int32), axis=0) > 0, float("nan"), 0.0)
-    winners, bound, poison = winning_blocks(scratch, num_blocks, poison, k, quantile, reach, LANES, GROUPS)
+    labels_at_most = 1 if num_labels is None else num_labels
+    winners, bound, poison = winning_blocks(
+        scratch, num_blocks, poison, k, labels_at_most, quantile, reach, LANES, GROUPS
+    )  # fmt: skip
     tl.debug_barrier()
-    found, bracket, top = candidates(scratch, row, target, z_y, winners, bound, wanted, WIDTH, LANES, GROUPS)
+    found, bracket, top = candidates(
+        scratch, row, target, at_positives, winners, bound, wanted, VIEW, COUNT, WIDTH, LANES, GROUPS
+    )  # fmt: skip
     array = listed(scratch, found)
     tl.debug_barrier()
 
@@ -401,9 +435,13 @@ def blocks_kernel(
     )
     cut = cut_at(array, list_view, info, bracket, wanted, wanted, GROUPS)
     at, beside = PARAMETERS(top, a, b)
-    total = EMIT(picks, array, list_view, info, cut, TERM, at, beside, FAST, GROUPS)
-    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr)
-    end_row(outputs, number, target, STATISTICS(top, total, z_y + poison, positives), p, q, FINISH, VALUE, SLOPE)
+    total, s = EMIT(picks, array, list_view, info, cut, TERM, SMOOTH, at, beside, FAST, GROUPS)
+    seen = SEEN(top, total, s, at_positives, poison, positives)
+    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
+    statistics = STATISTICS(*seen)
+    if num_labels is not None:
+        statistics = with_label_logits(statistics_ptr, number, row, target, statistics, LOGIT)
+    end_row(outputs, number, target, statistics, p, q, FINISH, VALUE, SLOPE)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -27,6 +27,7 @@ SIZES = (
     "first_class",
     "all_classes",
     "parts",
+    "num_labels",
 )
 
 
@@ -40,7 +41,8 @@ class Array(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Targets of all rows, as a kernel is given them: class indices (rows,), or multi-hot (rows, classes)."""
+    """Targets of all rows, as a kernel is given them: class indices (rows,), several of them (rows, num_labels), or
+    multi-hot (rows, classes)."""
 
     ptr: tl.tensor
     phase: tl.tensor  # label c of a row stands phase + row * stride + c elements behind ptr
@@ -48,6 +50,7 @@ class Labels(NamedTuple):
     ignore_index: tl.tensor  # or None
     first_class: tl.tensor
     all_classes: tl.tensor
+    number: tl.tensor  # of labels per row, or None: class indices, multi-hot
 
 
 class Target(NamedTuple):

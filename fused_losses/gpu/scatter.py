@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .formulas import sigmoid
-from .gradient import fill, fill_of_row, scale_of_row
+from .gradient import fill, fill_of_row, filled_here, of_negative, write_labels
 from .rows import (
     SIZES,
     Labels,
@@ -42,26 +42,17 @@ def multi_hot_fill(row, target, positions, inside, scale, FAST: tl.constexpr):
     return tl.where(positive, scale.t * sigmoid(-z, FAST), 0.0)
 
 
-@triton.jit
-def _filled_here(position, drow, TILE: tl.constexpr):
-    """Whether this program fills a position. The first program of a row has the rim."""
-    first, behind = part_of(drow, TILE)
-    first = tl.where(tl.program_id(1) == 0, -2147483648, first * TILE)
-    tail = tl.where(tl.program_id(1) == 0, drow.body, 2147483647)
-    return ((position >= first) & (position < tl.minimum(behind * TILE, drow.body))) | (position >= tail)
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def scatter_kernel(
     dlogits_ptr, dlogits_phase, dlogits_stride,  # (rows, classes)
     grad_ptr, grad_stride,  # (rows,) or, with stride 0, ()
-    coefficients_ptr, statistics_ptr,  # (rows, 2), (rows, 3 | 4)
+    coefficients_ptr, statistics_ptr,  # (rows, 2 | 2 + labels), (rows, 3 | 4 | 3 + labels)
     pick_index_ptr, pick_logit_ptr, k,  # (rows, k)
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes), read at multi-hot positives only
-    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     a, b,
-    TARGET: tl.constexpr, FILL: tl.constexpr, PARAMETERS: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    TARGET: tl.constexpr, FILL: tl.constexpr, SCALE: tl.constexpr, PARAMETERS: tl.constexpr, NEGATIVE: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row. It writes the picks whose classes it has filled itself, so a barrier orders the
     two."""
@@ -69,9 +60,9 @@ def scatter_kernel(
     TILE: tl.constexpr = ROWS * LANES
     element = dlogits_ptr.dtype.element_ty
     number = tl.program_id(0).to(tl.int64)
-    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, VECTOR)
-    scale = scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, a, b, PARAMETERS)
+    scale = SCALE(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, num_labels, a, b, PARAMETERS)
     drow = open_row(dlogits_ptr, dlogits_phase, number, dlogits_stride, num_classes)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     value, filled = fill_of_row(target, scale)
@@ -85,16 +76,21 @@ def scatter_kernel(
     in_rim = FILL(row, target, rim, inside, scale, FAST)
     tl.store(drow.ptr + rim, tl.where(filled, value, in_rim).to(element), mask=inside)
 
-    tl.debug_barrier()
-    position = target.column - drow.head
-    has_target = (target.column >= 0) & _filled_here(position, drow, TILE) & ~filled
-    tl.store(drow.ptr + position, scale.t.to(element), mask=has_target)
+    if num_labels is not None:
+        if ~filled:
+            write_labels(drow, target, scale, TILE)
+        tl.debug_barrier()
+    else:
+        tl.debug_barrier()
+        position = target.column - drow.head
+        has_target = (target.column >= 0) & filled_here(position, drow, TILE) & ~filled
+        tl.store(drow.ptr + position, scale.t.to(element), mask=has_target)
     for start in range(0, tl.where(filled, 0, k), LANES):
         slot = start + tl.arange(0, LANES)
         classes = tl.load(pick_index_ptr + number * k + slot, mask=slot < k, other=-1)
         z = tl.load(pick_logit_ptr + number * k + slot, mask=slot < k, other=float("-inf")).to(tl.float32)
-        here = (classes >= 0) & (classes < num_classes) & _filled_here(classes - drow.head, drow, TILE)
-        values = scale.c * NEGATIVE(z, scale.p, scale.q, FAST)
+        here = (classes >= 0) & (classes < num_classes) & filled_here(classes - drow.head, drow, TILE)
+        values = of_negative(z, scale, NEGATIVE, FAST)
         tl.store(drow.ptr + (classes - drow.head), values.to(element), mask=here)
 
 
@@ -105,30 +101,34 @@ def scatter_kernel(
 def _gradient(
     z, row, target, positions, inside, scale, cut, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
-    positive, gradient = POSITIVE(z, row, target, positions, inside, scale, FAST)
-    of_pick = tl.where(picked(z, positions, cut), scale.c * NEGATIVE(z, scale.p, scale.q, FAST), 0.0)
-    return tl.where(positive, gradient, of_pick)
+    if POSITIVE is None:
+        values = tl.where(picked(z, positions, cut), of_negative(z, scale, NEGATIVE, FAST), 0.0)
+    else:
+        positive, gradient = POSITIVE(z, row, target, positions, inside, scale, FAST)
+        of_pick = tl.where(picked(z, positions, cut), of_negative(z, scale, NEGATIVE, FAST), 0.0)
+        values = tl.where(positive, gradient, of_pick)
+    return values
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def threshold_kernel(
     dlogits_ptr, dlogits_stride,  # (rows, classes), of the logits' phase
     grad_ptr, grad_stride,  # (rows,) or, with stride 0, ()
-    coefficients_ptr, statistics_ptr,  # (rows, 2), (rows, 3 | 4)
+    coefficients_ptr, statistics_ptr,  # (rows, 2 | 2 + labels), (rows, 3 | 4 | 3 + labels)
     pick_index_ptr, pick_logit_ptr,  # (rows, 1)
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
-    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes,  # see Labels
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     a, b,
-    TARGET: tl.constexpr, POSITIVE: tl.constexpr, PARAMETERS: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr,
-    ROWS: tl.constexpr, LANES: tl.constexpr,
+    TARGET: tl.constexpr, POSITIVE: tl.constexpr, SCALE: tl.constexpr, PARAMETERS: tl.constexpr,
+    NEGATIVE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row."""
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
     TILE: tl.constexpr = ROWS * LANES
     number = tl.program_id(0).to(tl.int64)
-    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, VECTOR)
-    scale = scale_of_row(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, a, b, PARAMETERS)
+    scale = SCALE(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, num_labels, a, b, PARAMETERS)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     drow = same_classes(open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes), row)
     last_class = tl.load(pick_index_ptr + number)
@@ -150,3 +150,5 @@ def threshold_kernel(
         z = tl.load(row.ptr + rim, mask=inside, other=0.0).to(tl.float32)
         values = _gradient(z, row, target, rim, inside, scale, cut, POSITIVE, NEGATIVE, FAST)
         tl.store(drow.ptr + rim, values.to(drow.ptr.dtype.element_ty), mask=inside)
+        if num_labels is not None:
+            write_labels(drow, target, scale, TILE)

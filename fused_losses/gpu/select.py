@@ -15,6 +15,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .labels import labels_above
 from .rows import is_positive, load_tile, rim_positions, tile_lanes
 
 _INF = tl.constexpr(float("inf"))
@@ -148,10 +149,22 @@ def search(
 def count_walked(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
     """Elements >= t, t > -inf, of an array in memory, less one excluded value; source is (array, rim, excluded)."""
     array, rim, excluded = source
+    return _count_walked(array, rim, t, ROWS, LANES) - (excluded >= t).to(tl.int32)
+
+
+@triton.jit
+def count_walked_labels(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The same, less the labels of a row; source is (row, rim, target)."""
+    row, rim, target = source
+    return _count_walked(row, rim, t, ROWS, LANES) - labels_above(target, row, t)
+
+
+@triton.jit
+def _count_walked(array, rim, t, ROWS: tl.constexpr, LANES: tl.constexpr):
     counts = tl.zeros((LANES,), tl.int32)
     for tile in range(tl.cdiv(array.body, ROWS * LANES)):
         counts += tl.sum((load_tile(array, tile, ROWS, LANES) >= t).to(tl.int32), axis=0)
-    return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0) - (excluded >= t).to(tl.int32)
+    return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -173,13 +186,25 @@ def count_winners(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
     source is (row, winners, elements per block (constexpr), rim, excluded).
     """
     row, winners, WIDTH, rim, excluded = source
+    return _count_winners(row, winners, WIDTH, rim, t, LANES) - (excluded >= t).to(tl.int32)
+
+
+@triton.jit
+def count_winners_labels(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The same, less the labels of the row; source is (row, winners, elements per block, rim, target)."""
+    row, winners, WIDTH, rim, target = source
+    return _count_winners(row, winners, WIDTH, rim, t, LANES) - labels_above(target, row, t)
+
+
+@triton.jit
+def _count_winners(row, winners, WIDTH: tl.constexpr, rim, t, LANES: tl.constexpr):
     VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
     GROUPS: tl.constexpr = LANES // VECTOR
     counts = tl.zeros((GROUPS,), tl.int32)
     for tile in range(tl.cdiv(winners.number * (WIDTH // VECTOR), GROUPS)):
         x, _, _ = load_winners(row, winners, tile, WIDTH, GROUPS)
         counts += tl.sum((x >= t).to(tl.int32), axis=1)
-    return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0) - (excluded >= t).to(tl.int32)
+    return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
 
 
 @triton.jit

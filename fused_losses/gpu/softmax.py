@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .formulas import exp
+from .labels import walk_around_labels
 from .rows import last_tile, load_tile, logit_of_target, part_of, rim_positions, tile_lanes
 from .sums import add, fold, sum_of
 
@@ -48,11 +49,17 @@ def walk(
 
     rim, inside = rim_positions(row)
     x = tl.load(row.ptr + rim, mask=inside & (rim != position), other=-_INF).to(tl.float32)
-    highest = tl.maximum(tl.max(top, axis=0), tl.max(x, axis=0))
-    scale = exp(top - highest, True)
-    total = sum_of(total * scale, rest * scale) + tl.sum(exp(x - highest, True), axis=0)
+    highest, total = _of_threads(top, total, rest, x)
     alone = tl.program_id(1) == 0
     return highest, total, tl.where(alone, logit_of_target(row, target, alone), 0.0), 0.0
+
+
+@triton.jit
+def _of_threads(top, total, rest, rim):
+    """Maximum and sum of exp(x - maximum) from those of the threads and the rim's logits."""
+    highest = tl.maximum(tl.max(top, axis=0), tl.max(rim, axis=0))
+    scale = exp(top - highest, True)
+    return highest, sum_of(total * scale, rest * scale) + tl.sum(exp(rim - highest, True), axis=0)
 
 
 @triton.jit
@@ -68,6 +75,108 @@ def statistics(top, total, z_y, none):
     empty = total == 0.0  # no negative above -inf
     l = tl.where(empty, -_INF, tl.log(total))
     return tl.where(empty, 0.0, top), l, tl.where(z_y == _INF, float("nan"), z_y)
+
+
+# --- several labels ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def walk_labels(
+    row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """This program's part of a row -> (maximum of the negatives, sum of exp(z - maximum), 0, 0)"""
+    return walk_around_labels(row, target, a, b, PHI, FAST, _start, _step, _end, ROWS, LANES)
+
+
+@triton.jit
+def walk_labels_smoothed(
+    row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """This program's part of a row -> (maximum of the negatives, sum of exp(z - maximum), sum of z - maximum, their
+    number)"""
+    return walk_around_labels(
+        row, target, a, b, PHI, FAST, _start_smoothed, _step_smoothed, _end_smoothed, ROWS, LANES
+    )  # fmt: skip
+
+
+@triton.jit
+def _start(LANES: tl.constexpr, VECTOR: tl.constexpr):
+    zeros = tl.zeros((LANES // VECTOR,), tl.float32)
+    return tl.full((LANES // VECTOR,), _LOWEST, tl.float32), zeros, zeros
+
+
+@triton.jit
+def _step(state, x, a, b, PHI: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
+    top, total, rest = state
+    return _online(top, total, rest, x, VECTOR)
+
+
+@triton.jit
+def _end(state, rim, inside, number, a, b, PHI: tl.constexpr, FAST: tl.constexpr):
+    top, total, rest = state
+    highest, total = _of_threads(top, total, rest, rim)
+    return highest, total, 0.0, 0.0
+
+
+@triton.jit
+def _start_smoothed(LANES: tl.constexpr, VECTOR: tl.constexpr):
+    zeros = tl.zeros((LANES // VECTOR,), tl.float32)
+    none = tl.zeros((LANES // VECTOR,), tl.int32)
+    return tl.full((LANES // VECTOR,), _LOWEST, tl.float32), zeros, zeros, zeros, zeros, none
+
+
+@triton.jit
+def _step_smoothed(
+    state, x, a, b, PHI: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    """With the sum of x - maximum. Where padding and labels, which do not count, look like logits of -inf, none of
+    these is counted: what is then missing shows that some were logits."""
+    top, total, rest, s, s_rest, count = state
+    higher, total, rest = _online(top, total, rest, x, VECTOR)
+    below = tl.reshape(x, (x.shape[0], x.shape[1] // VECTOR, VECTOR)) - higher[None, :, None]
+    below = tl.reshape(below, x.shape)
+    if WHOLE:
+        number = count * 0 + x.shape[0] * VECTOR
+    else:
+        below = tl.where(x > -_INF, below, 0.0)
+        number = fold((x > -_INF).to(tl.int32), VECTOR)
+    s, s_rest = add(s, s_rest, fold(below, VECTOR) - _shift(count, higher, top))
+    return higher, total, rest, s, s_rest, count + number
+
+
+@triton.jit
+def _shift(count, higher, top):
+    """What the sum of so many x - top is more than that of x - higher."""
+    return tl.where(count == 0, 0.0, count.to(tl.float32) * (higher - top))
+
+
+@triton.jit
+def _end_smoothed(state, rim, inside, number, a, b, PHI: tl.constexpr, FAST: tl.constexpr):
+    top, total, rest, s, s_rest, count = state
+    highest, total = _of_threads(top, total, rest, rim)
+    s = sum_of(s - _shift(count, highest, top), s_rest)
+    s = tl.where(tl.sum(count, axis=0) < number, -_INF, s) + tl.sum(tl.where(inside, rim - highest, 0.0), axis=0)
+    return highest, total, s, (number + tl.sum(inside.to(tl.int32), axis=0)).to(tl.float32)
+
+
+@triton.jit
+def merge_labels(tops, totals, s, counts):
+    """The numbers of ``walk_labels`` or ``walk_labels_smoothed`` for the row from its parts, (PARTS,) each."""
+    top = tl.max(tops, axis=0)
+    total = tl.sum(totals * exp(tops - top, True), axis=0)
+    return top, total, tl.sum(s - _shift(counts, top, tops), axis=0), tl.sum(counts, axis=0)
+
+
+@triton.jit
+def label_statistics(top, total, s, count):
+    """-> (m, l, s)"""
+    empty = total == 0.0  # no negative above -inf
+    return tl.where(empty, 0.0, top), tl.where(empty, -_INF, tl.log(total)), s
+
+
+@triton.jit
+def label_logit(z):
+    return tl.where(z == _INF, float("nan"), z)
 
 
 # --- one negative -----------------------------------------------------------------------------------------------------
@@ -86,7 +195,13 @@ def below_top(top, a, b):
 
 
 @triton.jit
-def of_row(statistics_ptr, row, a, b):
+def below(z, top, beside):
+    """What label smoothing sums of a negative."""
+    return z - top
+
+
+@triton.jit
+def of_row(statistics_ptr, row, columns, a, b):
     """What ``share`` takes besides z in backward."""
-    l = tl.load(statistics_ptr + row * 3 + 1)
-    return tl.load(statistics_ptr + row * 3), tl.where(l == -_INF, 0.0, l)  # all are -inf: exp gives 0, not NaN
+    l = tl.load(statistics_ptr + row * columns + 1)
+    return tl.load(statistics_ptr + row * columns), tl.where(l == -_INF, 0.0, l)  # all are -inf: exp gives 0, not NaN

@@ -49,7 +49,7 @@ class Backend:
         keeps_picks, cuda = ops.keeps_picks, torch.device("cuda")
         with pytest.MonkeyPatch.context() as patches:
             patches.setattr(ops, "_triton_backend", lambda *_: self)
-            for name in ("forward", "finish", "backward"):
+            for name in ("forward", "statistics", "finish", "backward"):
                 patches.setattr(ops, name, getattr(ops, f"_{name}_on_cuda"))
             patches.setattr(ops, "keeps_picks", lambda _, *shape: keeps_picks(cuda, *shape))
             yield

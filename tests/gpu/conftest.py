@@ -11,9 +11,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from gpu_doors import INTERPRETED
+from gpu_regimes import forced_plan
+from torch import Tensor
 from triton.runtime import interpreter
 
 from fused_losses.gpu import device as gpu
+from fused_losses.gpu import hardest
 
 
 @pytest.fixture(scope="session")
@@ -108,3 +111,36 @@ def shuffled_grid(monkeypatch):
 
     monkeypatch.setattr(builder, "set_grid_dim", set_grid_dim)
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """force(regime) for every launch that follows."""
+    return lambda regime: monkeypatch.setattr(hardest, "plan", lambda *of: forced_plan(regime, *of))
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """traffic(tensor) -> (elements read, elements written) of a tensor so far, by the addresses of active lanes."""
+    if not INTERPRETED:
+        pytest.skip("counts what the interpreter reads and writes")
+    builder, reads, writes = interpreter.InterpreterBuilder, [], []
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def create_masked_load(self, pointers, mask, *rest):
+        reads.append(pointers.data[mask.data].ravel())
+        return load(self, pointers, mask, *rest)
+
+    def create_masked_store(self, pointers, value, mask, *rest):
+        writes.append(pointers.data[mask.data].ravel())
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", create_masked_load)
+    monkeypatch.setattr(builder, "create_masked_store", create_masked_store)
+
+    def counted(tensor: Tensor) -> tuple[int, int]:
+        first, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        return tuple(sum(int(((at >= first) & (at < first + size)).sum()) for at in found) for found in (reads, writes))
+
+    counted.everything = lambda: (sum(map(len, reads)), sum(map(len, writes)))
+    return counted

@@ -81,7 +81,7 @@ def compare(
     assert dlogits.dtype == logits.dtype and dlogits.shape == logits.shape
     stride = gradient_row_stride(logits.shape[1], logits.stride(), logits.element_size())
     assert dlogits.stride() == (logits.shape[1] if compact and target.dim() == 1 else stride, 1)
-    _assert_same_picks(logits, ours[3:], theirs[3:])
+    assert_same_picks(logits, ours[3:], theirs[3:])
     assert_as_accurate(*(poisoned(of.statistics) for of in (ours, theirs, truth)), f"{formula}: statistics")
     assert_as_accurate(ours.coefficients, theirs.coefficients, truth.coefficients, f"{formula}: coefficients")
     assert_as_accurate(ours.loss, theirs.loss, truth.loss, f"{formula}: loss")
@@ -89,7 +89,7 @@ def compare(
     return dlogits
 
 
-def _assert_same_picks(logits: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+def assert_same_picks(logits: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
     """In any order; whatever they are in rows with a NaN, they are classes."""
     (index, logit), (their_index, their_logit) = (_by_class(*picks) for picks in (ours, theirs))
     assert index.dtype == torch.int32 and logit.dtype == logits.dtype and index.shape == their_index.shape

@@ -4,23 +4,16 @@ accurately.
 A row is a case. Every regime is forced on short rows, with tiles of few classes, so that a row has several.
 """
 
-import math
-
 import pytest
 import torch
-from gpu_doors import DTYPES, FORMULAS, IGNORED, INTERPRETED, bits, compare, gpu_backend
+from gpu_doors import DTYPES, FORMULAS, IGNORED, bits, compare, gpu_backend
+from gpu_regimes import REGIMES
 from gpu_rows import INF, NAN, rows_of_every_kind, targets_for
-from torch import Tensor
-from triton.runtime import interpreter
 
 import cases
 from doors import CE, CRL, LR, SS_LR, backward, forward
 from fused_losses import reference
 from fused_losses.gpu import hardest
-from fused_losses.gpu.device import Tile
-from fused_losses.gpu.hardest import Plan
-
-REGIMES = ("held", "walked", "blocks of 8", "blocks of 16", "blocks of 32", "blocks of 8, split")
 
 each_regime = pytest.mark.parametrize("regime", REGIMES)
 each_form = pytest.mark.parametrize("compact", [True, False], ids=["compact", "threshold"])
@@ -30,22 +23,6 @@ each_form = pytest.mark.parametrize("compact", [True, False], ids=["compact", "t
 def scarce_room(monkeypatch):
     """Room for 2 k candidates and no more: rows of many equal logits must go the long way."""
     monkeypatch.setattr(hardest, "_FEWEST_CANDIDATES", 1)
-
-
-@pytest.fixture
-def force(monkeypatch):
-    """force(regime) for every launch that follows."""
-
-    def plan(regime, on, num_rows, num_classes, k, itemsize, multi_hot):
-        lanes = Tile(1, 1).lanes(on, itemsize)
-        tiles = max(1, 2 ** math.ceil(math.log2(num_classes)) // lanes)
-        if regime == "held":
-            return Plan(Tile(1, tiles), 2, held=True)
-        if regime == "walked" or multi_hot:
-            return Plan(Tile(1, 1), 2)
-        return Plan(Tile(1, 2), 4, width=int(regime.split()[2].rstrip(",")), parts=3 if "split" in regime else 1)
-
-    return lambda regime: monkeypatch.setattr(hardest, "plan", lambda *of: plan(regime, *of))
 
 
 @each_form
@@ -152,33 +129,6 @@ def test_memory_layouts(regime, device, force):
 def test_no_rows(formula, device):
     logits, target = torch.empty((0, 300), device=device), torch.empty(0, dtype=torch.int64, device=device)
     compare(formula, logits, target, 3, True)
-
-
-@pytest.fixture
-def traffic(monkeypatch):
-    """traffic(tensor) -> (elements read, elements written) of a tensor so far, by the addresses of active lanes."""
-    if not INTERPRETED:
-        pytest.skip("counts what the interpreter reads and writes")
-    builder, reads, writes = interpreter.InterpreterBuilder, [], []
-    load, store = builder.create_masked_load, builder.create_masked_store
-
-    def create_masked_load(self, pointers, mask, *rest):
-        reads.append(pointers.data[mask.data].ravel())
-        return load(self, pointers, mask, *rest)
-
-    def create_masked_store(self, pointers, value, mask, *rest):
-        writes.append(pointers.data[mask.data].ravel())
-        return store(self, pointers, value, mask, *rest)
-
-    monkeypatch.setattr(builder, "create_masked_load", create_masked_load)
-    monkeypatch.setattr(builder, "create_masked_store", create_masked_store)
-
-    def counted(tensor: Tensor) -> tuple[int, int]:
-        first, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-        return tuple(sum(int(((at >= first) & (at < first + size)).sum()) for at in found) for found in (reads, writes))
-
-    counted.everything = lambda: (sum(map(len, reads)), sum(map(len, writes)))
-    return counted
 
 
 def test_traffic(traffic, force, monkeypatch):

@@ -119,7 +119,7 @@ def served(monkeypatch):
     kernels = []
     monkeypatch.setattr(gpu, "launch", lambda kernel, *_, **__: kernels.append(kernel))
     monkeypatch.setattr(ops, "_triton_backend", lambda *_: gpu_backend)
-    for name in ("forward", "finish", "backward"):
+    for name in ("forward", "statistics", "finish", "backward"):
         monkeypatch.setattr(ops, name, getattr(ops, f"_{name}_on_cuda"))
     return kernels
 
