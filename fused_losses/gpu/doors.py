@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..finish import finish as finish_in_pytorch
 from ..losses import LossSpec
 from . import all_negatives, device, gradient, hardest
 from . import finish as finishing
@@ -14,8 +15,12 @@ __all__ = ["backward", "finish", "forward", "statistics", "unserved"]
 def forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, coefficients (rows, 2), statistics (rows, 3 | 4), pick_index and pick_logit (rows, k | 1 | 0)."""
+    """loss, coefficients (rows, 2 | 2 + P), statistics (rows, 3 | 4 | 3 + P), pick_index and pick_logit (rows, k | 1 |
+    0)."""
     spec = LossSpec(*spec)
+    if spec.labels or spec.margin:
+        seen = _statistics(logits, target, spec)
+        return *finish_in_pytorch(seen[0], target, weight, reduction, spec), *seen
     finished = finishing.empty(logits, reduction)
     if finishing.ends_rows(target, weight, reduction, spec):
         return *finished, *_statistics(logits, target, spec, finished)
@@ -26,7 +31,7 @@ def forward(
 
 
 def statistics(logits: Tensor, target: Tensor, *spec) -> tuple[Tensor, Tensor, Tensor]:
-    """statistics (rows, 3 | 4 | 3 + labels), pick_index and pick_logit (rows, k | 1 | 0)."""
+    """statistics (rows, 3 | 4 | 3 + P), pick_index and pick_logit (rows, k | 1 | 0)."""
     return _statistics(logits, target, LossSpec(*spec))
 
 
@@ -49,10 +54,13 @@ def _statistics(
 
 
 def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec) -> tuple[Tensor, Tensor]:
-    """loss, and coefficients (rows, 2)."""
+    """loss, and coefficients (rows, 2 | 2 + P)."""
+    spec = LossSpec(*spec)
+    if spec.labels or spec.margin:
+        return finish_in_pytorch(statistics, target, weight, reduction, spec)
     outputs = finishing.empty(statistics, reduction)
     with torch.cuda.device_of(statistics):
-        finishing.launch(outputs, statistics, target, weight, reduction, LossSpec(*spec))
+        finishing.launch(outputs, statistics, target, weight, reduction, spec)
     return outputs
 
 

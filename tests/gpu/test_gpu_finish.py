@@ -35,9 +35,9 @@ def compare(formula, statistics, target, reduction, device, weight=None, k=0, ig
     spec = formula.spec(CLASSES, k, ignore_index=ignore_index)
     on_device = (None if x is None else x.to(device) for x in (statistics, target, weight))
     ours = [x.cpu() for x in doors.finish(*on_device, reduction, *spec)]
-    theirs = finish.finish(statistics, target, None, weight, reduction, spec)
+    theirs = finish.finish(statistics, target, weight, reduction, spec)
     weight = None if weight is None else weight.double()
-    truth = finish.finish(statistics.double(), target, None, weight, reduction, spec)
+    truth = finish.finish(statistics.double(), target, weight, reduction, spec)
     for name, *of in zip(("loss", "coefficients"), ours, theirs, truth, strict=True):
         assert of[0].shape == of[1].shape and of[0].dtype == torch.float32
         if of[0].shape[:1] > (1000,):  # among so many, some values are the difference of two larger numbers
@@ -139,9 +139,9 @@ def test_many_equal_rows(reduction, weighted, device):
     weight = torch.full((CLASSES,), 0.7) if weighted else None
     spec = CRL.spec(CLASSES)
     loss, _ = doors.finish(statistics.to(device), target.to(device), weight, reduction, *spec)
-    same, _ = finish.finish(statistics, target, None, weight, reduction, spec)
+    same, _ = finish.finish(statistics, target, weight, reduction, spec)
     weight = None if weight is None else weight.double()
-    truth, _ = finish.finish(statistics.double(), target, None, weight, reduction, spec)
+    truth, _ = finish.finish(statistics.double(), target, weight, reduction, spec)
     cases.assert_as_accurate(loss.cpu(), same, truth, reduction)
 
 

@@ -292,10 +292,15 @@ def test_arguments_that_do_not_fit(backend):
     with pytest.raises(ValueError, match="as many rows as the logits"):
         doors.statistics(backend, doors.CE, logits, labels[:1])
     spec = doors.CE.spec(5, ignore_index=None, labels=True)
-    with pytest.raises(ValueError, match="forward and finish take no labels"):
-        backend.forward(logits, labels, None, "none", *spec)
-    with pytest.raises(ValueError, match="forward and finish take no labels"):
-        backend.finish(torch.zeros(2, 5), labels, None, "none", *spec)
+    for weight in (torch.ones(5), torch.ones(2, 3), torch.ones(2, 2, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"weight must be|of rank 2"):
+            backend.forward(logits, labels, weight, "none", *spec)
+        with pytest.raises(ValueError, match=r"weight must be|of rank 2"):
+            backend.finish(torch.zeros(2, 5), labels, weight, "none", *spec)
+    with pytest.raises(ValueError, match="six numbers of MarginTerms"):
+        backend.forward(logits, labels, None, "none", *spec._replace(margin=[1.0]))
+    with pytest.raises(ValueError, match="a margin works with class indices and labels only"):
+        backend.forward(logits, torch.ones(2, 5), None, "none", *doors.LR.spec(5)._replace(margin=[1.0] * 6))
     seen = doors.statistics(backend, doors.CE, logits, labels)
     for coefficients, statistics in ((torch.ones(2, 2), None), (torch.ones(2, 5), None), (None, torch.ones(2, 3))):
         wrong = seen if statistics is None else seen._replace(statistics=statistics)
