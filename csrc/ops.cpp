@@ -4,8 +4,10 @@
 // The schema stands in fused_losses/ops.py; what the arguments mean, in fused_losses/reference.py. Built against the
 // LibTorch stable ABI: one shared object serves every torch from 2.10 on.
 
+#include <algorithm>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "arguments.h"
 
@@ -172,6 +174,67 @@ FinishResult finish(const Tensor& any_statistics, const Tensor& target, const st
   return finish_rows(statistics, read, weight, reduction, spec);
 }
 
+// The labels of a row and their weights; without its sign, -1 is behind all classes.
+template <class T>
+void order_row(const int64_t* index, const T* weight, int64_t places, std::vector<std::pair<uint64_t, T>>* labels,
+               int64_t* to_index, T* to_weight) {
+  labels->clear();
+  for (int64_t i = 0; i < places; ++i) {
+    labels->emplace_back(static_cast<uint64_t>(index[i]), weight != nullptr && index[i] != -1 ? weight[i] : T(0));
+  }
+  std::stable_sort(labels->begin(), labels->end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  int64_t taken = 0;
+  for (const auto& [label, w] : *labels) {
+    if (taken > 0 && to_index[taken - 1] == static_cast<int64_t>(label)) {
+      if (to_weight != nullptr) to_weight[taken - 1] += w;
+      continue;
+    }
+    to_index[taken] = static_cast<int64_t>(label);
+    if (to_weight != nullptr) to_weight[taken] = w;
+    ++taken;
+  }
+  for (; taken < places; ++taken) {
+    to_index[taken] = -1;
+    if (to_weight != nullptr) to_weight[taken] = 0;
+  }
+}
+
+template <class T>
+void order_rows(const Tensor& index, const std::optional<Tensor>& weight, const Tensor& to_index,
+                const Tensor& to_weight) {
+  const int64_t rows = index.size(0), places = index.size(1);
+  const auto* from = static_cast<const int64_t*>(index.const_data_ptr());
+  const auto* shares = weight.has_value() ? static_cast<const T*>(weight->const_data_ptr()) : nullptr;
+  auto* to = static_cast<int64_t*>(to_index.mutable_data_ptr());
+  auto* to_shares = weight.has_value() ? static_cast<T*>(to_weight.mutable_data_ptr()) : nullptr;
+  std::vector<std::pair<uint64_t, T>> labels;
+  for (int64_t first = 0; first < rows * places; first += places) {
+    order_row<T>(from + first, shares ? shares + first : nullptr, places, &labels, to + first,
+                 to_shares ? to_shares + first : nullptr);
+  }
+}
+
+std::tuple<Tensor, Tensor> in_order(const Tensor& any_index, const std::optional<Tensor>& any_weight) {
+  check_tensor(any_index, 2, "index");
+  check(torch_dtype(any_index) == aoti_torch_dtype_int64(), "labels must be int64 (rows, P)");
+  const Tensor index = packed(any_index);
+  const int64_t rows = index.size(0), places = index.size(1);
+  std::optional<Tensor> weight;
+  DType dtype = DType::float32;
+  if (any_weight.has_value()) {
+    check_tensor(*any_weight, 2, "weight");
+    dtype = dtype_of(*any_weight, "weight");
+    check(any_weight->size(0) == rows && any_weight->size(1) == places && dtype == compute_dtype(dtype),
+          "weight must have the labels' shape, in float32 or float64");
+    weight = packed(*any_weight);
+  }
+  Tensor to_index = empty({rows, places}, aoti_torch_dtype_int64());
+  Tensor to_weight = empty({weight.has_value() ? rows : 0, places}, torch_dtype(dtype));
+  dtype == DType::float64 ? order_rows<double>(index, weight, to_index, to_weight)
+                          : order_rows<float>(index, weight, to_index, to_weight);
+  return {std::move(to_index), std::move(to_weight)};
+}
+
 Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::optional<Tensor>& any_logits,
                 const Tensor& any_target, const Tensor& any_statistics, const Tensor& any_pick_index,
                 const Tensor& any_pick_logit, int64_t classes, StringHandle loss_handle, StableListHandle params,
@@ -276,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("forward", TORCH_BOX(&fused_losses::forward));
   m.impl("finish", TORCH_BOX(&fused_losses::finish));
   m.impl("backward", TORCH_BOX(&fused_losses::backward));
+  m.impl("in_order", TORCH_BOX(&fused_losses::in_order));
   m.impl("_cpu_elementary", TORCH_BOX(&fused_losses::cpu_elementary));
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .labels import Labels, in_order
+from .labels import Labels
 from .losses import HSLR, Loss, LossSpec
 from .margin import Margin, MarginTerms
 from .shard import ClassShard, check_shard, width_of_shard
@@ -205,7 +205,9 @@ def rows_of(
         spec = spec._replace(ignore_index=ignored, labels=True, label_smoothing=float(options.label_smoothing))
         if labels.weight is not None:
             weight = labels.weight.view(target.shape).to(reference.compute_dtype(dtype))
-        target, weight = in_order(target, weight)
+        if target.shape[1] > 1:
+            target, shares = ops.in_order(target, weight)
+            weight = None if weight is None else shares
         if checked:
             reference.check_target(target, spec)
         return Rows(target, weight, options.reduction, spec)

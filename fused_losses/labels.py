@@ -40,9 +40,12 @@ class Labels(NamedTuple):
             a, b: classes (N,) of the two mixed images.
             lam: a number, or a tensor () or (N,).
         """
-        if not isinstance(lam, Tensor):
-            lam = torch.full((), float(lam), device=a.device)
-        weight = torch.stack((lam, 1 - lam), dim=-1)
+        if isinstance(lam, Tensor):
+            weight = torch.stack((lam, 1 - lam), dim=-1)
+        elif a.device.type == "cpu":
+            weight = torch.tensor((float(lam), 1 - float(lam)))
+        else:  # filled there: a copy would wait for the device
+            weight = torch.stack([torch.full((), share, device=a.device) for share in (float(lam), 1 - float(lam))])
         return cls(torch.stack((a, b), dim=-1), weight.expand(*a.shape, 2))
 
     @classmethod
@@ -101,22 +104,18 @@ class Labels(NamedTuple):
         return Labels(self.index.to(device), weight)
 
 
-def in_order(index: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Labels (rows, P) as the doors take them: ascending and distinct in every row, -1 behind the last. Duplicates add
-    up their weights."""
-    index = index.long()
-    if index.shape[1] == 1:
-        return index, weight
+def in_order(index: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Labels (rows, P), int64, as the doors take them: ascending and distinct in every row, -1 behind the last.
+    Duplicates add up their weights, of which there are none, (0, P), where none are given."""
     # without its sign, -1 is the largest of all: empty places come behind all classes
-    ascending, order = (index ^ INT64.min).sort(dim=1)
+    ascending, order = (index ^ INT64.min).sort(dim=1, stable=True)
     ascending = ascending ^ INT64.min
     again = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] != -1)
-    weight = None if weight is None else weight.gather(1, order)
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and not again.any():
-        return ascending, weight
     place = F.pad(~again, (1, 0), value=False).long().cumsum(1)
     # behind the last label every place holds -1 already
     distinct = torch.full_like(ascending, -1).scatter(1, place, ascending)
-    if weight is not None:
-        weight = torch.zeros_like(weight).scatter_add(1, place, weight)
-    return distinct, weight
+    if weight is None:
+        return distinct, torch.empty((0, index.shape[1]), device=index.device)
+    empty = index == -1
+    weight = weight.masked_fill(empty, 0).gather(1, order)
+    return distinct, torch.zeros_like(weight).scatter_add(1, place, weight)

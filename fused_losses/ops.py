@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from . import reference
+from . import labels, reference
 from .gpu.layout import gradient_row_stride
 from .losses import LossSpec
 
@@ -94,6 +94,16 @@ finish = define(
     "-> (Tensor loss, Tensor coefficients)",
     reference.finish,
     _finish_shapes,
+)
+in_order = define(
+    "in_order(Tensor index, Tensor? weight) -> (Tensor index, Tensor weight)",
+    labels.in_order,
+    lambda index, weight: (
+        torch.empty_like(index, memory_format=torch.contiguous_format),
+        index.new_empty((0, index.shape[1]), dtype=torch.float32)
+        if weight is None
+        else torch.empty_like(weight, memory_format=torch.contiguous_format),
+    ),
 )
 backward = define(
     "backward(Tensor grad, Tensor coefficients, Tensor? logits, Tensor target, Tensor statistics, Tensor pick_index, "

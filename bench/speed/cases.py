@@ -253,3 +253,43 @@ def contenders(k: int) -> dict[str, Provider]:
         everyone |= {f"{name}, {provider}": function for provider, function in providers(loss, k).items()}
     everyone["CRL over the k hardest, ours"] = lambda logits, target: fl.crl_loss(logits, target, k=k)
     return everyone
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+SMOOTHING, LAM = 0.1, 0.3  # timm's and torchreid's default; a mixed pair
+
+
+def eager_mixup(logits: Tensor, target: Tensor) -> Tensor:
+    """The usual two calls."""
+    return LAM * F.cross_entropy(logits, target) + (1 - LAM) * F.cross_entropy(logits, target.flip(0))
+
+
+def eager_soft_targets(logits: Tensor, target: Tensor) -> Tensor:
+    """One call, for a matrix of all classes' shares, which is made here as timm's Mixup makes it."""
+    index, shares = torch.stack((target, target.flip(0)), 1), logits.new_tensor([[LAM, 1 - LAM]])
+    soft = logits.new_zeros(logits.shape).scatter_add_(1, index, shares.expand(index.shape))
+    return F.cross_entropy(logits, soft)
+
+
+def with_options() -> dict[str, Provider]:
+    """Cross-entropy with what users have switched on, by "loss, provider"."""
+
+    def smoothed(loss: Callable[..., Tensor]) -> Provider:
+        return lambda logits, target: loss(logits, target, label_smoothing=SMOOTHING)
+
+    def with_margin(margin: fl.Margin) -> Provider:
+        return lambda logits, target: fl.cross_entropy(logits, target, margin=margin)
+
+    def mixup(logits: Tensor, target: Tensor) -> Tensor:
+        return fl.cross_entropy(logits, fl.Labels.mixup(target, target.flip(0), LAM))
+
+    return {
+        "CE smoothed, ours": smoothed(fl.cross_entropy),
+        "CE smoothed, eager": smoothed(F.cross_entropy),
+        "CE with an angle, ours": with_margin(fl.Margin(angle=0.5, scale=8.0)),
+        "CE with a cosine margin, ours": with_margin(fl.Margin(cosine=0.35)),
+        "CE of a mixed pair, ours": mixup,
+        "CE of a mixed pair, eager": eager_mixup,
+        "CE of soft targets, eager": eager_soft_targets,
+    }

@@ -74,6 +74,12 @@ BARS = dict(
 )
 
 
+# What an option may cost, beside the plain loss.
+WITH_OPTIONS = cases.CPU_CASES[:1]
+for _case in WITH_OPTIONS:
+    BARS[_case] += [Bar(name, ("CE, ours",), 1.15) for name in cases.with_options() if name.endswith("ours")]
+
+
 def step_of(provider: cases.Provider, logits: Tensor, target: Tensor) -> Callable[[], None]:
     def step():
         logits.grad = None
@@ -85,7 +91,8 @@ def step_of(provider: cases.Provider, logits: Tensor, target: Tensor) -> Callabl
 def steps_of(case: Case) -> dict[str, Callable[[], object]]:
     logits, target = cases.make(case.shape, cases.DTYPES[case.dtype], "cpu")
     steps: dict[str, Callable[[], object]] = {"clone": logits.detach().clone, "zeros": lambda: torch.zeros_like(logits)}
-    return steps | {name: step_of(provider, logits, target) for name, provider in cases.contenders(case.k).items()}
+    contenders = cases.contenders(case.k) | (cases.with_options() if case in WITH_OPTIONS else {})
+    return steps | {name: step_of(provider, logits, target) for name, provider in contenders.items()}
 
 
 def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
