@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -268,6 +269,14 @@ class LinearLoss(nn.Module):
         self.log_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if learned else None
         self.reset_parameters()
 
+    def __setattr__(self, name: str, value) -> None:
+        if name in ("weight", "bias") and hasattr(value, "to_local") and getattr(self, "shard", None) is not None:
+            raise RuntimeError(
+                "this classifier is sharded by classes already: fully_shard would mix the ranks' classes; shard the "
+                "network alone, and leave the classifier out (shard=..., gather_input=True)"
+            )
+        super().__setattr__(name, value)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         def draw(parameter: Tensor, uniform: Callable[[Tensor], Tensor]) -> None:
@@ -430,8 +439,7 @@ def apply(
     if how.sparse_grad and (spec.k == 0 or multi_hot):
         got = "multi-hot targets" if multi_hot else f"all {num_classes - 1} negatives"
         raise ValueError(f"sparse_grad needs class indices or Labels, and k (or ratio) below C - 1, got {got}")
-    if how.sparse_grad:
-        _check_not_in_ddp(linear_weight)
+    _check_wrapper(linear_weight, how.sparse_grad, shard)
     x = input.unsqueeze(0) if one_row else input
     if normalize:
         ignored = ignored_rows(target, spec)
@@ -549,13 +557,33 @@ WITHOUT_WRAPPER = (
 )
 
 
-def _check_not_in_ddp(weight: Tensor) -> None:
-    """Of sparse gradients that DDP does not expect, its reducer would say that they have no storage."""
+def _ddp_that_holds(weight: Tensor) -> nn.parallel.DistributedDataParallel | None:
+    """The DDP whose forward is running, if weight is one of the parameters that it keeps alike."""
     ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    if ddp is None or not ddp.require_backward_grad_sync:
-        return
+    if ddp is None:
+        return None
     named = ddp.module.named_parameters()
-    if any(parameter is weight and name not in ddp.parameters_to_ignore for name, parameter in named):
+    held = any(parameter is weight and name not in ddp.parameters_to_ignore for name, parameter in named)
+    return ddp if held else None
+
+
+def _check_wrapper(weight: Tensor, sparse_grad: bool, shard: ClassShard | None) -> None:
+    """DDP copies the weights of one rank over those of the others, and its reducer would say of sparse gradients that
+    they have no storage."""
+    ddp = _ddp_that_holds(weight) if sparse_grad or shard is not None else None
+    if ddp is None:
+        return
+    if shard is not None:
+        of_ddp, of_shard = (
+            dist.get_process_group_ranks(group or dist.group.WORLD) for group in (ddp.process_group, shard.group)
+        )
+        if len(set(of_ddp) & set(of_shard)) > 1:
+            raise RuntimeError(
+                "DistributedDataParallel holds this sharded classifier, and has copied the classes of one rank over "
+                "those of the others: wrap the network alone, give the classifier shard=... and gather_input=True, and "
+                "draw or load its weight anew"
+            )
+    if sparse_grad and ddp.require_backward_grad_sync:
         raise RuntimeError(
             "sparse_grad=True: DistributedDataParallel takes sparse gradients of nn.Embedding alone; " + WITHOUT_WRAPPER
         )

@@ -420,6 +420,47 @@ def test_sparse_gradients_under_wrappers_that_take_none(world):
         assert others == [True, True, (50, FEATURES)]
 
 
+class ShardedNet(Net):
+    """Of 50 classes, as many on each rank."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.head = fl.LinearLoss(FEATURES, 50, loss=fl.HSLRLoss(k=2), shard=ClassShard.split(50, group))
+
+
+def wrapped_though_sharded(group) -> list:
+    """What the wrappers say, then the loss of a network wrapped alone, and of one whose classifier DDP is to leave."""
+    x, target = make_layer(50)[0], make_index(ROWS, 50)
+    wrap, mesh = torch.nn.parallel.DistributedDataParallel, DeviceMesh.from_group(group, "cpu")
+    head = ShardedNet(group).head
+    said = [
+        refusal(wrap(ShardedNet(group), process_group=group), x, target),
+        refusal(wrap(head, process_group=group), x, target),
+        refusal(fully_shard, ShardedNet(group), mesh=mesh),
+        refusal(fully_shard, ShardedNet(group).head, mesh=mesh),
+    ]
+    torch.manual_seed(0)
+    network = ShardedNet(group)
+    plain = network(x, target).item()
+    wrap._set_params_and_buffers_to_ignore_for_model(network, ["head.weight"])
+    alone = wrap(network, process_group=group)
+    rank = dist.get_rank(group)
+    replicas = dist.new_group([rank], use_local_synchronization=True)  # the data axis of a mesh: one rank of each shard
+    in_a_mesh = wrap(ShardedNet(group), process_group=replicas)
+    return [said, plain, alone(x, target).item(), in_a_mesh(x, target).isfinite().item()]
+
+
+def test_wrappers_that_would_mix_the_classes_are_refused(world):
+    for said, plain, alone, in_a_mesh in world.run(2, wrapped_though_sharded):
+        for of_ddp in said[:2]:
+            assert of_ddp.startswith("RuntimeError: DistributedDataParallel holds this sharded classifier")
+            assert "gather_input=True" in of_ddp
+        for of_fsdp in said[2:]:
+            assert of_fsdp.startswith("RuntimeError: this classifier is sharded by classes already: fully_shard would")
+        assert alone == plain
+        assert in_a_mesh
+
+
 def fully_sharded(group, normalize) -> list:
     torch.manual_seed(0)
     plain = fl.LinearLoss(FEATURES, 50, normalize=normalize)
