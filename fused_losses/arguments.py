@@ -348,6 +348,28 @@ def check_margin(margin: Margin | None, rows: int, device: torch.device) -> None
         raise ValueError("expected the margin's angle from -pi to pi (radians)")
 
 
+def told_of(loss: Loss, options: Options, target: Tensor | Labels, **others: object) -> dict[str, object]:
+    """What the ranks that share the classes must agree in, before they exchange anything."""
+    told: dict[str, object] = {"loss": loss.name, "hyper-parameters": str(loss.params), "alpha": loss.weight_of_mean}
+    told |= {name: str(getattr(options, name)) for name in ("k", "ratio", "reduction", "ignore_index")}
+    told["label_smoothing"] = float(options.label_smoothing)
+    margin = options.margin
+    told["margin"] = None if margin is None else f"{margin.scale}, per row: {list(margin.per_row)}"
+    if margin is not None:
+        told |= {name: fingerprint(getattr(margin, name)) for name in ("angle", "cosine")}
+    told["class weights"] = fingerprint(options.weight)
+    told["kind of target"] = type(target).__name__ if isinstance(target, Labels) else f"{target.dim()} dimensions"
+    return told | others
+
+
+def fingerprint(value: Tensor | float | None) -> float | None:
+    """One number of it, in which its order counts."""
+    if not isinstance(value, Tensor):
+        return value
+    numbers = value.detach().double().flatten()
+    return float((numbers * torch.linspace(1, 2, numbers.numel(), dtype=torch.float64, device=value.device)).sum())
+
+
 def margin_from_logits(margin: Margin | None, dtype: torch.dtype) -> MarginTerms | None:
     """dtype: the logits'."""
     if margin is None:

@@ -15,6 +15,7 @@ gradient row.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .arguments import (
@@ -24,8 +25,10 @@ from .arguments import (
     Rows,
     check_logits,
     check_options,
+    fingerprint,
     margin_from_logits,
     rows_of,
+    told_of,
 )
 from .autograd import Finish, LabelLogOdds, LossFromLogits, StatisticsFromLogits, with_margin
 from .finish import Reduction
@@ -34,7 +37,7 @@ from .finish_labels import number_of_terms, present_labels, smoothing, weighted
 from .labels import Labels
 from .losses import CRL, HSLR, LR, NLLR, SSLR, CrossEntropy, Loss, LossSpec, OwnSoftmax
 from .margin import Margin, MarginTerms
-from .shard import ClassShard
+from .shard import ClassShard, check_agreement
 
 
 def cross_entropy(
@@ -265,6 +268,8 @@ def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options)
     """The one way from a user's arguments to the autograd functions."""
     check_options(loss, options)
     rows, taken = rows_from_logits(loss, logits, target, options)
+    if options.shard is not None and options.shard.unchecked:
+        _check_ranks(loss, options, logits, target)
     margin = margin_from_logits(options.margin, logits.dtype)
     target, weight, reduction, spec = taken
     in_one = options.shard is None and not isinstance(loss, OwnSoftmax)
@@ -275,6 +280,16 @@ def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options)
         statistics = StatisticsFromLogits.apply(rows, target, spec.of_statistics, options.shard)
         result = finished(loss, statistics, taken, margin)
     return result.squeeze(0) if logits.dim() == 1 and options.reduction == "none" else result
+
+
+def _check_ranks(loss: Loss, options: Options, logits: Tensor, target: Tensor | Labels) -> None:
+    assert options.shard is not None
+    told = told_of(loss, options, target)
+    told |= {"dtype of the logits": str(logits.dtype), "number of rows": str(tuple(logits.shape[:-1]))}
+    told["gradient wanted"] = torch.is_grad_enabled() and logits.requires_grad
+    if isinstance(target, Labels) or target.dim() < logits.dim():  # a multi-hot target is each rank's own
+        told["target"] = fingerprint(target.index if isinstance(target, Labels) else target)
+    check_agreement(options.shard, told)
 
 
 def rows_from_logits(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options) -> tuple[Tensor, Rows]:

@@ -31,8 +31,10 @@ from .arguments import (
     check_margin,
     check_options,
     check_target,
+    fingerprint,
     margin_from_logits,
     rows_of,
+    told_of,
 )
 from .finish import RowStatistics, ignored_rows
 from .functional import finished, with_numbers_of
@@ -43,7 +45,7 @@ from .linear_topk import TopK, topk_of_layer
 from .losses import CrossEntropy, Loss, OwnSoftmax
 from .margin import Margin, MarginTerms
 from .modules import CrossEntropyLoss, RowLoss
-from .shard import ClassShard, gather_batch, move_rows, own_rows_of, width_of_shard
+from .shard import ClassShard, check_agreement, gather_batch, move_rows, own_rows_of, width_of_shard
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -426,6 +428,8 @@ def apply(
     num_classes = _check_layer(input, linear_weight, bias, normalize, shard)
     dtype = _dtype_of_linear(input, linear_weight, bias)
     one_row = input.dim() == 1
+    if shard is not None and shard.unchecked:
+        _check_ranks(loss, options, input, target, layer)
     if gather_input:
         input, target, options = _gathered(loss, input, linear_weight, target, options)
     shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
@@ -458,6 +462,22 @@ def apply(
         result = finished(loss, statistics, rows, margin)
     found = RowStatistics.of(statistics.detach(), loss.family) if return_statistics else None
     return result.squeeze(0) if one_row and reduction == "none" else result, found
+
+
+def _check_ranks(loss: Loss, options: Options, input: Tensor, target: Tensor | Labels, layer: _Layer) -> None:
+    assert options.shard is not None
+    if not isinstance(target, Tensor | Labels):
+        return  # an error of its own follows
+    told = told_of(loss, options, target)
+    told |= {"dtype of the input": str(input.dtype), "features": input.shape[-1]}
+    told |= {"normalize": layer.normalize, "scale": fingerprint(layer.scale), "gather_input": layer.gather_input}
+    told["sparse_grad"] = layer.options is not None and layer.options.sparse_grad
+    if not layer.gather_input:
+        told |= {"number of rows": str(tuple(input.shape[:-1])), "input": fingerprint(input)}
+        told["gradient wanted"] = torch.is_grad_enabled() and input.requires_grad
+        if isinstance(target, Labels) or target.dim() < input.dim():  # a multi-hot target is each rank's own
+            told["target"] = fingerprint(target.index if isinstance(target, Labels) else target)
+    check_agreement(options.shard, told)
 
 
 def _gathered(

@@ -4,6 +4,7 @@ Everything that talks stands here; what is said of the losses, in ``merge.py``.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ class ClassShard:
         start, stop: 0 <= start <= stop <= num_classes.
         num_classes: the classes of all ranks together, fewer than 2^31.
         group: a ``torch.distributed`` process group. Default: the default group.
+        check_ranks: at the first call of a loss with this shard, compare what the ranks gave it, in one exchange that
+            waits for the device. Default: True. What differs later is not seen.
 
     Raises:
         ValueError: ranges that do not tile [0, num_classes); on every rank alike.
@@ -39,6 +42,8 @@ class ClassShard:
     stop: int
     num_classes: int
     group: "dist.ProcessGroup | None" = None
+    check_ranks: bool = True
+    checked: list[bool] = field(init=False, repr=False, compare=False, default_factory=list)
     edges: tuple[int, ...] = field(init=False, repr=False)  # 0, and where the classes of each rank stop
 
     def __post_init__(self):
@@ -55,16 +60,23 @@ class ClassShard:
         object.__setattr__(self, "edges", (0, *(stop for _, stop, _ in ranges)))
 
     @classmethod
-    def split(cls, num_classes: int, group: "dist.ProcessGroup | None" = None) -> "ClassShard":
+    def split(
+        cls, num_classes: int, group: "dist.ProcessGroup | None" = None, *, check_ranks: bool = True
+    ) -> "ClassShard":
         """Shards as ``torch.chunk`` makes them: ceil(num_classes / ranks) classes each, what is left on the last."""
         _check_member(group)
         edges = _edges_of_chunks(num_classes, dist.get_world_size(group))
         rank = dist.get_rank(group)
-        return cls(edges[rank], edges[rank + 1], num_classes, group)
+        return cls(edges[rank], edges[rank + 1], num_classes, group, check_ranks)
 
     @property
     def world_size(self) -> int:
         return dist.get_world_size(self.group)
+
+    @property
+    def unchecked(self) -> bool:
+        """Whether the ranks are to be compared now. A compiled graph cannot."""
+        return self.check_ranks and not self.checked and not torch.compiler.is_compiling()
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -74,6 +86,10 @@ class ClassShard:
 
     def __deepcopy__(self, _) -> "ClassShard":
         return self  # a process group cannot be copied
+
+    def __reduce__(self):
+        """Unpickled it is made anew, by every rank at the same time: not on another number of ranks."""
+        return ClassShard, (self.start, self.stop, self.num_classes, self.group, self.check_ranks)
 
     def offers(self, k: int) -> int:
         """How many picks a rank offers of the k hardest."""
@@ -148,6 +164,26 @@ def gather(shard: ClassShard, *mine: Tensor) -> Iterator[Tensor]:
     theirs = packed.new_empty((shard.world_size, *packed.shape))
     dist.all_gather(list(theirs), packed, group=shard.group)
     return _apart(theirs, mine)
+
+
+def check_agreement(shard: ClassShard, told: dict[str, object]) -> None:
+    """Raises ValueError, on every rank alike, where the ranks tell different things: before they exchange numbers that
+    would not fit, or be wrong."""
+    of_ranks: list[dict[str, object]] = [{}] * shard.world_size
+    dist.all_gather_object(of_ranks, told, group=shard.group)
+    for name in told:
+        values = [of_rank.get(name) for of_rank in of_ranks]
+        if not all(_same(value, values[0]) for value in values):
+            said = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            raise ValueError(f"the ranks that share the classes must agree in {name}, got {said}")
+    shard.checked.append(True)
+
+
+def _same(a: object, b: object) -> bool:
+    """Sums of tensors may be rounded differently."""
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) or (a != a and b != b)
+    return a == b
 
 
 def exchange(shard: ClassShard, *mine: Tensor) -> Iterator[Tensor]:
