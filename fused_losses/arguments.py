@@ -163,8 +163,8 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def rows_of(
-    loss: Loss, logits_shape: torch.Size, dtype: torch.dtype, device: torch.device, target: Tensor, options: Options,
-    num_classes: int,
+    loss: Loss, logits_shape: torch.Size, dtype: torch.dtype, device: torch.device, given: Tensor | Labels,
+    options: Options, num_classes: int,
 ) -> Rows:  # fmt: skip
     """For logits of this shape, (N, C) or (C,), C those at hand, num_classes of all shards; options: checked."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -173,10 +173,10 @@ def rows_of(
             'jacrev, jvp): for the gradients of single rows take reduction="none" and torch.autograd.grad(..., '
             "is_grads_batched=True)"
         )
-    labels = target if isinstance(target, Labels) else None
+    labels = given if isinstance(given, Labels) else None
+    target = given.index if isinstance(given, Labels) else given
     if labels is not None:
         check_labels(loss, logits_shape, device, labels, options)
-        target = labels.index
     else:
         check_target(loss, logits_shape, device, target)
     multi_hot = labels is None and target.dim() == len(logits_shape)
@@ -342,10 +342,9 @@ def check_margin(margin: Margin | None, rows: int, device: torch.device) -> None
         check_device(f"the margin's {name}", value, device)
         if value.shape != (rows,):
             raise ValueError(f"expected the margin's {name} to be a number or ({rows},), got {tuple(value.shape)}")
-    angle = None if margin is None else margin.angle
-    looked_at = isinstance(angle, Tensor) and angle.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked_at and (angle.abs() > torch.tensor(math.pi, dtype=angle.dtype)).any():
-        raise ValueError("expected the margin's angle from -pi to pi (radians)")
+        looked_at = name == "angle" and device.type == "cpu" and not torch.compiler.is_compiling()
+        if looked_at and (value.abs() > torch.tensor(math.pi, dtype=value.dtype)).any():
+            raise ValueError("expected the margin's angle from -pi to pi (radians)")
 
 
 def told_of(loss: Loss, options: Options, target: Tensor | Labels, **others: object) -> dict[str, object]:

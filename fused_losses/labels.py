@@ -29,7 +29,7 @@ class Labels(NamedTuple):
         weight: floating, of index's shape, without gradient; read where there is a label. Default: none.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method of that name is not missed
     weight: Tensor | None = None
 
     @classmethod

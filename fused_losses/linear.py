@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.distributed as dist
@@ -227,6 +227,8 @@ class LinearLoss(nn.Module):
     start from the same numbers for the same seed however the classes are sharded; on the CPU from those of one process.
     """
 
+    scale: Any  # a number, or "learned"
+
     def __init__(
         self,
         in_features: int,
@@ -244,14 +246,14 @@ class LinearLoss(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        learned = isinstance(scale, str)
-        if learned and scale != "learned":
+        if isinstance(scale, str) and scale != "learned":
             raise ValueError(f'scale must be a number or "learned", got {scale!r}')
         if isinstance(scale, Tensor):
             raise TypeError('scale must be a number, or "learned" for a parameter')
         if logit_bias and not normalize:
             raise ValueError("logit_bias belongs to cosine logits: pass normalize=True, or bias=True instead")
-        fixed = _check_options(options, bias, normalize, LEARNED_SCALE if learned else scale)
+        learned = isinstance(scale, str)
+        fixed = _check_options(options, bias, normalize, LEARNED_SCALE if isinstance(scale, str) else scale)
         loss = CrossEntropyLoss() if loss is None else loss
         _check_loss(loss)
         classes = num_classes if shard is None else len(shard)
@@ -261,7 +263,7 @@ class LinearLoss(nn.Module):
         self.num_classes = num_classes
         self.loss = loss
         self.normalize = normalize
-        self.scale = None if learned else fixed
+        self.scale = "learned" if learned else fixed
         self.shard = shard
         self.gather_input = gather_input
         self.options = options
@@ -315,8 +317,7 @@ class LinearLoss(nn.Module):
         return self.log_scale.to(reference.compute_dtype(self.log_scale.dtype)).exp()
 
     def extra_repr(self) -> str:
-        scale = "learned" if self.scale is None else self.scale
-        cosine = f", normalize=True, {scale=}" if self.normalize else ""
+        cosine = f", normalize=True, scale={self.scale}" if self.normalize else ""
         options = "" if self.options is None else f", options={self.options}"
         layer = f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}"
         shard = "" if self.shard is None else f", shard={self.shard}, gather_input={self.gather_input}"
@@ -336,7 +337,7 @@ class LinearLoss(nn.Module):
         one_bias = self.bias is not None and self.bias.dim() == 0
         grown = LinearLoss(
             self.in_features, num_classes, loss=self.loss, bias=self.bias is not None and not one_bias,
-            normalize=self.normalize, scale="learned" if self.scale is None else self.scale, logit_bias=one_bias,
+            normalize=self.normalize, scale=self.scale, logit_bias=one_bias,
             shard=shard, gather_input=self.gather_input, options=self.options, device=self.weight.device,
             dtype=self.weight.dtype,
         )  # fmt: skip
@@ -416,7 +417,7 @@ class _Layer(NamedTuple):
 
 
 def apply(
-    loss: Loss, options: Options, input: Tensor, linear_weight: Tensor, target: Tensor, layer: _Layer,
+    loss: Loss, options: Options, input: Tensor, linear_weight: Tensor, given: Tensor | Labels, layer: _Layer,
     return_statistics: bool = False,
 ) -> tuple[Tensor, RowStatistics | None]:  # fmt: skip
     """The one way from a user's arguments to the autograd functions."""
@@ -429,16 +430,15 @@ def apply(
     dtype = _dtype_of_linear(input, linear_weight, bias)
     one_row = input.dim() == 1
     if shard is not None and shard.unchecked:
-        _check_ranks(loss, options, input, target, layer)
+        _check_ranks(loss, options, input, given, layer)
     if gather_input:
-        input, target, options = _gathered(loss, input, linear_weight, target, options)
+        input, given, options = _gathered(loss, input, linear_weight, given, options)
     shape = torch.Size((*input.shape[:-1], linear_weight.shape[0]))
-    rows = rows_of(loss, shape, dtype, input.device, target, options, num_classes)
+    rows = rows_of(loss, shape, dtype, input.device, given, options, num_classes)
     margin = _margin_of_layer(options.margin, normalize, scale, bias, dtype)
-    several = isinstance(target, Labels)
     target, weight, _, spec = rows
     multi_hot = spec.multi_hot(target)
-    if return_statistics and (several or multi_hot):
+    if return_statistics and (isinstance(given, Labels) or multi_hot):
         raise ValueError("return_statistics works with class-index targets only, got multi-hot targets or Labels")
     if how.sparse_grad and (spec.k == 0 or multi_hot):
         got = "multi-hot targets" if multi_hot else f"all {num_classes - 1} negatives"
@@ -493,11 +493,13 @@ def _gathered(
         columns = [as_int64(target, options.ignore_index)]
     if shard is None or input.dim() != 2 or columns[0].dim() != (2 if isinstance(target, Labels) else 1):
         raise ValueError("gather_input needs shard=, input of shape (N, D), and class indices (N,) or Labels (N, P)")
-    per_row = {} if options.margin is None else options.margin.per_row
-    check_margin(options.margin, input.shape[0], input.device)
+    margin = options.margin
+    per_row = {} if margin is None else margin.per_row
+    check_margin(margin, input.shape[0], input.device)
     input, columns, of_margin = gather_batch(shard, input, columns, list(per_row.values()))
-    if per_row:
-        options = options._replace(margin=replace(options.margin, **dict(zip(per_row, of_margin, strict=True))))
+    if margin is not None and per_row:
+        changed: dict[str, Any] = dict(zip(per_row, of_margin, strict=True))
+        options = options._replace(margin=replace(margin, **changed))
     return input, Labels(*columns) if isinstance(target, Labels) else columns[0], options
 
 

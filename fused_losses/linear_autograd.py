@@ -152,7 +152,7 @@ class LinearStatistics(torch.autograd.Function):
         layer, seen = (*saved[:5], ctx.layer_spec.chunk_bytes), saved[5:]
         wanted, target = ctx.layer_spec.wanted, saved[4]
         if weight.shape[0] == 0:
-            gradients = [part.zero_() for part in gradient_shapes(*layer[:3], wanted)]
+            gradients = [part.zero_() for part in gradient_shapes(layer[0], layer[1], layer[2], wanted)]
             if ctx.way is SparsePicks:
                 gradients[1:] = (part.to_sparse(1) if part.dim() > 0 else part for part in gradients[1:])
         else:

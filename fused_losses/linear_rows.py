@@ -137,7 +137,8 @@ class _Layer(NamedTuple):
             yield classes, (w / self.norms[classes, None]).to(dtype)
 
     def of(self, classes: slice) -> "_Layer":
-        return _Layer(*(tensor[classes] if tensor is not None and tensor.dim() > 0 else tensor for tensor in self))
+        bias = self.bias if self.bias is None or one_bias(self.bias) else self.bias[classes]
+        return _Layer(self.weight[classes], bias, None if self.norms is None else self.norms[classes])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
