@@ -323,34 +323,69 @@ class LinearLoss(nn.Module):
         shard = "" if self.shard is None else f", shard={self.shard}, gather_input={self.gather_input}"
         return layer + cosine + shard + options
 
-    @torch.no_grad()
-    def grown(self, num_classes: int) -> LinearLoss:
+    def grown(self, num_classes: int, optimizer: torch.optim.Optimizer | None = None) -> LinearLoss:
         """The same classifier with more classes behind the old ones: their rows are kept, the new ones are drawn.
 
         With a shard, every rank calls it, and the classes are split anew (:meth:`ClassShard.split`). A class-weight
         buffer does not grow: ValueError, as for fewer classes than now. After ``fully_shard`` every rank calls it too,
         and the new classifier is whole, to be sharded anew.
+
+        Args:
+            optimizer: takes the new parameters in the place of the old ones; of its state, the rows of old classes are
+                kept, and those of new ones are 0. Not after ``fully_shard``.
         """
-        if num_classes < self.num_classes or self.loss.weight is not None:
-            raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes, or with class weights")
-        shard = None if self.shard is None else ClassShard.split(num_classes, self.shard.group)
+        if num_classes < self.num_classes:
+            raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes")
+        origin = torch.full((num_classes,), -1, device=self.weight.device)
+        origin[: self.num_classes] = torch.arange(self.num_classes)
+        return self._with_classes(origin, optimizer)
+
+    def selected(self, classes: Tensor, optimizer: torch.optim.Optimizer | None = None) -> LinearLoss:
+        """The same classifier of these classes alone, in this order: class i is ``classes[i]`` of this one.
+
+        With a shard, every rank calls it with the same classes. IndexError for a class out of range; otherwise as
+        :meth:`grown`.
+
+        Args:
+            classes: int64 (at least one,), distinct.
+        """
+        if classes.dim() != 1 or classes.dtype != torch.int64 or classes.numel() == 0:
+            raise ValueError(f"expected int64 classes (at least one,), got {classes.dtype}, {tuple(classes.shape)}")
+        if classes.min() < 0 or classes.max() >= self.num_classes:
+            raise IndexError(f"expected classes from 0 to {self.num_classes - 1}, got one that is not")
+        if classes.unique().numel() < classes.numel():
+            raise ValueError("expected distinct classes, got one twice")
+        return self._with_classes(classes.to(self.weight.device), optimizer)
+
+    @torch.no_grad()
+    def _with_classes(self, origin: Tensor, optimizer: torch.optim.Optimizer | None) -> LinearLoss:
+        """origin: for each class of the new classifier, which it was, -1 for one that is drawn."""
+        if self.loss.weight is not None:
+            raise ValueError("a classifier with class weights keeps its classes: the weights are those of each")
+        num_classes = origin.shape[0]
+        shard = None
+        if self.shard is not None:
+            shard = ClassShard.split(num_classes, self.shard.group, check_ranks=self.shard.check_ranks)
         one_bias = self.bias is not None and self.bias.dim() == 0
-        grown = LinearLoss(
+        made = LinearLoss(
             self.in_features, num_classes, loss=self.loss, bias=self.bias is not None and not one_bias,
             normalize=self.normalize, scale=self.scale, logit_bias=one_bias,
             shard=shard, gather_input=self.gather_input, options=self.options, device=self.weight.device,
             dtype=self.weight.dtype,
         )  # fmt: skip
-        for old, new in ((self.weight, grown.weight), (self.bias, grown.bias), (self.log_scale, grown.log_scale)):
-            if old is None or new is None:
-                continue
+
+        def moved(old: Tensor, new: Tensor) -> Tensor:
+            old = old.full_tensor() if hasattr(old, "full_tensor") else old
             if old.dim() == 0:
-                new.copy_(old)
-            elif self.shard is None or shard is None:
-                new[: self.num_classes] = old.full_tensor() if hasattr(old, "full_tensor") else old
-            else:
-                move_rows(self.shard, old, shard, new)
-        return grown
+                return new.copy_(old)
+            move_rows(self.shard, old, shard, new, origin)
+            return new
+
+        for (_, old), (_, new) in zip(self.named_parameters(), made.named_parameters(), strict=True):
+            moved(old, new)
+            if optimizer is not None:
+                _take_the_place_of(optimizer, old, new, moved)
+        return made
 
     def logits(self, input: Tensor) -> Tensor:
         """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
@@ -404,6 +439,22 @@ class LinearLoss(nn.Module):
     def _bias_of(self, classes: Tensor) -> Tensor | None:
         """The one bias, of each of these classes."""
         return None if self.bias is None else self.bias.expand(classes.shape[0])
+
+
+def _take_the_place_of(
+    optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, moved: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Puts new where the optimizer has old; its state, row by row as moved does. What is no state of rows stays."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = {
+            name: moved(value, value.new_zeros(new.shape))
+            if isinstance(value, Tensor) and value.shape == old.shape and old.dim() > 0
+            else value
+            for name, value in state.items()
+        }
 
 
 class _Layer(NamedTuple):

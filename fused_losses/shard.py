@@ -238,20 +238,23 @@ def own_rows_of(shard: ClassShard, mine: Tensor, fill: Callable[[Tensor], Tensor
             mine[start - shard.start : stop - shard.start] = rows[start - first : stop - first]
 
 
-def move_rows(old: ClassShard, old_rows: Tensor, new: ClassShard, new_rows: Tensor) -> None:
-    """Copies each class's row from the rank that has it among the old shards to the one that has it among the new."""
-    rank = dist.get_rank(old.group)
-    for owner, (edge, end) in enumerate(itertools.pairwise(old.edges)):
-        for start in range(edge, end, CLASSES_AT_A_TIME):
-            stop = min(start + CLASSES_AT_A_TIME, end)
-            if owner == rank:
-                rows = old_rows[start - edge : stop - edge].contiguous()
-            else:
-                rows = old_rows.new_empty((stop - start, *old_rows.shape[1:]))
-            dist.broadcast(rows, group=old.group, group_src=owner)
-            first, last = max(start, new.start), min(stop, new.stop)
-            if first < last:
-                new_rows[first - new.start : last - new.start] = rows[first - start : last - start]
+def move_rows(
+    old: ClassShard | None, old_rows: Tensor, new: ClassShard | None, new_rows: Tensor, origin: Tensor
+) -> None:
+    """Fills new_rows, this rank's rows of a tensor (classes, ...), with those of old_rows that origin (classes,) names:
+    the class that each was, -1 for a row that stays as it is. Every rank names the same."""
+    for first in range(0, origin.shape[0], CLASSES_AT_A_TIME):
+        wanted = origin[first : first + CLASSES_AT_A_TIME]
+        start, stop = (0, old_rows.shape[0]) if old is None else (old.start, old.stop)
+        mine = (wanted >= start) & (wanted < stop)
+        rows = old_rows.new_zeros((wanted.shape[0], *old_rows.shape[1:]))
+        rows[mine] = old_rows[wanted[mine] - start]
+        if old is not None:  # one rank has a row, the others add zero bytes
+            dist.all_reduce(rows.view(-1).view(torch.uint8), group=old.group)
+        begin, end = (0, new_rows.shape[0]) if new is None else (new.start, new.stop)
+        numbers = torch.arange(first, first + wanted.shape[0], device=origin.device)
+        taken = (wanted >= 0) & (numbers >= begin) & (numbers < end)
+        new_rows[numbers[taken] - begin] = rows[taken]
 
 
 # --- rows of the batch ------------------------------------------------------------------------------------------------
