@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .formulas import FORMULAS, INF, softplus
-from .losses import LossSpec
+from .losses import FAMILIES, LossSpec
 
 
 def finish_labels(
@@ -76,7 +76,7 @@ def smoothing(statistics: Tensor, present: Tensor, w: Tensor, n: Tensor, spec: L
     Differences from m: of two means beside an offset little would be left.
     """
     m, _, s = statistics[:, :3].unbind(1)
-    if spec.family == "logistic":
+    if FAMILIES[spec.loss] == "logistic":
         m = torch.zeros_like(m)
     m = m.detach()
     above = torch.where(present, statistics[:, 3:] - m[:, None], 0)  # (rows, P)

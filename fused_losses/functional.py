@@ -273,11 +273,11 @@ def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options)
     margin = margin_from_logits(options.margin, logits.dtype)
     target, weight, reduction, spec = taken
     in_one = options.shard is None and not isinstance(loss, OwnSoftmax)
-    if in_one and (margin is None or margin.numbers):
+    if in_one and (margin is None or margin.numbers()):
         spec = with_numbers_of(margin, spec)
         result, _ = LossFromLogits.apply(rows, target, weight, reduction, spec)
     else:
-        statistics = StatisticsFromLogits.apply(rows, target, spec.of_statistics, options.shard)
+        statistics = StatisticsFromLogits.apply(rows, target, spec.of_statistics(), options.shard)
         result = finished(loss, statistics, taken, margin)
     return result.squeeze(0) if logits.dim() == 1 and options.reduction == "none" else result
 
@@ -302,12 +302,12 @@ def rows_from_logits(loss: Loss, logits: Tensor, target: Tensor | Labels, option
 def finished(loss: Loss, statistics: Tensor, rows: Rows, margin: MarginTerms | None) -> Tensor:
     """The loss from the statistics of whole rows."""
     target, weight, reduction, spec = rows
-    if margin is not None and margin.numbers and not isinstance(loss, OwnSoftmax):
+    if margin is not None and margin.numbers() and not isinstance(loss, OwnSoftmax):
         spec = with_numbers_of(margin, spec)
     else:
         statistics = with_margin(statistics, margin, spec)
     if not isinstance(loss, OwnSoftmax):
-        return Finish.apply(statistics, target, weight, reduction, spec.of_finish)
+        return Finish.apply(statistics, target, weight, reduction, spec.of_finish())
     if not spec.labels:
         values = _own_values(loss, log_odds_of(statistics))
     else:

@@ -509,7 +509,7 @@ def apply(
             x, linear_weight, bias, target, weight, reduction, layer_spec, with_numbers_of(margin, spec)
         )
     else:
-        statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec.of_statistics, shard)
+        statistics = LinearStatistics.apply(x, linear_weight, bias, target, layer_spec, spec.of_statistics(), shard)
         result = finished(loss, statistics, rows, margin)
     found = RowStatistics.of(statistics.detach(), loss.family) if return_statistics else None
     return result.squeeze(0) if one_row and reduction == "none" else result, found

@@ -110,7 +110,7 @@ def gradients_at_once(
     """
     way = way_of(num_classes, spec.k, spec.multi_hot(target), layer.sparse_grad)
     counts_terms = target.dim() == 2 and spec.alpha is not None
-    possible = not counts_terms and (margin is None or margin.numbers)
+    possible = not counts_terms and (margin is None or margin.numbers())
     return way is Again and any(layer.wanted) and reduction != "none" and layer.dtype != torch.float16 and possible
 
 

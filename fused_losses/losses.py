@@ -183,17 +183,17 @@ class LossSpec(NamedTuple):
         """Whether the target is (rows, classes)."""
         return target.dim() == 2 and not self.labels
 
-    @property
+    # No property is read where a graph passes: torch 2.10 traces none of a tuple.
+
     def of_statistics(self) -> "LossSpec":
         """What a statistics door needs of it: no loss of the softmax family, no weight of a mean, no margin."""
-        softmax = self.family == "softmax"
+        softmax = FAMILIES[self.loss] == "softmax"
         plain = self._replace(loss="log_odds", params=[]) if softmax else self._replace(alpha=None)
         return plain._replace(margin=())
 
-    @property
     def of_finish(self) -> "LossSpec":
         """What the finish behind it needs: no phi of the logistic family."""
-        return self if self.family == "softmax" else self._replace(loss="lr", params=[])
+        return self if FAMILIES[self.loss] == "softmax" else self._replace(loss="lr", params=[])
 
     @property
     def slots(self) -> int:

@@ -108,8 +108,7 @@ class MarginTerms(NamedTuple):
             return cls(angle.cos(), sin, cosine, angle * sin, scale, offset)
         return cls(math.cos(angle), math.sin(angle), cosine, angle * math.sin(angle), scale, offset)
 
-    @property
-    def numbers(self) -> bool:
+    def numbers(self) -> bool:  # no property: torch 2.10 traces none of a tuple
         return not any(isinstance(term, Tensor) for term in self)
 
     def psi(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
