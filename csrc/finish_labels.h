@@ -9,26 +9,25 @@ namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
 // What a margin makes of a label's logit, and its slope.
-template <class T>
 struct Psi {
-  T value, slope;
+  double value, slope;
 
-  Psi(const Margin& margin, T z) : value(z), slope(1) {
-    if (!margin.present || z == -kInfinity<T>) return;
-    const T cos = T(margin.cos), sin = T(margin.sin), scale = T(margin.scale), offset = T(margin.offset);
-    T turned = (z - offset) / scale;
+  Psi(const Margin& margin, double z) : value(z), slope(1) {
+    if (!margin.present || z == -kInfinity<double>) return;
+    const double cos = margin.cos, sin = margin.sin;
+    double turned = (z - margin.offset) / margin.scale;
     if (sin != 0 || cos != 1) {
-      const T u = turned < -1 ? T(-1) : turned > 1 ? T(1) : turned;
-      const T sine = std::sqrt((1 - u) * (1 + u)), least = T(1) / 2048;
+      const double u = turned < -1 ? -1 : turned > 1 ? 1 : turned;
+      const double sine = std::sqrt((1 - u) * (1 + u)), least = 1.0 / 2048;
       if (sin > 0 && u < -cos) {
-        turned = u - T(margin.beyond);
+        turned = u - margin.beyond;
       } else if (sin < 0 && u > cos) {
         turned = 1, slope = 0;
       } else {
         turned = u * cos - sine * sin, slope = cos + u / (sine > least ? sine : least) * sin;
       }
     }
-    value = scale * (turned - T(margin.cosine)) + offset;
+    value = margin.scale * (turned - margin.cosine) + margin.offset;
   }
 };
 
@@ -71,11 +70,12 @@ class LabelBlock {
       int64_t count = 0;
       for (int64_t place = 0; place < places; ++place) {
         if (door.target.labels && door.target.label(row, place) < 0) continue;
-        const Psi<T> psi(spec.margin, statistics.of_labels(row)[place]);
+        const Psi psi(spec.margin, static_cast<double>(statistics.of_labels(row)[place]));
         const T w = door.weight_of_label<T>(row, place);
-        z.at(place, lane) = psi.value, weight.at(place, lane) = w, slope.at(place, lane) = psi.slope;
+        z.at(place, lane) = static_cast<T>(psi.value), weight.at(place, lane) = w;
+        slope.at(place, lane) = static_cast<T>(psi.slope);
         has(place, lane) = true;
-        const double difference = static_cast<double>(psi.value) - from;
+        const double difference = psi.value - from;
         of_labels += w == 0 ? 0 : w * difference, above += difference, total += w, ++count;
       }
       terms[lane] = static_cast<T>(count + door.chosen_negatives(count));
@@ -99,12 +99,13 @@ class LabelBlock {
       coefficients[row][0] = to_negatives[lane];
       if (door.target.labels) coefficients[row][1] = static_cast<T>(eps == 0 ? 0 : -eps / terms[lane]);
       for (int64_t place = 0; place < places; ++place) {
-        T& t = coefficients.of_labels(row)[place];
-        t = 0;
-        if (!has(place, lane)) continue;
-        t = of_label(place, lane);
-        if (eps != 0) t += static_cast<T>(eps * (weight.at(place, lane) - 1 / static_cast<double>(terms[lane])));
-        t *= slope.at(place, lane);
+        double t = 0;
+        if (has(place, lane)) {
+          t = of_label(place, lane);
+          if (eps != 0) t += eps * (weight.at(place, lane) - 1 / static_cast<double>(terms[lane]));
+          t *= slope.at(place, lane);
+        }
+        coefficients.of_labels(row)[place] = static_cast<T>(t);
       }
     }
   }
@@ -164,7 +165,7 @@ class SoftmaxLabelRows {
         if (block.has(p, lane)) values[lane] += weighted(w, value_of_d[lane]);
       }
       total.store(p, all);
-      of_negatives = of_negatives - of_d.load(p) * select(all > nothing, exp_nonpositive(rest - all), one);
+      of_negatives = of_negatives - of_d.load(p) * select(nothing >= all, one, exp_nonpositive(rest - all));
       sum = logaddexp(sum, z);
     }
     T to_negatives[V::lanes];
@@ -217,27 +218,32 @@ class LogisticLabelRows {
 
   void operator()(int64_t first, int64_t n, T* value, RowTable<T> coefficients) const {
     LabelBlock<V> block(door_, statistics_, first, n);
-    Places<V> sigma(block.places);
+    Places<V> sigma(block.places), sigma_of_minus(block.places);
     double values[V::lanes] = {};
+    bool poisoned[V::lanes] = {};  // by a NaN among the statistics: inf - inf in a value is none
     T to_negatives[V::lanes];
     for (int64_t p = 0; p < block.places; ++p) {
       const V z = block.z.load(p);
       T as_positive[V::lanes], as_negative[V::lanes];
       softplus(V(0) - z).store(as_positive);
       softplus(z).store(as_negative);
-      sigma.store(p, sigmoid(z));
+      const Sigmoid<V> both(z, exp_minus_abs(z));
+      sigma.store(p, both.plus), sigma_of_minus.store(p, both.minus);
       for (int64_t lane = 0; lane < V::lanes; ++lane) {
+        if (!block.has(p, lane)) continue;
         const T w = block.weight.at(p, lane);
-        if (block.has(p, lane)) values[lane] += weighted(w, as_positive[lane]) + weighted(1 - w, as_negative[lane]);
+        values[lane] += weighted(w, as_positive[lane]) + weighted(1 - w, as_negative[lane]);
+        poisoned[lane] |= std::isnan(as_positive[lane]);
       }
     }
     for (int64_t lane = 0; lane < V::lanes; ++lane) {
       const T neg = block.of_negatives[lane];
       values[lane] = of_positives_ * values[lane] + of_negatives_ * neg;
-      to_negatives[lane] = values[lane] == values[lane] ? of_negatives_ : kNaN<T>;
+      to_negatives[lane] = poisoned[lane] || std::isnan(neg) ? kNaN<T> : of_negatives_;
     }
     block.write(coefficients, first, n, door_, values, to_negatives, value, [&](int64_t place, int64_t lane) {
-      return of_positives_ * (sigma.at(place, lane) - block.weight.at(place, lane));
+      const T w = block.weight.at(place, lane);  // and not sigma - w, which loses the digits of a confident label
+      return of_positives_ * ((1 - w) * sigma.at(place, lane) - w * sigma_of_minus.at(place, lane));
     });
   }
 

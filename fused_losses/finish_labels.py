@@ -157,5 +157,6 @@ def _logistic(statistics: Tensor, present: Tensor, w: Tensor, spec: LossSpec) ->
         of_pos = rows / positives.sum().clamp(min=1).to(neg.dtype)
         of_neg = number(spec.alpha, neg) * rows / chosen_negatives(positives, spec).sum().clamp(min=1)
     pos = label_terms(statistics, present, w)
-    t = of_pos * (torch.sigmoid(z) - w).masked_fill(~present, 0)
+    # not sigma(z) - w, which loses the digits of a confident label
+    t = of_pos * ((1 - w) * torch.sigmoid(z) - w * torch.sigmoid(-z)).masked_fill(~present, 0)
     return of_pos * pos + of_neg * neg, of_neg.expand(neg.shape).masked_fill(neg.isnan(), math.nan), t
