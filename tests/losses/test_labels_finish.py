@@ -255,11 +255,12 @@ def test_the_cases_are_what_they_should_be():
 @each_formula
 def test_few_classes(isa, formula):
     """Rows without negatives, and with more places than classes."""
-    for classes, places, smoothing, margin in itertools.product((1, 3), (1, 3, 5), (0.0, 0.1), ("angle", "no margin")):
+    shapes = ((1, 1), (1, 3), (3, 1), (3, 5))
+    for (classes, places), smoothing, margin in itertools.product(shapes, (0.0, 0.1), ("angle", "no margin")):
         target = labels_of(8, places, classes)
         logits = 3 * torch.randn(8, classes, generator=generator_of(3))
         logits[7] = -INF
-        for k, weighted in itertools.product((0, 2), (False, True)):
+        for k, weighted in ((0, False), (2, True)):
             options = {"labels": True, "label_smoothing": smoothing, "margin": MARGINS[margin]}
             spec = formula.spec(classes, k, ignore_index=None, **options)
             seen, *_ = reference.statistics(logits, target, *spec)
@@ -340,8 +341,9 @@ def test_tensors_of_any_layout(isa):
 @each_formula
 def test_forward_is_statistics_and_finish(isa, formula, dtype):
     """Bit for bit; and as accurate as the reference's forward."""
-    for (places, smoothing), margin, (k, compact) in itertools.product(
-        ((None, 0.0), (1, 0.1), (3, 0.0), (9, 0.1)), ("angle", "all, with an offset"), ((0, False), (5, True))
+    forms = (("angle", 0, False), ("all, with an offset", 5, True))
+    for (places, smoothing), (margin, k, compact) in itertools.product(
+        ((None, 0.0), (1, 0.1), (3, 0.0), (9, 0.1)), forms
     ):
         target = target_of(17, places, CLASSES)
         logits = odd_logits(target[:, None] if places is None else target, dtype)[:11]
@@ -399,3 +401,6 @@ def test_only_a_nan_poisons_a_row(isa):
     value, coefficients = case.ours()
     assert value.isnan() and coefficients[0, 0] == 0
     torch.testing.assert_close(coefficients, case.plain()[1])
+    case = case._replace(statistics=torch.tensor([[1.0, 1.0, NAN]]), spec=doors.LR.spec(9, margin=MARGINS["angle"]))
+    for _, coefficients in (case.ours(), case.plain()):
+        assert coefficients.isnan().all()
