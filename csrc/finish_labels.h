@@ -67,6 +67,7 @@ class LabelBlock {
       max[lane] = numbers[0], of_negatives[lane] = numbers[1];
       const double from = spec.family == Family::softmax ? static_cast<double>(numbers[0]) : 0;
       double of_labels = 0, above = 0, total = 0;
+      bool masked = false;  // which makes the loss +inf, as torch's
       int64_t count = 0;
       for (int64_t place = 0; place < places; ++place) {
         if (door.target.labels && door.target.label(row, place) < 0) continue;
@@ -76,12 +77,13 @@ class LabelBlock {
         slope.at(place, lane) = static_cast<T>(psi.slope);
         has(place, lane) = true;
         const double difference = psi.value - from;
+        masked |= psi.value == -kInfinity<double>;
         of_labels += w == 0 ? 0 : w * difference, above += difference, total += w, ++count;
       }
       terms[lane] = static_cast<T>(count + door.chosen_negatives(count));
       if (spec.label_smoothing == 0) continue;
       const double mean = (static_cast<double>(numbers[2]) + above) / terms[lane];
-      smoothing[lane] = spec.label_smoothing * (of_labels + (total - 1) * from - mean);
+      smoothing[lane] = masked ? kInfinity<double> : spec.label_smoothing * (of_labels + (total - 1) * from - mean);
     }
   }
 

@@ -73,7 +73,8 @@ def number_of_terms(present: Tensor, spec: LossSpec) -> Tensor:
 def smoothing(statistics: Tensor, present: Tensor, w: Tensor, n: Tensor, spec: LossSpec) -> Tensor:
     """eps (sum of w_p z_p - mean of z), (rows,); differentiable by all statistics but m.
 
-    Differences from m: of two means beside an offset little would be left.
+    Differences from m: of two means beside an offset little would be left. A masked class among the labels and S makes
+    it +inf, as torch's.
     """
     m, _, s = statistics[:, :3].unbind(1)
     if FAMILIES[spec.loss] == "logistic":
@@ -81,7 +82,9 @@ def smoothing(statistics: Tensor, present: Tensor, w: Tensor, n: Tensor, spec: L
     m = m.detach()
     above = torch.where(present, statistics[:, 3:] - m[:, None], 0)  # (rows, P)
     of_labels = torch.where(w == 0, 0, w * above).sum(1)
-    return spec.label_smoothing * (of_labels + (w.sum(1) - 1) * m - (s + above.sum(1)) / n)
+    masked = (above == -INF).any(1)
+    smoothed = spec.label_smoothing * (of_labels + (w.sum(1) - 1) * m - (s + above.sum(1)) / n)
+    return smoothed.masked_fill(masked, INF)
 
 
 # --- softmax family ---------------------------------------------------------------------------------------------------

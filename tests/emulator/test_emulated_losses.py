@@ -76,7 +76,7 @@ def test_finish(rows, formula, multi_hot, weighted, reduction, backend):
     spec = formula.spec(50, 7)
     loss, coefficients = backend.finish(statistics, target, weight, reduction, *spec)
     weight = None if weight is None else weight.double()
-    expected, expected_coefficients = finish.finish(statistics.double(), target, None, weight, reduction, spec)
+    expected, expected_coefficients = finish.finish(statistics.double(), target, weight, reduction, spec)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(coefficients, expected_coefficients.float(), rtol=1e-6, atol=1e-7)
 

@@ -200,3 +200,15 @@ def test_half_precision_overflows_to_infinity():
     labels = fl.Labels(torch.tensor(INDEX["two labels"]), make_weight("two labels"))
     _, grad = value_and_grad(lambda z: 1e6 * fl.cross_entropy(z, labels, label_smoothing=0.1, reduction="sum"), logits)
     assert grad.isinf().any() and not grad.isnan().any()
+
+
+def test_a_masked_target_is_infinite_with_smoothing_too():
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    logits[0, 2], logits[1, 0] = -torch.inf, -torch.inf
+    target = torch.tensor([2, 2, 1])
+    expected = F.cross_entropy(logits, target, reduction="none", label_smoothing=0.1)
+    assert expected.tolist()[:2] == [torch.inf] * 2
+    torch.testing.assert_close(fl.cross_entropy(logits, target, reduction="none", label_smoothing=0.1), expected)
+    for loss in (fl.nllr_loss, fl.crl_loss, fl.lr_loss):
+        found = loss(logits, target, reduction="none", label_smoothing=0.1)
+        assert found[:2].tolist() == [torch.inf] * 2 and found[2].isfinite()
