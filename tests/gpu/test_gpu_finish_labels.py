@@ -5,25 +5,16 @@ import math
 
 import pytest
 import torch
-from gpu_doors import FORMULAS, IGNORED, assert_as_accurate
+from gpu_doors import FORMULAS, IGNORED
+from gpu_finish_labels import CLASSES, MARGINS, compare_finish, statistics_of
 from gpu_labels import make_labels
 from torch import Tensor
 
-from doors import CE, CRL, LR, SS_LR, Formula
-from fused_losses import finish
+from doors import CE, CRL, LR, SS_LR
 from fused_losses.gpu import device as gpu
-from fused_losses.gpu import doors, finish_labels
-from fused_losses.margin import Margin, MarginTerms
+from fused_losses.gpu import finish_labels
 
 INF, NAN = math.inf, math.nan
-CLASSES, SCALE, BIAS = 50, 6.0, 0.25
-MARGINS = {
-    "none": (),
-    "angle": tuple(MarginTerms.of(Margin(angle=0.5), SCALE, 0.0, torch.float32)),
-    "cosine": tuple(MarginTerms.of(Margin(cosine=0.35), SCALE, BIAS, torch.float32)),
-    "both": tuple(MarginTerms.of(Margin(angle=0.4, cosine=0.2), SCALE, BIAS, torch.float32)),
-    "negative": tuple(MarginTerms.of(Margin(angle=-0.75), SCALE, 0.0, torch.float32)),
-}
 REDUCTIONS = ("none", "sum", "mean")
 
 each_margin = pytest.mark.parametrize("margin", MARGINS)
@@ -31,50 +22,7 @@ each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 one_of_each = pytest.mark.parametrize("formula", [CRL, LR, SS_LR._replace(alpha=3.0)], ids=str)
 
 
-def statistics_of(formula: Formula, rows: int, places: int, labels: bool, seed: int = 0) -> Tensor:
-    """(rows, 2 | 3 + places). Every other row's logits are near the clamps of a margin's cosine."""
-    generator = torch.Generator().manual_seed(rows + 1000 * seed)
-    first = 3 if labels else 2
-    statistics = 3 * torch.randn((rows, first + places), generator=generator)
-    statistics[::2, first:] = SCALE * torch.rand((len(statistics[::2]), places), generator=generator).mul(2.2).sub(1.1)
-    if formula.family == "logistic":
-        statistics[:, 1] = statistics[:, 1].abs()
-    if labels:
-        statistics[:, 2] *= CLASSES
-    return statistics
-
-
-def compare(
-    formula, statistics, target, reduction, device, weight=None, margin="none", smoothing=0.0, k=0, ignore_index=IGNORED
-):  # fmt: skip
-    """-> loss and coefficients, held against the plain finish in the same precision and in float64."""
-    labels = target.dim() == 2
-    spec = formula.spec(CLASSES, k, ignore_index=ignore_index, labels=labels, label_smoothing=smoothing)
-    spec = spec._replace(margin=MARGINS[margin])
-    on_device = (None if x is None else x.to(device) for x in (statistics, target, weight))
-    ours = [x.cpu() for x in doors.finish(*on_device, reduction, *spec)]
-    theirs = finish.finish(statistics, target, weight, reduction, spec)
-    truth = finish.finish(statistics.double(), target, None if weight is None else weight.double(), reduction, spec)
-    for x, y in zip(ours, theirs, strict=True):
-        assert x.shape == y.shape and x.dtype == torch.float32
-    assert torch.equal(ours[1][:, 0].isnan(), theirs[1][:, 0].isnan()), "c is what makes a row NaN"
-    what = f"{formula}, {margin}, {smoothing}, {reduction}"
-    of_all = ([x[0], _known(x[1])] for x in (ours, theirs, truth))
-    for name, *of in zip(("loss", "coefficients"), *of_all, strict=True):
-        # Sums of both signs, of which a row may leave next to nothing: held against the scale of all rows.
-        if len(statistics) and (formula.loss in ("log_odds", "nllr") or (smoothing and name == "loss")):
-            of = [x.reshape(1, -1) for x in of]
-        if of[0].numel():
-            assert_as_accurate(*of, f"{what}: {name}")
-    return ours
-
-
-def _known(coefficients: Tensor) -> Tensor:
-    """In rows with NaN as c the others say nothing."""
-    return coefficients.masked_fill(coefficients[:, :1].isnan(), NAN)
-
-
-def ignored_and_ours(labels: Tensor, statistics: Tensor) -> None:
+def ignore_some(labels: Tensor, statistics: Tensor) -> None:
     labels[1::4], statistics[1::4] = -1, 0.0
 
 
@@ -93,9 +41,9 @@ def test_labels(formula, places, margin, device):
     labels = make_labels(rows, places, CLASSES)
     statistics = statistics_of(formula, rows, places, labels=True)
     statistics[:, 3:].masked_fill_(labels < 0, -INF)
-    ignored_and_ours(labels, statistics)
+    ignore_some(labels, statistics)
     weight = torch.rand((rows, places), generator=torch.Generator().manual_seed(places)) if turn % 4 else None
-    compare(formula, statistics, labels, reduction, device, weight, margin, smoothing, k, ignore_index=-1)
+    compare_finish(formula, statistics, labels, reduction, device, weight, margin, smoothing, k, ignore_index=-1)
 
 
 @pytest.mark.parametrize("margin", [margin for margin in MARGINS if margin != "none"])
@@ -109,10 +57,10 @@ def test_class_indices_with_a_margin(formula, margin, device):
         statistics = statistics_of(formula, rows, 1, labels=False)
         target[1::4], statistics[1::4] = IGNORED, 0.0
         weight = torch.rand((CLASSES, 3), generator=torch.Generator().manual_seed(rows))[:, 1] if weighted else None
-        compare(formula, statistics, target, reduction, device, weight, margin, k=(0, 7)[turn % 2])
+        compare_finish(formula, statistics, target, reduction, device, weight, margin, k=(0, 7)[turn % 2])
         target[2::9], statistics[2::9] = 2**40, NAN
         target[3::9], statistics[3::9] = -1, NAN
-        compare(formula, statistics, target, reduction, device, weight, margin, k=(0, 7)[turn % 2])
+        compare_finish(formula, statistics, target, reduction, device, weight, margin, k=(0, 7)[turn % 2])
 
 
 @each_reduction
@@ -124,9 +72,11 @@ def test_many_rows(formula, reduction, device, monkeypatch):
     labels = make_labels(700, 2, CLASSES)
     statistics = statistics_of(formula, 700, 2, labels=True)
     statistics[:, 3:].masked_fill_(labels < 0, -INF)
-    ignored_and_ours(labels, statistics)
-    compare(formula, statistics, labels, reduction, device, margin="both", smoothing=0.1, ignore_index=-1)
-    compare(formula, statistics[:, 1:4], labels[:, 0].relu(), reduction, device, torch.rand(CLASSES), margin="angle")
+    ignore_some(labels, statistics)
+    compare_finish(formula, statistics, labels, reduction, device, margin="both", smoothing=0.1, ignore_index=-1)
+    compare_finish(
+        formula, statistics[:, 1:4], labels[:, 0].relu(), reduction, device, torch.rand(CLASSES), margin="angle"
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -158,19 +108,19 @@ def test_special_rows(formula, margin, smoothing, device):
     weights = (None, torch.tensor([[1.0, 0.0, 0.5]]).expand(len(rows), 3))
     for weight, ignore_index in zip(weights, (-1, None), strict=True):
         for reduction in ("none", "mean"):
-            compare(
+            compare_finish(
                 formula, statistics, labels, reduction, device, weight, margin, smoothing, ignore_index=ignore_index
             )
     if margin != "none":
         index = torch.cat((statistics[:, :2], statistics[:, 3:4]), dim=1)
-        compare(formula, index, labels[:, 0].abs(), "none", device, margin=margin)
+        compare_finish(formula, index, labels[:, 0].abs(), "none", device, margin=margin)
 
 
 @one_of_each
 def test_ignored_rows_are_0(formula, device):
     statistics, labels = torch.zeros((3, 5)), torch.full((3, 2), -1)
     for reduction, expected in (("none", [0.0, 0.0, 0.0]), ("sum", 0.0), ("mean", NAN)):
-        loss, coefficients = compare(
+        loss, coefficients = compare_finish(
             formula, statistics, labels, reduction, device, margin="angle", smoothing=0.1, ignore_index=-1
         )
         torch.testing.assert_close(loss, torch.tensor(expected), equal_nan=True)
@@ -181,13 +131,13 @@ def test_ignored_rows_are_0(formula, device):
 @one_of_each
 def test_no_rows(formula, reduction, device):
     labels, statistics = torch.empty((0, 2), dtype=torch.int64), torch.empty((0, 5))
-    compare(formula, statistics, labels, reduction, device, smoothing=0.1)
+    compare_finish(formula, statistics, labels, reduction, device, smoothing=0.1)
 
 
 def test_a_label_that_is_all_of_the_sum(device):
     """The other labels' sum is no difference from it."""
     statistics = torch.tensor([[0.0, -INF, 0.0, 200.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0, 90.0, 2.0]])
-    loss, coefficients = compare(CE, statistics, torch.tensor([[1, 2, 3]] * 2), "none", device)
+    loss, coefficients = compare_finish(CE, statistics, torch.tensor([[1, 2, 3]] * 2), "none", device)
     assert loss.isfinite().all() and coefficients[:, 3].abs().min() > 1e-9
 
 
@@ -196,9 +146,9 @@ def test_layouts(device):
     spread, weight = torch.full((10, 9), -1), torch.rand((3, 5))
     spread[::2, ::3] = make_labels(5, 3, CLASSES)
     statistics = statistics_of(CRL, 5, 3, labels=True).t().contiguous().t()
-    compare(CRL, statistics, spread[::2, ::3], "none", device, weight.t(), "both", 0.1)
+    compare_finish(CRL, statistics, spread[::2, ::3], "none", device, weight.t(), "both", 0.1)
     one = torch.tensor([[7]]).expand(5, 1)
-    compare(CRL, statistics[:, :4], one, "sum", device, weight.t()[:, :1], "both", 0.1)
+    compare_finish(CRL, statistics[:, :4], one, "sum", device, weight.t()[:, :1], "both", 0.1)
 
 
 @one_of_each
@@ -213,6 +163,6 @@ def test_launches(formula, device, monkeypatch):
     for places, reduction in itertools.product((4, 5), REDUCTIONS):
         labels = torch.arange(places * 3).view(3, places) % CLASSES
         statistics = statistics_of(formula, 3, places, labels=True)
-        compare(formula, statistics, labels, reduction, device, margin="angle")
+        compare_finish(formula, statistics, labels, reduction, device, margin="angle")
         assert len(launched) == (places == 4) * (1 if reduction == "none" else 2)
         launched.clear()
