@@ -30,7 +30,7 @@ _LEAST_SINE = tl.constexpr(2.0**-11)
 _BLOCK, _WARPS = 128, 4  # a row for each thread
 _WIDE, _REDUCTION_WARPS = 1024, 8  # rows at a time where the batch is counted or added up
 _MOST_PROGRAMS = 64  # where every program counts the batch: its cost stays that of the rows
-_MOST_LABELS = 64  # a row is walked P^2 times over by one thread: beyond, PyTorch's matrices (rows, P, P) are as quick
+_MOST_LABELS = 64  # one thread goes over a row P^2 times; beyond, plain PyTorch spreads (rows, P, P) over the device
 _NO_MARGIN = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
