@@ -7,6 +7,7 @@ from ..finish import finish as finish_in_pytorch
 from ..losses import LossSpec
 from . import all_negatives, device, gradient, hardest
 from . import finish as finishing
+from . import finish_labels as finishing_labels
 from .device import unserved
 
 __all__ = ["backward", "finish", "forward", "statistics", "unserved"]
@@ -20,7 +21,7 @@ def forward(
     spec = LossSpec(*spec)
     if spec.labels or spec.margin:
         seen = _statistics(logits, target, spec)
-        return *finish_in_pytorch(seen[0], target, weight, reduction, spec), *seen
+        return *_finish_labels(seen[0], target, weight, reduction, spec), *seen
     finished = finishing.empty(logits, reduction)
     if finishing.ends_rows(target, weight, reduction, spec):
         return *finished, *_statistics(logits, target, spec, finished)
@@ -57,11 +58,21 @@ def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction:
     """loss, and coefficients (rows, 2 | 2 + P)."""
     spec = LossSpec(*spec)
     if spec.labels or spec.margin:
-        return finish_in_pytorch(statistics, target, weight, reduction, spec)
+        return _finish_labels(statistics, target, weight, reduction, spec)
     outputs = finishing.empty(statistics, reduction)
     with torch.cuda.device_of(statistics):
         finishing.launch(outputs, statistics, target, weight, reduction, spec)
     return outputs
+
+
+def _finish_labels(
+    statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, spec: LossSpec
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with several labels, smoothing, or a margin."""
+    if not finishing_labels.serves(statistics, spec):
+        return finish_in_pytorch(statistics, target, weight, reduction, spec)
+    with torch.cuda.device_of(statistics):
+        return finishing_labels.launch(statistics, target, weight, reduction, spec)
 
 
 def backward(

@@ -3,7 +3,8 @@
 
 A finish is one function of a row's numbers, or of vectors of them. Where a program has the whole row and nothing else
 is needed, it ends the kernel that walks the row (``end_row``). ``finish_kernel`` is for all else: a mean or a sum over
-the rows, class weights, means over the terms of a batch, statistics that were merged. Sums are made by one program in a
+the rows, class weights, means over the terms of a batch, statistics that were merged; ``finish_labels.py`` is for
+labels, smoothing and margins. Sums are made by one program in a
 fixed order: the loss has the same bits every time.
 
     FINISH(statistics, p, q, VALUE, SLOPE) -> (value, c, t)
@@ -97,7 +98,7 @@ def ending(spec: LossSpec, statistics: Tensor, finished: tuple[Tensor, Tensor] |
     functions = {"STATISTICS": _STATISTICS[spec.family, spec.labels, multi_hot]}
     if finished is None:
         return Ending((None, None, statistics), 0.0, 0.0, {**functions, "FINISH": None, "VALUE": None, "SLOPE": None})
-    p, q, of_loss = _finish_of(spec, multi_hot)
+    p, q, of_loss = finish_of(spec, multi_hot)
     return Ending((*finished, statistics), p, q, functions | of_loss)
 
 
@@ -110,7 +111,7 @@ _STATISTICS = {  # by family, whether there are several labels, whether they are
 }
 
 
-def _finish_of(spec: LossSpec, multi_hot: bool) -> tuple[float, float, dict[str, object]]:
+def finish_of(spec: LossSpec, multi_hot: bool) -> tuple[float, float, dict[str, object]]:
     """p, q, and the functions. Of multi-hot targets with alpha, p and q come from the batch instead."""
     if spec.family == "softmax":
         value, slope, p, q = formulas(spec.loss, spec.params)
@@ -140,13 +141,19 @@ def means_of_batch(statistics_ptr, num_rows, all_classes, k, alpha, p, q, COLUMN
         number = tl.load(statistics_ptr + row * COLUMNS + 3, mask=inside, other=0.0).to(tl.int64)
         positives += number
         chosen += tl.where(inside, tl.minimum(all_classes - number, k), 0)
+    return weights_of_means(positives, chosen, num_rows, alpha)
+
+
+@triton.jit
+def weights_of_means(positives, chosen, num_rows, alpha):
+    """-> (what neg counts, what pos counts), from how many terms of each there are in the batch, (BLOCK,)"""
     rows = num_rows.to(tl.float32)
     of_pos = rows / tl.maximum(tl.sum(positives, axis=0), 1).to(tl.float32)
     return alpha * rows / tl.maximum(tl.sum(chosen, axis=0), 1).to(tl.float32), of_pos
 
 
 @triton.jit
-def _counts(target_ptr, target_stride, weight_ptr, row, inside, ignore_index, all_classes):
+def counts_of(target_ptr, target_stride, weight_ptr, row, inside, ignore_index, all_classes):
     """-> (what each row counts, which are ignored)"""
     counts = tl.where(inside, 1.0, 0.0)
     ignored = ~inside
@@ -195,7 +202,7 @@ def finish_kernel(
             row = (begin + tl.arange(0, BLOCK)).to(tl.int64)
             inside = row < num_rows
             value, _, _ = _finished(statistics_ptr, row, inside, p, q, COLUMNS, FINISH, VALUE, SLOPE)
-            counts, ignored = _counts(target_ptr, target_stride, weight_ptr, row, inside, ignore_index, all_classes)
+            counts, ignored = counts_of(target_ptr, target_stride, weight_ptr, row, inside, ignore_index, all_classes)
             total, rest = add(total, rest, tl.where(ignored, 0.0, value) * counts)
             counted, rest_counted = add(counted, rest_counted, counts)
         if REDUCTION == "mean":
@@ -205,7 +212,7 @@ def finish_kernel(
         row = (begin + tl.arange(0, BLOCK)).to(tl.int64)
         inside = row < num_rows
         value, c, t = _finished(statistics_ptr, row, inside, p, q, COLUMNS, FINISH, VALUE, SLOPE)
-        counts, ignored = _counts(target_ptr, target_stride, weight_ptr, row, inside, ignore_index, all_classes)
+        counts, ignored = counts_of(target_ptr, target_stride, weight_ptr, row, inside, ignore_index, all_classes)
         if REDUCTION == "none":
             tl.store(loss_ptr + row, tl.where(ignored, 0.0, value) * counts, mask=inside)
         share = counts / divisor
@@ -236,7 +243,7 @@ def launch(
     programs = 1 if reduction != "none" or of_batch else max(1, triton.cdiv(num_rows, _BLOCK))
     labels = (None, 0) if multi_hot else (target, target.stride(0))
     weight = None if weight is None else weight.contiguous()
-    p, q, functions = _finish_of(spec, multi_hot)
+    p, q, functions = finish_of(spec, multi_hot)
     device.launch(
         finish_kernel, (programs,), _WARPS, *outputs, statistics.contiguous(), *labels,
         weight, num_rows, None if multi_hot else spec.ignore_index, spec.all_classes, spec.k or spec.all_classes,

@@ -2,10 +2,12 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from gpu_doors import DTYPES, make
+from gpu_finish_labels import CLASSES, compare_finish, statistics_of
 from gpu_labels import coefficients_for, compare_labels, make_labels
 from gpu_rows import rows_of_every_kind, special_rows
 from shapes import part
@@ -101,3 +103,19 @@ def test_layouts(classes, k, compact, backend):
     spread[::2, ::3] = make_labels(4, 3, classes)
     for logits in (wide[:, 3 : classes + 3], wide.t().contiguous().t()[:, :classes]):
         compare_labels(CRL, logits, spread[::2, ::3], k, compact, 0.1, backend=backend)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("formula", [CRL, SS_LR._replace(alpha=3.0)], ids=str)
+def test_finish(formula, reduction, backend):
+    """Several blocks of rows; of a class index with a margin too."""
+    compare = partial(compare_finish, backend=backend)
+    labels = make_labels(300, 3, CLASSES)
+    statistics = statistics_of(formula, 300, 3, labels=True)
+    statistics[:, 3:].masked_fill_(labels < 0, -math.inf)
+    labels[1::4], statistics[1::4] = -1, 0.0
+    weight = torch.rand((300, 3), generator=torch.Generator().manual_seed(0))
+    compare(formula, statistics, labels, reduction, "cpu", weight, "both", 0.1, ignore_index=-1)
+    target = torch.arange(300)[:, None].expand(300, 2)[:, 1] % CLASSES
+    statistics = statistics_of(formula, 300, 1, labels=False)
+    compare(formula, statistics, target, reduction, "cpu", torch.arange(50.0), "negative")

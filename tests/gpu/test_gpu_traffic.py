@@ -157,11 +157,12 @@ def test_launches_of_a_whole_step(loss, reduction, served):
     [
         ({"weight": torch.ones(50)}, False, ["forward_kernel", "finish_kernel", "backward_kernel"]),
         ({}, True, ["forward_kernel", "finish_kernel", "backward_kernel"]),
+        ({"margin": fl.Margin(cosine=0.3)}, False, ["forward_kernel", "finish_labels_kernel", "backward_kernel"]),
         ({"k": 5}, False, ["row_kernel", "scatter_kernel"]),
     ],
 )
 def test_what_a_finish_by_itself_is_for(options, multi_hot, kernels, served, monkeypatch):
-    """Class weights, and means over the terms of a batch, also without a reduction."""
+    """Class weights, means over the terms of a batch, and a margin, also without a reduction."""
     monkeypatch.setattr(ops, "keeps_picks", lambda device, classes, k, multi_hot: k > 0)
     logits, target = make(4, 50, torch.float32)
     target = torch.nn.functional.one_hot(target, 50) if multi_hot else target
