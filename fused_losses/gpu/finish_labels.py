@@ -118,17 +118,20 @@ def _counted(label_ptr, inside, places, num_classes, k):
 
 @triton.jit
 def _smoothing(block, m, terms):
-    """eps (sum of w_p z_p - mean of z) by differences from m: of two means beside an offset little would be left."""
+    """eps (sum of w_p z_p - mean of z) by differences from m: of two means beside an offset little would be left. A
+    masked label makes it +inf, as a masked negative does."""
     of_labels = tl.zeros(block.inside.shape, tl.float32)
-    above, weights = of_labels, of_labels
+    above, weights, masked = of_labels, of_labels, of_labels
     for place in range(block.places):
         present, w, z, _ = _label(block, place)
         difference = tl.where(present, z - m, 0.0)
         of_labels += tl.where(w == 0.0, 0.0, w * difference)
         above += difference
         weights += w
+        masked = tl.where(difference == -_INF, 1.0, masked)
     s = tl.load(block.statistics_ptr + 2, mask=block.inside, other=0.0)
-    return block.eps * (of_labels + (weights - 1.0) * m - tl.div_rn(s + above, terms))
+    smoothed = block.eps * (of_labels + (weights - 1.0) * m - tl.div_rn(s + above, terms))
+    return tl.where(masked > 0.0, _INF, smoothed)
 
 
 @triton.jit
