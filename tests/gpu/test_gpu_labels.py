@@ -1,6 +1,7 @@
 """Rows with several labels, and label smoothing, at the GPU doors: the reference's picks bit for bit, its statistics
 and gradients as accurately as its own against float64. A row is a case."""
 
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,9 @@ FP32, BF16, _ = DTYPES
 FORMS = ((0, False), (5, True), (5, False))
 
 each_form = pytest.mark.parametrize(("k", "compact"), FORMS, ids=["all", "compact", "threshold"])
-smoothed_or_not = pytest.mark.parametrize("smoothing", [0.0, 0.1])
+# The interpreter is slow: one of two, the other with the slow tests.
+smoothed_or_not = pytest.mark.parametrize("smoothing", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
+each_dtype = pytest.mark.parametrize("dtype", [pytest.param(FP32, marks=pytest.mark.slow), BF16], ids=str)
 one_of_each = pytest.mark.parametrize("formula", [CRL, LR], ids=str)
 
 
@@ -33,8 +36,14 @@ def scarce_room(monkeypatch):
 # --- all negatives ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 6])
-@smoothed_or_not
+@pytest.mark.parametrize(
+    ("most", "smoothing"),
+    [
+        (1, 0.1),
+        (3, 0.0),
+        *(pytest.param(*of, marks=pytest.mark.slow) for of in ((1, 0.0), (3, 0.1), (2, 0.1), (6, 0.0))),
+    ],
+)
 @pytest.mark.parametrize("formula", FORMULAS, ids=str)
 def test_formulas(formula, smoothing, most, device):
     logits, _ = make(most + 1, 203, (BF16, FP32)[most % 2])
@@ -43,7 +52,7 @@ def test_formulas(formula, smoothing, most, device):
 
 
 @smoothed_or_not
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@each_dtype
 @one_of_each
 def test_every_position_of_the_labels(formula, dtype, smoothing, device):
     """In either rim, in whole tiles, in the cut one; rows begin at every remainder by a vector. Neighbours, and labels
@@ -56,8 +65,10 @@ def test_every_position_of_the_labels(formula, dtype, smoothing, device):
     compare_labels(formula, logits.to(device), some.to(device), smoothing=smoothing)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("classes", [1, 2, 7, 8, 9, 15, 64, 65, 127, 300])
+@each_dtype
+@pytest.mark.parametrize(
+    "classes", [1, 2, 7, 9, 64, *(pytest.param(c, marks=pytest.mark.slow) for c in (8, 15, 65, 127, 300))]
+)
 def test_class_counts(classes, dtype, device):
     """Up to as many labels as classes: no negative is left."""
     logits, _ = make(3, classes, dtype)
@@ -69,7 +80,7 @@ def test_class_counts(classes, dtype, device):
 
 
 @smoothed_or_not
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@each_dtype
 @pytest.mark.parametrize("formula", [CE, CRL, LR, SS_LR], ids=str)
 def test_edges(formula, dtype, smoothing, device):
     """-inf, +inf and NaN at labels and at negatives; all of S at -inf."""
@@ -122,7 +133,7 @@ def test_many_equal_terms(formula, device, monkeypatch):
 
 @smoothed_or_not
 @pytest.mark.usefixtures("split_rows", "shuffled_grid")
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@each_dtype
 @one_of_each
 def test_split_rows(formula, dtype, smoothing, device):
     logits, _ = make(5, 299, dtype)
@@ -136,8 +147,13 @@ def test_split_rows(formula, dtype, smoothing, device):
 
 
 @smoothed_or_not
-@pytest.mark.parametrize("compact", [True, False], ids=["compact", "threshold"])
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    ("regime", "compact"),
+    [
+        pytest.param(regime, compact, marks=pytest.mark.slow if place % 3 else ())
+        for place, (regime, compact) in enumerate(itertools.product(REGIMES, (True, False)))
+    ],
+)
 def test_picks(regime, compact, smoothing, device, force):
     """Of rows whose hardest classes are labels, or lie in one block with them."""
     force(regime)
