@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,7 @@ LABELS = {
     "labels": (3, 0.0),
     "labels smoothed": (3, 0.1),
 }  # P, smoothing
+TARGET_KINDS = ("index", "multi_hot", *LABELS)
 LOSSES = {  # family, hyper-parameters, weight of the mean over the negatives
     "cross_entropy": ("softmax", [], None),
     "nllr": ("softmax", [], None),
@@ -226,7 +228,7 @@ def record(
     return launches
 
 
-def kernels(target: str, dtypes: list[str], losses: list[str]):
+def kernels(target: str, dtypes: list[str], losses: list[str], kinds: Sequence[str] = TARGET_KINDS):
     """Every distinct kernel of a target: (kernel, the losses and the class counts that share it, dtype)."""
     _, on = TARGETS[target]
     shapes = [(4096, 1000), (4096, 751), (4096, 32768), (4096, 21841), (8, 262144), (8, 262143)]
@@ -234,7 +236,7 @@ def kernels(target: str, dtypes: list[str], losses: list[str]):
     for dtype in dtypes:
         found: dict[str, tuple[Launched, list[str], list[int]]] = {}
         for loss, (rows, classes, k, compact), kind, reduction in itertools.product(
-            losses, steps, ("index", "multi_hot", *LABELS), ("none", "mean")
+            losses, steps, kinds, ("none", "mean")
         ):
             if kind == "multi_hot" and LOSSES[loss][0] == "softmax":
                 continue
@@ -323,12 +325,12 @@ def _compile_number(number: int) -> Compiled:
     return compile_kernel(*_work[number])
 
 
-def compile_all(targets: list[str], dtypes: list[str], losses: list[str], processes: int):
+def compile_all(targets: list[str], dtypes: list[str], losses: list[str], kinds: list[str], processes: int):
     """Reports, in order, as batches of them are done."""
     _work[:] = [
         (launched, names, dtype, target, classes)
         for target in targets
-        for launched, names, dtype, classes in kernels(target, dtypes, losses)
+        for launched, names, dtype, classes in kernels(target, dtypes, losses, kinds)
     ]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         batch: list[Compiled] = []
@@ -357,6 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    parser.add_argument("--kinds", nargs="+", default=list(TARGET_KINDS), choices=TARGET_KINDS, help="of targets")
     parser.add_argument("--gates", action="store_true", help="exit with 1 where a gate does not hold")
     parser.add_argument("--json", type=Path, help="write every report to this file")
     processors = len(os.sched_getaffinity(0))
@@ -369,7 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("| kernel | loss | dtype | target | classes | warps | registers | spills | shared | loops: instr./logit |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     reports = []
-    for report in compile_all(options.targets, options.dtypes, options.losses, options.processes):
+    for report in compile_all(options.targets, options.dtypes, options.losses, options.kinds, options.processes):
         reports.append(report)
         print(row_of_table(report), flush=True)
     if options.json:

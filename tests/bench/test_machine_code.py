@@ -16,6 +16,12 @@ def compiled(tmp_path_factory):
     path = tmp_path_factory.mktemp("machine_code") / "reports.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     arguments = ["--targets", "sm_80", "sm_90", "--dtypes", "bf16", "fp32", "--losses", "cross_entropy", "ss_lr"]
+    arguments += [
+        "--kinds",
+        "index",
+        "multi_hot",
+        "labels smoothed",
+    ]  # the others: make machine-code
     done = subprocess.run(
         [sys.executable, "-m", "bench.speed.machine_code", *arguments, "--gates", "--json", str(path)],
         env=environment,
