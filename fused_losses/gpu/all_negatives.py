@@ -255,7 +255,7 @@ def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> N
         "LOGIT": _LOGITS[spec.family] if spec.labels else None, **walk.tiles,
     }  # fmt: skip
     if spec.labels:
-        walked |= device.limited_registers(logits, 64)
+        walked |= device.limited_registers(logits, 64 if spec.family == "softmax" else 128)  # phi holds more
     if walk.parts == 1:
         device.launch(
             forward_kernel, (num_rows,), walk.warps, *ending.outputs, *z, num_classes, *labels, a, b, ending.p,
