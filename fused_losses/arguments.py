@@ -347,7 +347,7 @@ def check_margin(margin: Margin | None, rows: int, device: torch.device) -> None
             raise ValueError("expected the margin's angle from -pi to pi (radians)")
 
 
-def told_of(loss: Loss, options: Options, target: Tensor | Labels, **others: object) -> dict[str, object]:
+def told_of(loss: Loss, options: Options, target: Tensor | Labels) -> dict[str, object]:
     """What the ranks that share the classes must agree in, before they exchange anything."""
     told: dict[str, object] = {"loss": loss.name, "hyper-parameters": str(loss.params), "alpha": loss.weight_of_mean}
     told |= {name: str(getattr(options, name)) for name in ("k", "ratio", "reduction", "ignore_index")}
@@ -358,7 +358,18 @@ def told_of(loss: Loss, options: Options, target: Tensor | Labels, **others: obj
         told |= {name: fingerprint(getattr(margin, name)) for name in ("angle", "cosine")}
     told["class weights"] = fingerprint(options.weight)
     told["kind of target"] = type(target).__name__ if isinstance(target, Labels) else f"{target.dim()} dimensions"
-    return told | others
+    return told
+
+
+def told_of_rows(rows: Tensor, target: Tensor | Labels) -> dict[str, object]:
+    """The same of the rows, logits or input, where all ranks have the same ones."""
+    told: dict[str, object] = {"number of rows": str(tuple(rows.shape[:-1]))}
+    told["gradient wanted"] = torch.is_grad_enabled() and rows.requires_grad
+    if isinstance(target, Labels):
+        told |= {"target": fingerprint(target.index), "weights of the labels": fingerprint(target.weight)}
+    elif target.dim() < rows.dim():  # a multi-hot target is each rank's own
+        told["target"] = fingerprint(target)
+    return told
 
 
 def fingerprint(value: Tensor | float | None) -> float | None:

@@ -15,7 +15,6 @@ gradient row.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from .arguments import (
@@ -25,10 +24,10 @@ from .arguments import (
     Rows,
     check_logits,
     check_options,
-    fingerprint,
     margin_from_logits,
     rows_of,
     told_of,
+    told_of_rows,
 )
 from .autograd import Finish, LabelLogOdds, LossFromLogits, StatisticsFromLogits, with_margin
 from .finish import Reduction
@@ -284,11 +283,8 @@ def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options)
 
 def _check_ranks(loss: Loss, options: Options, logits: Tensor, target: Tensor | Labels) -> None:
     assert options.shard is not None
-    told = told_of(loss, options, target)
-    told |= {"dtype of the logits": str(logits.dtype), "number of rows": str(tuple(logits.shape[:-1]))}
-    told["gradient wanted"] = torch.is_grad_enabled() and logits.requires_grad
-    if isinstance(target, Labels) or target.dim() < logits.dim():  # a multi-hot target is each rank's own
-        told["target"] = fingerprint(target.index if isinstance(target, Labels) else target)
+    told = told_of(loss, options, target) | {"dtype of the logits": str(logits.dtype)}
+    told |= told_of_rows(logits, target)
     check_agreement(options.shard, told)
 
 

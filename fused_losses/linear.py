@@ -35,6 +35,7 @@ from .arguments import (
     margin_from_logits,
     rows_of,
     told_of,
+    told_of_rows,
 )
 from .finish import RowStatistics, ignored_rows
 from .functional import finished, with_numbers_of
@@ -524,10 +525,7 @@ def _check_ranks(loss: Loss, options: Options, input: Tensor, target: Tensor | L
     told |= {"normalize": layer.normalize, "scale": fingerprint(layer.scale), "gather_input": layer.gather_input}
     told["sparse_grad"] = layer.options is not None and layer.options.sparse_grad
     if not layer.gather_input:
-        told |= {"number of rows": str(tuple(input.shape[:-1])), "input": fingerprint(input)}
-        told["gradient wanted"] = torch.is_grad_enabled() and input.requires_grad
-        if isinstance(target, Labels) or target.dim() < input.dim():  # a multi-hot target is each rank's own
-            told["target"] = fingerprint(target.index if isinstance(target, Labels) else target)
+        told |= told_of_rows(input, target) | {"input": fingerprint(input)}
     check_agreement(options.shard, told)
 
 

@@ -18,14 +18,24 @@ X, W = torch.randn(ROWS, FEATURES, generator=SEED), torch.randn(CLASSES, FEATURE
 Y = torch.arange(ROWS)
 
 
-def from_logits(shard, loss=fl.CRLLoss, target=Y, rows=ROWS, dtype=torch.float32, grad=True, **options):
+def from_logits(
+    shard, loss=fl.CRLLoss, target=Y, rows=ROWS, dtype=torch.float32, grad=True, mixed_with=None, **options
+):
+    target = target[:rows] if mixed_with is None else fl.Labels.mixup(target, *mixed_with)
     own = LOGITS[:rows, shard.start : shard.stop].to(dtype).clone().requires_grad_(grad)
-    return loss(**{"k": 3} | options, shard=shard)(own, target[:rows])
+    return loss(**{"k": 3} | options, shard=shard)(own, target)
 
 
 def through_layer(shard, input=X, target=Y, **layer):
     layer = {"loss": fl.CRLLoss(k=3), "normalize": True, "scale": 4.0} | layer
     return fl.linear_loss(input, W[shard.start : shard.stop], target, shard=shard, **layer)
+
+
+OTHER = Y.flip(0)
+
+
+def mixed(shard, lam=0.3, other=OTHER):
+    return from_logits(shard, target=Y, mixed_with=(other, lam))
 
 
 # what rank 1 does otherwise, and what the message names
@@ -52,6 +62,8 @@ OTHERWISE = [
     (through_layer, {"options": fl.LinearLossOptions(sparse_grad=True)}, "sparse_grad"),
     (through_layer, {"gather_input": True}, "gather_input"),
     (through_layer, {"target": fl.Labels.mixup(Y, Y.flip(0), 0.5)}, "kind of target"),
+    (mixed, {"lam": 0.4}, "weights of the labels"),
+    (mixed, {"other": Y}, "target"),
 ]
 
 
