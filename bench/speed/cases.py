@@ -49,6 +49,7 @@ HARDEST_SHAPES = (
     Shape(512, 100003),
     Shape(256, 1000000),
 )
+GPU_LAYERS = ((Shape(4096, 21841), 512), (Shape(2048, 100003), 512))  # and features
 INPUTS = ("normal", "trained head", "three values", "ascending")
 SHARES = (0.001, 0.01, 0.1)  # k / classes
 TINY_SHAPES = (Shape(2, 40), Shape(3, 131))  # to test the commands themselves

@@ -1,33 +1,42 @@
-"""The losses on one GPU: ``python -m bench.speed.gpu --part check|family|hardest|peers --out DIR``.
+"""The losses on one GPU: ``python -m bench.speed.gpu --part check|family|hardest|peers|linear --out DIR``.
 
 check runs the GPU backend's tests on the device, with compute-sanitizer over a few of them, and a matrix of more than
 2^31 logits. family times every loss of the family over all negatives; hardest times HS-LR over the k hardest, on logits
-of several kinds; peers times cross-entropy beside other projects.
-Forward, backward and both: median, 20th and 80th percentile, with the caches flushed before every run and not; GB/s by
+of several kinds; peers times cross-entropy beside other projects; linear times a linear layer with its loss.
+Forward, backward and both: median, 20th and 80th percentile, with the caches flushed before every run and not, and both
+as a CUDA graph, which leaves out the processor's work; that alone, in microseconds, is "processor". GB/s by
 the bytes that must move (forward 1 U, backward 2 U, or 1 U where the picks were kept) and the share of a device copy's
 speed, measured in the same run; peak memory beyond the logits; kernels per step. Results are written after every row to
 DIR/PART.json, and a further call goes on where the last one stopped: repeat the command until it exits with 0.
+--processes 12 compiles everything first, in so many processes, and runs the tests so, where pytest-xdist is there.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import itertools
 import json
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 
-from bench.speed import cases
+import fused_losses as fl
+from bench.speed import cases, linear
 from fused_losses import ops
 
 PASSES = {"forward": 1, "backward": 2, "full": 3}  # U, in the byte model
 KEPT_PASSES = {"forward": 1, "backward": 1, "full": 2}  # of the k hardest, whose gradient needs no logits
+MOSTLY_PROCESSOR = 2**25  # bytes of logits
 
 
 class Clock:
@@ -73,6 +82,32 @@ def copy_speed(clock: Clock) -> float:
     return 2 * source.numel() / clock.times(lambda: target.copy_(source))["median"] / 1e6
 
 
+def replayed(step: Callable) -> Callable:
+    """The step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def processor_time(step: Callable, calls: int = 50) -> float:
+    """Microseconds that the processor needs for a step: the least of rounds that do not wait for the device."""
+    taken = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        taken.append(1e6 * (time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return min(taken)
+
+
 def kernels_per_step(step: Callable, device: str) -> int | None:
     if device != "cuda":
         return None
@@ -82,21 +117,42 @@ def kernels_per_step(step: Callable, device: str) -> int | None:
     return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
 
 
-def measure(
-    clock: Clock, provider: cases.Provider, shape: cases.Shape, dtype: torch.dtype, copy: float, inputs: str = "normal",
-    passes: dict[str, int] = PASSES,
-) -> dict:  # fmt: skip
-    logits, target = cases.make(shape, dtype, clock.device, inputs=inputs)
+@dataclass(frozen=True)
+class Contender:
+    """Who computes what: one row of the results, but for the dtype."""
+
+    loss: str
+    shape: cases.Shape
+    name: str
+    step: Callable[..., Tensor]  # of tensors, the first of which are differentiated
+    passes: dict[str, int]
+    inputs: str = "normal"
+    features: int = 0  # of a linear layer; 0: from logits
+
+    def key(self, dtype: str) -> str:
+        return f"{self.loss} | {self.shape} | {dtype} | {self.name}"
+
+    def tensors(self, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+        if not self.features:
+            return cases.make(self.shape, dtype, device, inputs=self.inputs)
+        case = linear.Case("", self.shape.rows, self.features, self.shape.classes, ())
+        x, w, target = case.tensors(device)
+        return x.detach().to(dtype).requires_grad_(), w.detach().to(dtype).requires_grad_(), target
+
+
+def measure(clock: Clock, of: Contender, dtype: torch.dtype, copy: float) -> dict:
+    tensors = of.tensors(dtype, clock.device)
     kept = {}
 
     def forward():
-        kept["loss"] = provider(logits, target)
+        kept["loss"] = of.step(*tensors)
 
     def backward():
         kept["loss"].backward()
 
     def clear():
-        logits.grad = None
+        for tensor in tensors:
+            tensor.grad = None
         kept.clear()
 
     def forward_only():
@@ -124,32 +180,40 @@ def measure(
     ):
         for heat in ("cold", "hot"):
             times = clock.times(function, prepare, cold=heat == "cold")
-            speed = passes[name] * shape.nbytes(dtype) / times["median"] / 1e6
+            speed = of.passes[name] * of.shape.nbytes(dtype) / times["median"] / 1e6
             row[f"{name} {heat}"] = times | {"GB/s": speed, "of_copy": speed / copy}
+    if clock.on_gpu:
+        if of.shape.nbytes(dtype) < MOSTLY_PROCESSOR:
+            row["processor"] = processor_time(lambda: (clear(), step()))
+        clear()
+        with contextlib.suppress(RuntimeError):  # what waits for the device cannot be a graph
+            times = clock.times(replayed(lambda: (clear(), step())))
+            speed = of.passes["full"] * of.shape.nbytes(dtype) / times["median"] / 1e6
+            row["full graph"] = times | {"GB/s": speed, "of_copy": speed / copy}
     return row
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def family(shapes):
+def family(shapes) -> Iterator[Contender]:
     """Ours and eager first: what needs a compiler comes last."""
     for last in (False, True):
         for shape in shapes:
             for loss in cases.LOSSES:
                 for name, provider in cases.providers(loss).items():
                     if (name == "compiled") == last:
-                        yield shape, loss, name, provider, "normal", PASSES
+                        yield Contender(loss, shape, name, provider, PASSES)
 
 
-def peers(shapes):
+def peers(shapes) -> Iterator[Contender]:
     everyone = cases.providers("cross_entropy") | cases.peers()
     for shape in shapes:
         for name, provider in everyone.items():
-            yield shape, "cross_entropy", name, provider, "normal", PASSES
+            yield Contender("cross_entropy", shape, name, provider, PASSES)
 
 
-def hardest(shapes):
+def hardest(shapes) -> Iterator[Contender]:
     if shapes is cases.GPU_SHAPES:
         shapes = cases.HARDEST_SHAPES
     for last in (False, True):
@@ -160,7 +224,30 @@ def hardest(shapes):
                 compact = kept if name == "ours" else "threshold" not in name
                 passes = KEPT_PASSES if compact else PASSES
                 if (name == "compiled") == last:
-                    yield shape, f"hs_lr_loss, k {k}, {inputs}", name, provider, inputs, passes
+                    yield Contender(f"hs_lr_loss, k {k}, {inputs}", shape, name, provider, passes, inputs)
+
+
+def linear_layers(shapes) -> Iterator[Contender]:
+    """Bytes are those of the logits, which most contenders do hold."""
+    tiny = shapes is cases.TINY_SHAPES
+    for shape, features in [(shapes[1], 16)] if tiny else cases.GPU_LAYERS:
+        k = max(1, shape.classes // 100)
+        everyone = linear.peers("cuda") | {"ours": fl.linear_cross_entropy}
+        for name, step in everyone.items():
+            yield Contender("linear cross_entropy", shape, name, step, PASSES, features=features)
+        hs_lr = {"ours": linear.linear_step(fl.HSLRLoss(k=k)), "eager": linear.eager_hs_lr(k)}
+        for name, step in hs_lr.items():
+            yield Contender(f"linear hs_lr_loss, k {k}", shape, name, step, PASSES, features=features)
+
+
+PARTS = {"family": family, "hardest": hardest, "peers": peers, "linear": linear_layers}
+
+
+def rows_of(part: str, tiny: bool, only: str) -> list[tuple[str, Contender, torch.dtype]]:
+    """By key: those that the regular expression finds."""
+    contenders = PARTS[part](cases.TINY_SHAPES if tiny else cases.GPU_SHAPES)
+    everything = ((of.key(name), of, dtype) for of in contenders for name, dtype in cases.DTYPES.items())
+    return [row for row in everything if re.search(only, row[0])]
 
 
 class Results:
@@ -190,35 +277,55 @@ def header(device: str) -> dict:
     }
 
 
-def time_part(part: str, out: Path, device: str, tiny: bool, seconds: float) -> int:
-    deadline = time.monotonic() + seconds
-    results = Results(out / f"{part}.json", header(device))
-    clock = Clock(device, milliseconds=1 if tiny else 200)
+def time_part(options: argparse.Namespace, device: str) -> int:
+    deadline = time.monotonic() + options.seconds
+    if options.processes > 1 and device == "cuda":
+        compile_part(options)
+    results = Results(options.out / f"{options.part}.json", header(device))
+    clock = Clock(device, milliseconds=1 if options.tiny else options.milliseconds)
     results.found["copy GB/s"] = copy = copy_speed(clock)
-    rows = {"family": family, "hardest": hardest, "peers": peers}[part]
-    for shape, loss, name, provider, inputs, passes in rows(cases.TINY_SHAPES if tiny else cases.GPU_SHAPES):
-        for dtype_name, dtype in cases.DTYPES.items():
-            key = f"{loss} | {shape} | {dtype_name} | {name}"
-            if key in results:
-                continue
-            if time.monotonic() > deadline:
-                print("not finished: run the same command again", flush=True)
-                return 3
-            try:
-                row = measure(clock, provider, shape, dtype, copy, inputs, passes)
-                full = row["full cold"]
-                print(f"{key:60} {full['median']:9.3f} ms {100 * full['of_copy']:5.1f} % of a copy", flush=True)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                row = {"error": str(error)[:300]}
-                print(f"{key:60} {row['error'][:60]}", flush=True)
-            results[key] = row
+    for key, of, dtype in rows_of(options.part, options.tiny, options.only):
+        if key in results:
+            continue
+        if time.monotonic() > deadline:
+            print("not finished: run the same command again", flush=True)
+            return 3
+        try:
+            row = measure(clock, of, dtype, copy)
+            full = row["full cold"]
+            graph = row.get("full graph", {"median": float("nan"), "of_copy": float("nan")})
+            print(
+                f"{key:60} {full['median']:9.3f} ms, as a graph {graph['median']:9.3f} ms, "
+                f"{100 * graph['of_copy']:5.1f} % of a copy; processor {row.get('processor', float('nan')):.0f} us",
+                flush=True,
+            )
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            row = {"error": str(error)[:300]}
+            print(f"{key:60} {row['error'][:60]}", flush=True)
+        results[key] = row
+    return 0
+
+
+def compile_part(options: argparse.Namespace) -> None:
+    """Every row once, in processes of their own: the compilers keep on disk what they made."""
+    command = [sys.executable, "-m", "bench.speed.gpu", "--part", options.part, "--out", str(options.out)]
+    command += ["--only", options.only, *(["--tiny"] if options.tiny else [])]
+    turns = [f"{turn}/{options.processes}" for turn in range(options.processes)]
+    running = [subprocess.Popen([*command, "--compile", turn]) for turn in turns]
+    for process in running:
+        process.wait()
+
+
+def compile_rows(options: argparse.Namespace, device: str) -> int:
+    turn, turns = map(int, options.compile.split("/"))
+    for _, of, dtype in rows_of(options.part, options.tiny, options.only)[turn::turns]:
+        with contextlib.suppress(RuntimeError, torch.OutOfMemoryError):  # said when it is measured
+            of.step(*of.tensors(dtype, device)).backward()
     return 0
 
 
 def beyond_int32() -> None:
     """One step over more than 2^31 logits; rows at either end against PyTorch."""
-    import fused_losses as fl
-
     logits = torch.randn((2200, 1000003), device="cuda", dtype=torch.bfloat16).requires_grad_()
     target = torch.randint(1000003, (2200,), device="cuda")
     loss = fl.cross_entropy(logits, target, reduction="none")
@@ -231,12 +338,14 @@ def beyond_int32() -> None:
         torch.testing.assert_close(logits.grad[row].double(), z.grad[0], rtol=1e-2, atol=1e-9)
 
 
-def check(out: Path, device: str, tiny: bool, seconds: float) -> int:
+def check(options: argparse.Namespace, device: str) -> int:
     """The GPU backend's tests, then compute-sanitizer over split rows and layouts, then more than 2^31 logits."""
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "--confcutdir=tests/gpu"]
-    chosen = ["-k", "gradient_rows" if tiny else "not bench"]
-    commands = {"tests": [*tests, *chosen]}
+    side_by_side = options.processes > 1 and importlib.util.find_spec("xdist")
+    chosen = ["-k", "gradient_rows" if options.tiny else "not bench"]
+    commands = {"tests": [*tests, *chosen, *(["-n", str(options.processes)] if side_by_side else [])]}
     sanitizer = shutil.which("compute-sanitizer")
     if device == "cuda" and sanitizer:
         for tool in ("memcheck", "racecheck"):
@@ -246,7 +355,9 @@ def check(out: Path, device: str, tiny: bool, seconds: float) -> int:
     for name, command in commands.items():
         with (out / f"check_{name}.log").open("w") as log:
             try:
-                done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+                done = subprocess.run(
+                    command, stdout=log, stderr=subprocess.STDOUT, timeout=options.seconds, check=False
+                )
                 codes[name] = done.returncode
             except subprocess.TimeoutExpired:
                 codes[name] = "timed out"
@@ -260,17 +371,21 @@ def check(out: Path, device: str, tiny: bool, seconds: float) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("check", "family", "hardest", "peers"), required=True)
+    parser.add_argument("--part", choices=("check", *PARTS), required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose name it finds")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on the CPU where there is no GPU")
     parser.add_argument("--seconds", type=float, default=480, help="begin no row after this time (default: 480)")
+    parser.add_argument("--milliseconds", type=float, default=200, help="for every timing (default: 200)")
+    parser.add_argument("--processes", type=int, default=1, help="that compile, or test, side by side (default: 1)")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
         parser.error("no GPU here; --tiny tests the command itself")
-    if options.part == "check":
-        return check(options.out, device, options.tiny, options.seconds)
-    return time_part(options.part, options.out, device, options.tiny, options.seconds)
+    if options.compile:
+        return compile_rows(options, device)
+    return check(options, device) if options.part == "check" else time_part(options, device)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def test_many_positives_are_counted_exactly(device):
     rows, classes, positives = 600 * 1024, 100_003, 99_999
     statistics = torch.tensor([[0.0, 3.0, 2.0, positives]]).expand(rows, 4)
     spec = LR._replace(alpha=2.0).spec(classes)
-    target = torch.zeros((1, 1), dtype=torch.bool).expand(rows, classes)
+    target = torch.zeros((1, 1), dtype=torch.bool, device=device).expand(rows, classes)
     loss, coefficients = doors.finish(statistics.to(device), target, None, "sum", *spec)  # which is not read
-    assert coefficients.unique(dim=0).tolist() == [[0.5, pytest.approx(-1 / positives, rel=2e-7)]]
+    assert coefficients.unique(dim=0).tolist() == [[pytest.approx(x, rel=2e-7) for x in (0.5, -1 / positives)]]
     assert loss.item() == pytest.approx(rows * (2 / positives + 1.5), rel=2e-7)
 
 
@@ -138,7 +138,8 @@ def test_many_equal_rows(reduction, weighted, device):
     statistics, target = torch.zeros((rows, 3)), torch.zeros(rows, dtype=torch.int64)
     weight = torch.full((CLASSES,), 0.7) if weighted else None
     spec = CRL.spec(CLASSES)
-    loss, _ = doors.finish(statistics.to(device), target.to(device), weight, reduction, *spec)
+    on_device = (None if x is None else x.to(device) for x in (statistics, target, weight))
+    loss, _ = doors.finish(*on_device, reduction, *spec)
     same, _ = finish.finish(statistics, target, weight, reduction, spec)
     weight = None if weight is None else weight.double()
     truth, _ = finish.finish(statistics.double(), target, weight, reduction, spec)
