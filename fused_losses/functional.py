@@ -15,8 +15,10 @@ gradient row.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from . import ops
 from .arguments import (
     IGNORE_INDEX,
     Options,
@@ -274,7 +276,10 @@ def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options)
     in_one = options.shard is None and not isinstance(loss, OwnSoftmax)
     if in_one and (margin is None or margin.numbers()):
         spec = with_numbers_of(margin, spec)
-        result, _ = LossFromLogits.apply(rows, target, weight, reduction, spec)
+        if rows.requires_grad and torch.is_grad_enabled():
+            result, _ = LossFromLogits.apply(rows, target, weight, reduction, spec)
+        else:
+            result, *_ = ops.forward(rows, target, weight, reduction, *spec)
     else:
         statistics = StatisticsFromLogits.apply(rows, target, spec.of_statistics(), options.shard)
         result = finished(loss, statistics, taken, margin)

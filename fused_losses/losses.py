@@ -164,7 +164,7 @@ class LossSpec(NamedTuple):
     """
 
     loss: str  # a name of formulas.FORMULAS
-    params: list[float]  # its hyper-parameters
+    params: Sequence[float]  # its hyper-parameters
     alpha: float | None  # logistic family: weight of the mean over the negatives; None: plain sums
     k: int  # 0: all negatives
     ignore_index: int | None
@@ -194,6 +194,12 @@ class LossSpec(NamedTuple):
     def of_finish(self) -> "LossSpec":
         """What the finish behind it needs: no phi of the logistic family."""
         return self if FAMILIES[self.loss] == "softmax" else self._replace(loss="lr", params=[])
+
+    @classmethod
+    def of_op(cls, *given) -> "LossSpec":
+        """From the last arguments of an op, whose lists cannot be hashed."""
+        spec = cls(*given)
+        return spec._replace(params=tuple(spec.params), margin=tuple(spec.margin))
 
     @property
     def slots(self) -> int:

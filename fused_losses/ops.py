@@ -170,28 +170,35 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
+class _PlainPyTorch:
+    """The reference's doors, which record nothing."""
+
+    forward, statistics = torch.no_grad()(reference.forward), torch.no_grad()(reference.statistics)
+    finish, backward = torch.no_grad()(reference.finish), torch.no_grad()(reference.backward)
+
+
 def _forward_on_cuda(logits, target, weight, reduction, *spec):
     reference.check_forward(logits, target, weight, reduction, LossSpec(*spec))
-    backend = _triton_backend(logits.device, logits.dtype, logits.shape[1]) or reference
+    backend = _triton_backend(logits.device, logits.dtype, logits.shape[1]) or _PlainPyTorch
     return backend.forward(logits, target, weight, reduction, *spec)
 
 
 def _statistics_on_cuda(logits, target, *spec):
     reference.check_statistics(logits, target, LossSpec(*spec))
-    backend = _triton_backend(logits.device, logits.dtype, logits.shape[1]) or reference
+    backend = _triton_backend(logits.device, logits.dtype, logits.shape[1]) or _PlainPyTorch
     return backend.statistics(logits, target, *spec)
 
 
 def _finish_on_cuda(statistics, target, weight, reduction, *spec):
     reference.check_finish(statistics, target, weight, reduction, LossSpec(*spec))
-    backend = _triton_backend(statistics.device, statistics.dtype, 1) or reference
+    backend = _triton_backend(statistics.device, statistics.dtype, 1) or _PlainPyTorch
     return backend.finish(statistics, target, weight, reduction, *spec)
 
 
 def _backward_on_cuda(grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec):
     tensors = grad, coefficients, logits, target, statistics, pick_index, pick_logit
     reference.check_backward(*tensors, num_classes, LossSpec(*spec))
-    backend = _triton_backend(pick_logit.device, pick_logit.dtype, num_classes) or reference
+    backend = _triton_backend(pick_logit.device, pick_logit.dtype, num_classes) or _PlainPyTorch
     return backend.backward(*tensors, num_classes, *spec)
 
 
@@ -201,7 +208,7 @@ for _name, _on_cuda in (
     ("finish", _finish_on_cuda),
     ("backward", _backward_on_cuda),
 ):
-    _library.impl(_name, torch.no_grad()(_on_cuda), "CUDA")
+    _library.impl(_name, _on_cuda, "CUDA")
 
 
 # --- who serves the CPU -----------------------------------------------------------------------------------------------

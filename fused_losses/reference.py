@@ -23,6 +23,7 @@ of them, stands in ``finish.py``; the options that all doors take last, in ``los
   multi-hot: the picks and the statistics hold all that it needs.
 """
 
+import functools
 import math
 
 import torch
@@ -100,6 +101,26 @@ def check_backward(
 
 def _check_spec(spec: LossSpec, target: Tensor, rows: int, num_classes: int | None = None) -> None:
     """num_classes: those at hand, None where none are."""
+    _check_numbers(LossSpec.of_op(*spec), num_classes)
+    if spec.labels:
+        if target.dim() != 2 or target.shape[1] == 0 or target.dtype != torch.int64:
+            raise ValueError(f"labels must be int64 (rows, P), P >= 1, got {target.dtype}, {tuple(target.shape)}")
+        if spec.ignore_index not in (None, -1):
+            raise ValueError(f"ignore_index must be None or -1 with labels, got {spec.ignore_index}")
+    elif target.dim() == 2:
+        if spec.family != "logistic" or target.is_complex():
+            raise ValueError("multi-hot targets are for the logistic family only, and not complex")
+        if num_classes is not None and target.shape[1] != num_classes:
+            raise ValueError("multi-hot targets must have the shape of the logits")
+    elif target.dim() != 1 or target.dtype != torch.int64:
+        raise ValueError(f"target must be int64 class indices (rows,), got {target.dtype}, {tuple(target.shape)}")
+    if target.shape[0] != rows:
+        raise ValueError(f"target must have as many rows as the logits, {rows}, got {target.shape[0]}")
+
+
+@functools.lru_cache
+def _check_numbers(spec: LossSpec, num_classes: int | None) -> None:
+    """What is right once stays so: a call costs less than its checks."""
     if spec.loss not in FORMULAS:
         raise ValueError(f"not a loss: {spec.loss}")
     num_params = FORMULAS[spec.loss].num_params
@@ -117,20 +138,6 @@ def _check_spec(spec: LossSpec, target: Tensor, rows: int, num_classes: int | No
         raise ValueError("margin must be empty or the six numbers of MarginTerms")
     if not 0 <= spec.label_smoothing < 1 or (spec.label_smoothing > 0 and not spec.labels):
         raise ValueError(f"label_smoothing must be in [0, 1), and 0 without labels, got {spec.label_smoothing}")
-    if spec.labels:
-        if target.dim() != 2 or target.shape[1] == 0 or target.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 (rows, P), P >= 1, got {target.dtype}, {tuple(target.shape)}")
-        if spec.ignore_index not in (None, -1):
-            raise ValueError(f"ignore_index must be None or -1 with labels, got {spec.ignore_index}")
-    elif target.dim() == 2:
-        if spec.family != "logistic" or target.is_complex():
-            raise ValueError("multi-hot targets are for the logistic family only, and not complex")
-        if num_classes is not None and target.shape[1] != num_classes:
-            raise ValueError("multi-hot targets must have the shape of the logits")
-    elif target.dim() != 1 or target.dtype != torch.int64:
-        raise ValueError(f"target must be int64 class indices (rows,), got {target.dtype}, {tuple(target.shape)}")
-    if target.shape[0] != rows:
-        raise ValueError(f"target must have as many rows as the logits, {rows}, got {target.shape[0]}")
 
 
 def _check_reduction(reduction: str) -> None:

@@ -195,11 +195,12 @@ def record(
     _, params, alpha = LOSSES[loss]
     launches: list[Launched] = []
 
-    def recorder(kernel, grid, warps, *arguments, **named):
-        constexprs = {name: value for name, value in named.items() if name in kernel.arg_names}
-        options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+    def recorder(kernel, grid, *arguments):
+        function, constants = kernel.function, kernel.constants
+        constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
+        options = {name: value for name, value in constants.items() if name not in function.arg_names}
         arguments = tuple(x.new_empty(0) if isinstance(x, torch.Tensor) else x for x in arguments)  # not gigabytes
-        launches.append(Launched(kernel, warps, arguments, constexprs, options))
+        launches.append(Launched(function, kernel.warps, arguments, constexprs, options))
 
     logits = torch.empty(shape, dtype=dtype)
     num_labels, smoothing = LABELS.get(target, (0, 0.0))

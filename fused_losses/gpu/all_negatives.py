@@ -9,14 +9,18 @@ What differs between families and kinds of targets stands in jitted functions, w
     WRITE(drow, row, target, scale, NEGATIVE, FAST, ROWS, LANES)
 """
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..losses import LossSpec
-from . import device, logistic, softmax
-from .finish import Ending, Outputs, end_row
+from . import device, finish, logistic, softmax
+from .device import Kernel, Walk
+from .finish import Outputs, end_row
 from .formulas import formulas
 from .gradient import (
     fill,
@@ -241,37 +245,65 @@ _TARGETS = {"index": index_target, "multi_hot": multi_hot_target, "labels": labe
 _WRITES = {"index": write_index, "multi_hot": write_multi_hot, "labels": write_around_labels}
 
 
-def forward(logits: Tensor, target: Tensor, spec: LossSpec, ending: Ending) -> None:
-    num_rows, num_classes = logits.shape
-    kind = device.kind_of(target, spec)
-    z, walk = device.as_matrix(logits), device.walk_of(logits, num_classes, halved=kind == "multi_hot")
-    labels = device.labels_beside(z, target, spec)
+class Forward(NamedTuple):
+    """The kernel of whole rows, and those of their parts; and the numbers that these take."""
+
+    rows: Kernel
+    parts: Kernel
+    merge: Kernel
+    a: float
+    b: float
+    p: float
+    q: float
+
+
+@functools.cache
+def _forward(spec: LossSpec, kind: str, finished: bool, walk: Walk) -> Forward:
     phi, a, b = None, 0.0, 0.0
     if spec.family == "logistic":
         phi, _, a, b = formulas(spec.loss, spec.params)
     smoothed = ", smoothed" if spec.label_smoothing else ""
     walked = {
         "TARGET": _TARGETS[kind], "WALK": _WALKS[spec.family, kind + smoothed], "PHI": phi,
-        "LOGIT": _LOGITS[spec.family] if spec.labels else None, **walk.tiles,
+        "LOGIT": _LOGITS[spec.family] if spec.labels else None, **walk.constants(),
     }  # fmt: skip
     if spec.labels:
-        walked |= device.limited_registers(logits, 64 if spec.family == "softmax" else 128)  # phi holds more
+        walked |= device.limited_registers(walk.fast, 64 if spec.family == "softmax" else 128)  # phi holds more
+    ending = finish.ending(spec, kind == "multi_hot", finished)
+    merged = {"TARGET": walked["TARGET"], "MERGE": _MERGES[spec.family, kind], **ending.functions}
+    return Forward(
+        Kernel(forward_kernel, walk.warps, **walked, **ending.functions),
+        Kernel(part_kernel, walk.warps, **walked),
+        Kernel(merge_kernel, 1, **merged, PARTS=triton.next_power_of_2(walk.parts)),
+        a, b, ending.p, ending.q,
+    )  # fmt: skip
+
+
+def forward(
+    logits: Tensor, target: Tensor, spec: LossSpec, outputs: tuple[Tensor | None, Tensor | None, Tensor]
+) -> None:
+    """outputs: loss and coefficients, unless another kernel fills these, and statistics."""
+    num_rows, num_classes = logits.shape
+    kind = device.kind_of(target, spec)
+    z, walk = device.as_matrix(logits), device.walk_of(logits, num_classes, halved=kind == "multi_hot")
+    labels = device.labels_beside(z, target, spec)
+    of = _forward(spec, kind, outputs[0] is not None, walk)
     if walk.parts == 1:
-        device.launch(
-            forward_kernel, (num_rows,), walk.warps, *ending.outputs, *z, num_classes, *labels, a, b, ending.p,
-            ending.q, **walked, **ending.functions,
-        )  # fmt: skip
+        device.launch(of.rows, (num_rows,), *outputs, *z, num_classes, *labels, of.a, of.b, of.p, of.q)
         return
     parts = logits.new_empty((num_rows, walk.parts, 4), dtype=torch.float32)
-    beside = ending.outputs[2] if spec.labels else None
-    device.launch(
-        part_kernel, (num_rows, walk.parts), walk.warps, parts, beside, *z, num_classes, *labels, a, b, **walked
+    beside = outputs[2] if spec.labels else None
+    device.launch(of.parts, (num_rows, walk.parts), parts, beside, *z, num_classes, *labels, of.a, of.b)
+    device.launch(of.merge, (num_rows,), *outputs, parts, walk.parts, num_classes, *labels, of.p, of.q)
+
+
+@functools.cache
+def _backward(spec: LossSpec, kind: str, walk: Walk) -> tuple[Kernel, float, float]:
+    functions, a, b = of_negatives(spec)
+    kernel = Kernel(
+        backward_kernel, walk.warps, TARGET=_TARGETS[kind], WRITE=_WRITES[kind], **functions, **walk.constants()
     )
-    device.launch(
-        merge_kernel, (num_rows,), 1, *ending.outputs, parts, walk.parts, num_classes, *labels, ending.p, ending.q,
-        TARGET=walked["TARGET"], MERGE=_MERGES[spec.family, kind], **ending.functions,
-        PARTS=triton.next_power_of_2(walk.parts),
-    )  # fmt: skip
+    return kernel, a, b
 
 
 def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
@@ -281,14 +313,8 @@ def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec) ->
     dlogits, dz = device.empty_gradient(logits, z)
     if num_rows == 0:
         return dlogits
-    walk, (functions, a, b), kind = (
-        device.walk_of(logits, num_classes),
-        of_negatives(spec),
-        device.kind_of(target, spec),
-    )
-    device.launch(
-        backward_kernel, (num_rows, walk.parts), walk.warps, dz.base, dz.stride, *upstream, *z, num_classes,
-        *device.labels_beside(z, target, spec), a, b,
-        TARGET=_TARGETS[kind], WRITE=_WRITES[kind], **functions, **walk.tiles,
-    )  # fmt: skip
+    walk = device.walk_of(logits, num_classes)
+    kernel, a, b = _backward(spec, device.kind_of(target, spec), walk)
+    labels = device.labels_beside(z, target, spec)
+    device.launch(kernel, (num_rows, walk.parts), dz.base, dz.stride, *upstream, *z, num_classes, *labels, a, b)
     return dlogits

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction
 
 from ..losses import LossSpec
 from .layout import gradient_row_stride
@@ -21,13 +23,16 @@ _MOST_CLASSES = 2**31 - 2**17  # int32 offsets within a row, tile padding includ
 _MOST_PARTS = 64
 
 
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 # --- who is served ----------------------------------------------------------------------------------------------------
 
 
 def unserved(device: torch.device, dtype: torch.dtype, num_classes: int) -> str | None:
     """Why the kernels do not serve such logits, or None if they do."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _OLDEST_TRITON:
+    if _triton_version() < _OLDEST_TRITON:
         return f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
     if dtype not in _DTYPES:
         return f"no kernels for {dtype}"
@@ -90,13 +95,17 @@ def parts_for(device: Device, num_rows: int, num_tiles: int) -> int:
     return max(1, min(4 * device.multiprocessors // num_rows, num_tiles // 2, _MOST_PARTS))
 
 
-@dataclass(frozen=True)
-class Walk:
+class Walk(NamedTuple):
     """How the rows of a matrix are walked."""
 
     warps: int
     parts: int  # programs that share a row
-    tiles: dict[str, int]  # FAST: shorter primitives for what is done once per logit; ROWS and LANES of a tile
+    fast: bool  # shorter primitives for what is done once per logit
+    rows: int  # of a tile,
+    lanes: int  # and the classes in each
+
+    def constants(self) -> dict[str, int]:
+        return {"FAST": self.fast, "ROWS": self.rows, "LANES": self.lanes}
 
 
 def walk_of(rows: Tensor, num_classes: int, halved: bool = False) -> Walk:
@@ -106,20 +115,72 @@ def walk_of(rows: Tensor, num_classes: int, halved: bool = False) -> Walk:
     tile = tile_for(num_classes, itemsize)
     if halved:
         tile = Tile(tile.warps, tile.rows // 2)
-    parts = parts_for(device, rows.shape[0], triton.cdiv(num_classes, tile.classes(device, itemsize)))
-    shape = {"ROWS": tile.rows, "LANES": tile.lanes(device, itemsize)}
-    return Walk(tile.warps, parts, {"FAST": device.nvidia, **shape})
+    lanes = tile.lanes(device, itemsize)
+    parts = parts_for(device, rows.shape[0], -(-num_classes // (tile.rows * lanes)))
+    return Walk(tile.warps, parts, device.nvidia, tile.rows, lanes)
 
 
-def limited_registers(rows: Tensor, most: int = 128) -> dict[str, int]:
+def limited_registers(nvidia: bool, most: int = 128) -> dict[str, int]:
     """Compiler's option for kernels of which the assembler would give a thread more registers than leave room for 16
     warps per multiprocessor, or for the 32 that 64 registers leave room for."""
-    return {"maxnreg": most} if profile(rows.device).nvidia else {}
+    return {"maxnreg": most} if nvidia else {}
 
 
-def launch(kernel, grid: tuple[int, ...], warps: int, *arguments, **constexprs) -> None:
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+# Triton finds a compiled kernel by all arguments and constants, which takes the processor longer than the launch. Where
+# it is known by what it tells arguments apart, the constants of a Kernel are not looked at again.
+_KNOWN_TRITON = ((3, 6), (3, 10))
+
+
+class Kernel:
+    """A jitted function with its constants, compiled once for each kind of arguments and device.
+
+    Args:
+        function: takes its arguments, then its constants. No integer among the arguments is specialised.
+        constants: and compiler's options.
+    """
+
+    def __init__(self, function, warps: int, **constants):
+        self.function, self.warps, self.constants = function, warps, constants
+        self.name = function.fn.__name__
+        self.options = {**constants, "num_warps": warps, "enable_fp_fusion": True}
+        self.values = tuple(constants[name] for name in function.arg_names if name in constants)
+        self.compiled: dict[tuple, CompiledKernel] = {}
+        self.known = isinstance(function, JITFunction) and _knows_triton()
+
+    def __repr__(self) -> str:
+        return f"{self.name}, {self.warps} warps, {self.constants}"
+
+
+def _kind(argument: Tensor | float | None) -> object:
+    """What Triton tells apart."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return -(2**31) <= argument < 2**31 if isinstance(argument, int) else type(argument)
+
+
+def launch(kernel: Kernel, grid: tuple[int, ...], *arguments) -> None:
     """The one place that starts a kernel. Fused multiply-adds by name: their default changes in Triton 3.10."""
-    kernel[grid](*arguments, **constexprs, num_warps=warps, enable_fp_fusion=True)
+    if not kernel.known:
+        kernel.function[grid](*arguments, **kernel.options)
+        return
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    kind = device, *map(_kind, arguments)
+    compiled = kernel.compiled.get(kind)
+    if compiled is None:
+        kernel.compiled[kind] = kernel.function[grid](*arguments, **kernel.options)
+        parameters = zip(arguments, kernel.function.params, strict=False)
+        assert all(parameter.do_not_specialize for x, parameter in parameters if isinstance(x, int))
+    else:
+        compiled[(*grid, 1, 1)](*arguments, *kernel.values, stream=driver.get_current_stream(device))
+
+
+@functools.cache
+def _knows_triton() -> bool:
+    first, behind = _KNOWN_TRITON
+    return torch.version.hip is None and first <= _triton_version() < behind  # AMD's backend looks at sizes, too
 
 
 # --- matrices ---------------------------------------------------------------------------------------------------------

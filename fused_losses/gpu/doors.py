@@ -18,7 +18,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, coefficients (rows, 2 | 2 + P), statistics (rows, 3 | 4 | 3 + P), pick_index and pick_logit (rows, k | 1 |
     0)."""
-    spec = LossSpec(*spec)
+    spec = LossSpec.of_op(*spec)
     if spec.labels or spec.margin:
         seen = _statistics(logits, target, spec)
         return *_finish_labels(seen[0], target, weight, reduction, spec), *seen
@@ -33,7 +33,7 @@ def forward(
 
 def statistics(logits: Tensor, target: Tensor, *spec) -> tuple[Tensor, Tensor, Tensor]:
     """statistics (rows, 3 | 4 | 3 + P), pick_index and pick_logit (rows, k | 1 | 0)."""
-    return _statistics(logits, target, LossSpec(*spec))
+    return _statistics(logits, target, LossSpec.of_op(*spec))
 
 
 def _statistics(
@@ -45,18 +45,18 @@ def _statistics(
     statistics = logits.new_empty((num_rows, columns), dtype=torch.float32)
     pick_logit = logits.new_empty((num_rows, spec.slots))
     picks = torch.empty_like(pick_logit, dtype=torch.int32), pick_logit
-    ending = finishing.ending(spec, statistics, finished)
+    outputs = *(finished or (None, None)), statistics
     with torch.cuda.device_of(logits):
         if num_rows > 0 and spec.k > 0:
-            hardest.forward(logits, target, spec, picks, ending)
+            hardest.forward(logits, target, spec, picks, outputs)
         elif num_rows > 0:
-            all_negatives.forward(logits, target, spec, ending)
+            all_negatives.forward(logits, target, spec, outputs)
     return statistics, *picks
 
 
 def finish(statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str, *spec) -> tuple[Tensor, Tensor]:
     """loss, and coefficients (rows, 2 | 2 + P)."""
-    spec = LossSpec(*spec)
+    spec = LossSpec.of_op(*spec)
     if spec.labels or spec.margin:
         return _finish_labels(statistics, target, weight, reduction, spec)
     outputs = finishing.empty(statistics, reduction)
@@ -70,7 +70,8 @@ def _finish_labels(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same with several labels, smoothing, or a margin."""
     if not finishing_labels.serves(statistics, spec):
-        return finish_in_pytorch(statistics, target, weight, reduction, spec)
+        with torch.no_grad():
+            return finish_in_pytorch(statistics, target, weight, reduction, spec)
     with torch.cuda.device_of(statistics):
         return finishing_labels.launch(statistics, target, weight, reduction, spec)
 
@@ -87,7 +88,7 @@ def backward(
     *spec,
 ) -> Tensor:
     """dlogits (rows, classes)."""
-    spec = LossSpec(*spec)
+    spec = LossSpec.of_op(*spec)
     rows = gradient.upstream(grad, coefficients, statistics)
     with torch.cuda.device_of(pick_logit):
         if spec.k > 0:

@@ -10,6 +10,7 @@ fixed order: the loss has the same bits every time.
     FINISH(statistics, p, q, VALUE, SLOPE) -> (value, c, t)
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -86,20 +87,18 @@ def end_row(outputs, row, target, statistics, p, q, FINISH: tl.constexpr, VALUE:
 class Ending(NamedTuple):
     """How a kernel that has a row ends it."""
 
-    outputs: tuple[Tensor | None, Tensor | None, Tensor]  # see Outputs
     p: float
     q: float
     functions: dict[str, object]
 
 
-def ending(spec: LossSpec, statistics: Tensor, finished: tuple[Tensor, Tensor] | None) -> Ending:
-    """finished: loss and coefficients, if the kernel fills these too."""
-    multi_hot = not spec.labels and statistics.shape[1] == 4
+def ending(spec: LossSpec, multi_hot: bool, finished: bool) -> Ending:
+    """finished: the kernel fills loss and coefficients too."""
     functions = {"STATISTICS": _STATISTICS[spec.family, spec.labels, multi_hot]}
-    if finished is None:
-        return Ending((None, None, statistics), 0.0, 0.0, {**functions, "FINISH": None, "VALUE": None, "SLOPE": None})
+    if not finished:
+        return Ending(0.0, 0.0, {**functions, "FINISH": None, "VALUE": None, "SLOPE": None})
     p, q, of_loss = finish_of(spec, multi_hot)
-    return Ending((*finished, statistics), p, q, functions | of_loss)
+    return Ending(p, q, functions | of_loss)
 
 
 _STATISTICS = {  # by family, whether there are several labels, whether they are multi-hot
@@ -233,6 +232,17 @@ def empty(rows: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     return new((count,) if reduction == "none" else ()), new((count, 2))
 
 
+@functools.cache
+def _kernel(spec: LossSpec, multi_hot: bool, reduction: str) -> tuple[device.Kernel, float, float]:
+    p, q, functions = finish_of(spec, multi_hot)
+    weights = means_of_batch if multi_hot and spec.alpha is not None else weights_given
+    columns = 4 if multi_hot else 3
+    kernel = device.Kernel(
+        finish_kernel, _WARPS, WEIGHTS=weights, **functions, REDUCTION=reduction, COLUMNS=columns, BLOCK=_BLOCK
+    )  # fmt: skip
+    return kernel, p, q
+
+
 def launch(
     outputs: tuple[Tensor, Tensor], statistics: Tensor, target: Tensor, weight: Tensor | None, reduction: str,
     spec: LossSpec,
@@ -242,11 +252,9 @@ def launch(
     of_batch = multi_hot and spec.alpha is not None
     programs = 1 if reduction != "none" or of_batch else max(1, triton.cdiv(num_rows, _BLOCK))
     labels = (None, 0) if multi_hot else (target, target.stride(0))
-    weight = None if weight is None else weight.contiguous()
-    p, q, functions = finish_of(spec, multi_hot)
+    kernel, p, q = _kernel(spec, multi_hot, reduction)
     device.launch(
-        finish_kernel, (programs,), _WARPS, *outputs, statistics.contiguous(), *labels,
-        weight, num_rows, None if multi_hot else spec.ignore_index, spec.all_classes, spec.k or spec.all_classes,
-        spec.alpha or 0.0, p, q, WEIGHTS=means_of_batch if of_batch else weights_given, **functions,
-        REDUCTION=reduction, COLUMNS=statistics.shape[1], BLOCK=_BLOCK,
+        kernel, (programs,), *outputs, statistics.contiguous(), *labels,
+        None if weight is None else weight.contiguous(), num_rows, None if multi_hot else spec.ignore_index,
+        spec.all_classes, spec.k or spec.all_classes, spec.alpha or 0.0, p, q,
     )  # fmt: skip

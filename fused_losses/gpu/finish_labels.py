@@ -11,6 +11,7 @@ scratch_ptr: to the rows' numbers of the first place, step: from one place to th
 takes its mean of.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -327,6 +328,16 @@ def reduction_kernel(
     tl.store(loss_ptr, sum_of(total, rest) / divisor)
 
 
+@functools.cache
+def _kernels(spec: LossSpec, reduction: str, wide: int) -> tuple[device.Kernel, device.Kernel, float, float]:
+    """Of the rows, and of their reduction; p and q."""
+    p, q, functions = finish_of(spec, False)
+    functions["FINISH"] = softmax_labels if spec.family == "softmax" else logistic_labels
+    of_all = {"REDUCTION": reduction, "WIDE": wide}
+    rows = device.Kernel(finish_labels_kernel, _WARPS, LABELS=spec.labels, **functions, **of_all, BLOCK=_BLOCK)
+    return rows, device.Kernel(reduction_kernel, _REDUCTION_WARPS, **of_all), p, q
+
+
 def serves(statistics: Tensor, spec: LossSpec) -> bool:
     return statistics.shape[1] - first_label(spec) <= _MOST_LABELS
 
@@ -343,24 +354,21 @@ def launch(
         programs = min(programs, _MOST_PROGRAMS)
     target = target.contiguous() if spec.labels else target
     weight = None if weight is None else weight.contiguous()
-    p, q, functions = finish_of(spec, False)
-    functions["FINISH"] = softmax_labels if spec.family == "softmax" else logistic_labels
+    kernel, of_rows, p, q = _kernels(spec, reduction, _WIDE)
 
     new = lambda *shape: statistics.new_empty(shape, dtype=torch.float32)  # noqa: E731
     value, coefficients = new(num_rows), new(num_rows, first - 1 + places)
     scratch = new(3, places, num_rows) if spec.family == "softmax" else None
     weights = (None, weight) if spec.labels else (weight, None)
     device.launch(
-        finish_labels_kernel, (programs,), _WARPS, value, coefficients, scratch, statistics.contiguous(), target,
-        target.stride(0), *weights, num_rows, places, spec.ignore_index, spec.all_classes, spec.k or spec.all_classes,
+        kernel, (programs,), value, coefficients, scratch, statistics.contiguous(), target, target.stride(0), *weights,
+        num_rows, places, spec.ignore_index, spec.all_classes, spec.k or spec.all_classes,
         spec.alpha if of_batch else None, spec.label_smoothing or None, *(spec.margin or _NO_MARGIN), p, q,
-        LABELS=spec.labels, **functions, REDUCTION=reduction, BLOCK=_BLOCK, WIDE=_WIDE,
     )  # fmt: skip
     if reduction == "none":
         return value, coefficients
     loss = new()
     device.launch(
-        reduction_kernel, (1,), _REDUCTION_WARPS, loss, value, target, target.stride(0), weights[0], num_rows,
-        spec.ignore_index, spec.all_classes, REDUCTION=reduction, WIDE=_WIDE,
-    )  # fmt: skip
+        of_rows, (1,), loss, value, target, target.stride(0), weights[0], num_rows, spec.ignore_index, spec.all_classes
+    )
     return loss, coefficients

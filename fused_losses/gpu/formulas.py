@@ -6,6 +6,7 @@ primitives, one of which only NVIDIA's assembler knows: for what is done once pe
 arithmetic bounds the walk.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -206,7 +207,7 @@ _FORMULAS = {
 }
 
 
-def formulas(loss: str, params: list[float]) -> Formula:
+def formulas(loss: str, params: Sequence[float]) -> Formula:
     """The default exponent of SS-LR has its own pair, with one exponential less."""
     square = (loss, list(params)) == ("ss_lr", [2.0])
     value, slope = (ss_lr_square_phi, ss_lr_square_phi_slope) if square else _FORMULAS[loss]

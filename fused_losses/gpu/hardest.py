@@ -10,15 +10,15 @@ import functools
 import math
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ..losses import LossSpec
-from . import device, emit, logistic, picks, scatter, select, softmax
-from .device import Device, Tile
-from .finish import Ending
+from . import device, emit, finish, logistic, picks, scatter, select, softmax
+from .device import Device, Kernel, Tile, Walk
 from .formulas import formulas
 from .gradient import index_positive, multi_hot_positive, of_negatives
 from .labels import label_target, labels_here, labels_view
@@ -113,53 +113,69 @@ def upper_tail(k: int, num_classes: int) -> tuple[float, float]:
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def forward(logits: Tensor, target: Tensor, spec: LossSpec, kept: tuple[Tensor, Tensor], ending: Ending) -> None:
-    """kept: the picks, filled as well."""
-    num_rows, num_classes = logits.shape
-    on, itemsize, k = device.profile(logits.device), logits.element_size(), spec.k
-    z = device.as_matrix(logits)
-    kind = device.kind_of(target, spec)
-    how = plan(on, num_rows, num_classes, k, itemsize, kind == "multi_hot")
+class Forward(NamedTuple):
+    """The kernel that has a row, the one that reads parts of rows in front of it; and the numbers that they take."""
+
+    rows: Kernel
+    maxima: Kernel
+    a: float
+    b: float
+    p: float
+    q: float
+
+
+@functools.cache
+def _forward(spec: LossSpec, kind: str, finished: bool, how: Plan, on: Device, itemsize: int) -> Forward:
     if spec.family == "softmax":
         term, parameters, a, b, smooth = softmax.share, softmax.below_top, 0.0, 0.0, softmax.below
     else:
         term, _, a, b = formulas(spec.loss, spec.params)
         parameters, smooth = logistic.hyper_parameters, logistic.itself
+    ending = finish.ending(spec, kind == "multi_hot", finished)
     functions = {
         "EMIT": emit.emit_compact if spec.compact else emit.emit_threshold, "TERM": term,
         "SMOOTH": smooth if spec.label_smoothing else None, "PARAMETERS": parameters,
         "SEEN": picks.seen_of_labels if spec.labels else picks.seen_with_positives,
-        "LOGIT": _LOGITS[spec.family] if spec.labels else None, **ending.functions,
+        "LOGIT": _LOGITS[spec.family] if spec.labels else None, **ending.functions, **_TARGETS[kind],
     }  # fmt: skip
+    shape = {"ROWS": how.tile.rows, "LANES": how.tile.lanes(on, itemsize)}
+    functions |= {"FAST": on.nvidia, **shape, "GROUPS": how.emitted * how.tile.threads(on)}
+    functions |= device.limited_registers(on.nvidia)
+    maxima = Kernel(picks.maxima_kernel, how.tile.warps, **shape, WIDTH=how.width)
+    if how.width == 0:
+        rows = Kernel(picks.row_kernel, how.tile.warps, **functions, **(_HELD if how.held else _WALKED)[kind])
+    else:
+        read = picks.maxima_written if how.parts > 1 else picks.write_maxima
+        rows = Kernel(picks.blocks_kernel, how.tile.warps, **functions, READ=read, COUNT=_BLOCKS[kind], WIDTH=how.width)
+    return Forward(rows, maxima, a, b, ending.p, ending.q)
+
+
+def forward(
+    logits: Tensor, target: Tensor, spec: LossSpec, kept: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor | None, Tensor | None, Tensor],
+) -> None:  # fmt: skip
+    """kept: the picks, filled as well. outputs: loss and coefficients, unless another kernel fills these, and
+    statistics."""
+    num_rows, num_classes = logits.shape
+    on, itemsize, k = device.profile(logits.device), logits.element_size(), spec.k
+    z = device.as_matrix(logits)
+    kind = device.kind_of(target, spec)
+    how = plan(on, num_rows, num_classes, k, itemsize, kind == "multi_hot")
     most_labels = target.shape[1] if spec.labels else 1
     if spec.labels and most_labels == 1:
         kind = "label"
-    functions |= _TARGETS[kind]
-    shape = {"ROWS": how.tile.rows, "LANES": how.tile.lanes(on, itemsize)}
-    tiles = {"FAST": on.nvidia, **shape, "GROUPS": how.emitted * how.tile.threads(on)} | device.limited_registers(
-        logits
-    )
+    of = _forward(spec, kind, outputs[0] is not None, how, on, itemsize)
     matrix = *z, num_classes
-    rows = *ending.outputs, *kept, spec.slots, k, *matrix, *device.labels_beside(z, target, spec)
+    rows = *outputs, *kept, spec.slots, k, *matrix, *device.labels_beside(z, target, spec)
+    numbers = of.a, of.b, of.p, of.q
     if how.width == 0:
-        functions |= (_HELD if how.held else _WALKED)[kind]
-        device.launch(
-            picks.row_kernel, (num_rows,), how.tile.warps, *rows, *upper_tail(k, num_classes), a, b, ending.p, ending.q,
-            **functions, **tiles,
-        )  # fmt: skip
+        device.launch(of.rows, (num_rows,), *rows, *upper_tail(k, num_classes), *numbers)
         return
     scratch = _scratch(logits, how, how.tile.classes(on, itemsize), k, most_labels)
-    functions |= {"READ": picks.write_maxima, "COUNT": _BLOCKS[kind]}
     if how.parts > 1:
-        functions["READ"] = picks.maxima_written
-        device.launch(
-            picks.maxima_kernel, (num_rows, how.parts), how.tile.warps, *matrix, *scratch, **shape, WIDTH=how.width
-        )
+        device.launch(of.maxima, (num_rows, how.parts), *matrix, *scratch)
     blocks = triton.cdiv(num_classes, how.width)
-    device.launch(
-        picks.blocks_kernel, (num_rows,), how.tile.warps, *rows, *scratch, *upper_tail(k + most_labels, blocks), a, b,
-        ending.p, ending.q, **functions, **tiles, WIDTH=how.width,
-    )  # fmt: skip
+    device.launch(of.rows, (num_rows,), *rows, *scratch, *upper_tail(k + most_labels, blocks), *numbers)
 
 
 def _scratch(logits: Tensor, how: Plan, tile: int, k: int, most_labels: int) -> tuple[Tensor, Tensor, int, int]:
@@ -183,6 +199,16 @@ def _scratch(logits: Tensor, how: Plan, tile: int, k: int, most_labels: int) -> 
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _backward(spec: LossSpec, kind: str, walk: Walk) -> tuple[Kernel, float, float]:
+    functions, a, b = of_negatives(spec)
+    if spec.compact:
+        kernel, of_kind = scatter.scatter_kernel, _SCATTERED[kind]
+    else:
+        kernel, of_kind = scatter.threshold_kernel, _THRESHOLD[kind]
+    return Kernel(kernel, walk.warps, **functions, **of_kind, **walk.constants()), a, b
+
+
 def backward(
     upstream: tuple,
     logits: Tensor | None,
@@ -203,22 +229,12 @@ def backward(
     if num_rows == 0:
         return dlogits
 
-    walk, (functions, a, b), kind = (
-        device.walk_of(pick_logit, num_classes),
-        of_negatives(spec),
-        device.kind_of(target, spec),
-    )
+    walk = device.walk_of(pick_logit, num_classes)
+    kernel, a, b = _backward(spec, device.kind_of(target, spec), walk)
     labels = *z, num_classes, *device.labels_beside(z, target, spec), a, b
+    grid = num_rows, walk.parts
     if spec.compact:
-        functions |= _SCATTERED[kind]
-        device.launch(
-            scatter.scatter_kernel, (num_rows, walk.parts), walk.warps, *dz, *upstream, pick_index, pick_logit, spec.k,
-            *labels, **functions, **walk.tiles,
-        )  # fmt: skip
+        device.launch(kernel, grid, *dz, *upstream, pick_index, pick_logit, spec.k, *labels)
     else:
-        functions |= _THRESHOLD[kind]
-        device.launch(
-            scatter.threshold_kernel, (num_rows, walk.parts), walk.warps, dz.base, dz.stride, *upstream, pick_index,
-            pick_logit, *labels, **functions, **walk.tiles,
-        )  # fmt: skip
+        device.launch(kernel, grid, dz.base, dz.stride, *upstream, pick_index, pick_logit, *labels)
     return dlogits

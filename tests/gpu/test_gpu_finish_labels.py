@@ -155,9 +155,7 @@ def test_layouts(device):
 def test_launches(formula, device, monkeypatch):
     """One, and one more for a reduction; with too many labels the matrices of plain PyTorch."""
     launched, honest = [], gpu.launch
-    monkeypatch.setattr(
-        gpu, "launch", lambda kernel, *rest, **named: launched.append(kernel) or honest(kernel, *rest, **named)
-    )
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *rest: launched.append(kernel) or honest(kernel, *rest))
     assert finish_labels._MOST_LABELS == 64
     monkeypatch.setattr(finish_labels, "_MOST_LABELS", 4)
     for places, reduction in itertools.product((4, 5), REDUCTIONS):

@@ -24,11 +24,12 @@ def traffic(monkeypatch):
     places = []  # (argument, first address, behind the last), of the launch under way
     honest = gpu.launch
 
-    def watched(kernel, grid, warps, *arguments, **constexprs):
-        launches[kernel.fn.__name__] += 1
-        tensors = [(n, x) for n, x in zip(kernel.arg_names, arguments, strict=False) if isinstance(x, torch.Tensor)]
+    def watched(kernel, grid, *arguments):
+        launches[kernel.name] += 1
+        names = kernel.function.arg_names
+        tensors = [(n, x) for n, x in zip(names, arguments, strict=False) if isinstance(x, torch.Tensor)]
         places[:] = [(n, s.data_ptr(), s.data_ptr() + s.nbytes()) for n, x in tensors for s in [x.untyped_storage()]]
-        honest(kernel, grid, warps, *arguments, **constexprs)
+        honest(kernel, grid, *arguments)
 
     def count(way, pointers, mask):
         address = pointers.data if mask is None else pointers.data[mask.data.astype(bool)]
@@ -117,7 +118,7 @@ class Launches(TorchDispatchMode):
 def served(monkeypatch):
     """CPU tensors take the way of CUDA tensors. Gives the kernels that are started, none of which runs."""
     kernels = []
-    monkeypatch.setattr(gpu, "launch", lambda kernel, *_, **__: kernels.append(kernel))
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *_: kernels.append(kernel))
     monkeypatch.setattr(ops, "_triton_backend", lambda *_: gpu_backend)
     for name in ("forward", "statistics", "finish", "backward"):
         monkeypatch.setattr(ops, name, getattr(ops, f"_{name}_on_cuda"))
@@ -168,7 +169,7 @@ def test_what_a_finish_by_itself_is_for(options, multi_hot, kernels, served, mon
     target = torch.nn.functional.one_hot(target, 50) if multi_hot else target
     value = fl.ss_lr_loss(logits.requires_grad_(), target, reduction="none", **options)
     value.backward(torch.ones(4))
-    assert [kernel.fn.__name__ for kernel in served] == kernels
+    assert [kernel.name for kernel in served] == kernels
 
 
 def mean_step(formula, k, compact):
@@ -186,12 +187,12 @@ def test_no_walk_and_no_backward_of_the_softmax_family_knows_a_loss(k, compact, 
     for formula in (CE, NLLR, CRL):
         started = []
         monkeypatch.setattr(
-            gpu, "launch", lambda kernel, grid, warps, *given, to=started, **named: to.append(
-                (kernel, grid, warps, [x for x in given if not isinstance(x, torch.Tensor)], named)
+            gpu, "launch", lambda kernel, grid, *given, to=started: to.append(
+                (kernel.name, kernel.warps, kernel.constants, grid, [x for x in given if not hasattr(x, "dtype")])
             )
         )  # fmt: skip
         mean_step(formula, k, compact)
         walk, finish, backward_ = started
-        assert finish[0].fn.__name__ == "finish_kernel"
+        assert finish[0] == "finish_kernel"
         of_losses.append((walk, backward_))
     assert of_losses[0] == of_losses[1] == of_losses[2]
