@@ -628,6 +628,9 @@ WITHOUT_WRAPPER = (
 )
 
 
+WITHOUT_CLASSIFIER = "wrap the network alone, give the classifier shard=... and gather_input=True"
+
+
 def _ddp_that_holds(weight: Tensor) -> nn.parallel.DistributedDataParallel | None:
     """The DDP whose forward is running, if weight is one of the parameters that it keeps alike."""
     ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
@@ -638,26 +641,47 @@ def _ddp_that_holds(weight: Tensor) -> nn.parallel.DistributedDataParallel | Non
     return ddp if held else None
 
 
+def _shares_classes(ddp: nn.parallel.DistributedDataParallel, shard: ClassShard) -> bool:
+    """Whether two of the ranks that DDP keeps alike have different classes."""
+    of_ddp, of_shard = (
+        dist.get_process_group_ranks(group or dist.group.WORLD) for group in (ddp.process_group, shard.group)
+    )
+    return len(set(of_ddp) & set(of_shard)) > 1
+
+
 def _check_wrapper(weight: Tensor, sparse_grad: bool, shard: ClassShard | None) -> None:
     """DDP copies the weights of one rank over those of the others, and its reducer would say of sparse gradients that
     they have no storage."""
     ddp = _ddp_that_holds(weight) if sparse_grad or shard is not None else None
     if ddp is None:
         return
-    if shard is not None:
-        of_ddp, of_shard = (
-            dist.get_process_group_ranks(group or dist.group.WORLD) for group in (ddp.process_group, shard.group)
+    if shard is not None and _shares_classes(ddp, shard):
+        raise RuntimeError(
+            "DistributedDataParallel holds this sharded classifier, and has copied the classes of one rank over those "
+            f"of the others: {WITHOUT_CLASSIFIER}, and draw or load its weight anew"
         )
-        if len(set(of_ddp) & set(of_shard)) > 1:
-            raise RuntimeError(
-                "DistributedDataParallel holds this sharded classifier, and has copied the classes of one rank over "
-                "those of the others: wrap the network alone, give the classifier shard=... and gather_input=True, and "
-                "draw or load its weight anew"
-            )
     if sparse_grad and ddp.require_backward_grad_sync:
         raise RuntimeError(
             "sparse_grad=True: DistributedDataParallel takes sparse gradients of nn.Embedding alone; " + WITHOUT_WRAPPER
         )
+
+
+def _check_wrapped(wrapper: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Of every module that another one takes. DDP takes its own before the ranks compare the shapes of weights, where
+    one of them would raise and the others wait."""
+    if name != "module" or not isinstance(wrapper, nn.parallel.DistributedDataParallel) or module is None:
+        return
+    for path, part in module.named_modules():
+        if isinstance(part, LinearLoss) and part.shard is not None and _shares_classes(wrapper, part.shard):
+            held = {f"{path}.{own}" if path else own for own, _ in part.named_parameters(recurse=False)}
+            if held - wrapper.parameters_to_ignore:
+                raise RuntimeError(
+                    "DistributedDataParallel would copy the classes of one rank over those of the others: "
+                    + WITHOUT_CLASSIFIER
+                )
+
+
+nn.modules.module.register_module_module_registration_hook(_check_wrapped)
 
 
 def _check_options(

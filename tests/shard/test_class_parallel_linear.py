@@ -421,21 +421,35 @@ def test_sparse_gradients_under_wrappers_that_take_none(world):
 
 
 class ShardedNet(Net):
-    """Of 50 classes, as many on each rank."""
+    """Of 50 classes, as many on each rank; or with one more on the first."""
+
+    def __init__(self, group, classes=50):
+        super().__init__()
+        self.head = fl.LinearLoss(FEATURES, classes, loss=fl.HSLRLoss(k=2), shard=ClassShard.split(classes, group))
+
+
+class OwnWeight(torch.nn.Module):
+    """No LinearLoss: DDP's constructor cannot know."""
 
     def __init__(self, group):
         super().__init__()
-        self.head = fl.LinearLoss(FEATURES, 50, loss=fl.HSLRLoss(k=2), shard=ClassShard.split(50, group))
+        self.shard = ClassShard.split(50, group)
+        self.weight = torch.nn.Parameter(torch.zeros(len(self.shard), FEATURES))
+
+    def forward(self, x, target):
+        return fl.linear_cross_entropy(x, self.weight, target, shard=self.shard)
 
 
 def wrapped_though_sharded(group) -> list:
     """What the wrappers say, then the loss of a network wrapped alone, and of one whose classifier DDP is to leave."""
     x, target = make_layer(50)[0], make_index(ROWS, 50)
     wrap, mesh = torch.nn.parallel.DistributedDataParallel, DeviceMesh.from_group(group, "cpu")
-    head = ShardedNet(group).head
-    said = [
-        refusal(wrap(ShardedNet(group), process_group=group), x, target),
-        refusal(wrap(head, process_group=group), x, target),
+    networks = [ShardedNet(group), ShardedNet(group, 51)]
+    before = networks[0].head.weight.detach().clone()
+    said = [refusal(wrap, module, process_group=group) for net in networks for module in (net, net.head)]
+    assert torch.equal(networks[0].head.weight, before)
+    said += [
+        refusal(wrap(OwnWeight(group), process_group=group), x, target),
         refusal(fully_shard, ShardedNet(group), mesh=mesh),
         refusal(fully_shard, ShardedNet(group).head, mesh=mesh),
     ]
@@ -452,10 +466,11 @@ def wrapped_though_sharded(group) -> list:
 
 def test_wrappers_that_would_mix_the_classes_are_refused(world):
     for said, plain, alone, in_a_mesh in world.run(2, wrapped_though_sharded):
-        for of_ddp in said[:2]:
-            assert of_ddp.startswith("RuntimeError: DistributedDataParallel holds this sharded classifier")
-            assert "gather_input=True" in of_ddp
-        for of_fsdp in said[2:]:
+        for of_ddp in said[:4]:
+            assert of_ddp.startswith("RuntimeError: DistributedDataParallel would copy the classes of one rank over")
+        assert said[4].startswith("RuntimeError: DistributedDataParallel holds this sharded classifier")
+        assert all("gather_input=True" in of_ddp for of_ddp in said[:5])
+        for of_fsdp in said[5:]:
             assert of_fsdp.startswith("RuntimeError: this classifier is sharded by classes already: fully_shard would")
         assert alone == plain
         assert in_a_mesh
