@@ -3,6 +3,7 @@ process."""
 
 import copy
 import datetime
+import functools
 import itertools
 import multiprocessing
 import time
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 
 import fused_losses as fl
 from cases import LOGISTIC, LOSSES, LR, make_index, make_logits, make_target
@@ -467,13 +468,31 @@ def wrapped_though_sharded(group) -> list:
 def test_wrappers_that_would_mix_the_classes_are_refused(world):
     for said, plain, alone, in_a_mesh in world.run(2, wrapped_though_sharded):
         for of_ddp in said[:4]:
-            assert of_ddp.startswith("RuntimeError: DistributedDataParallel would copy the classes of one rank over")
+            assert of_ddp.startswith("RuntimeError: DistributedDataParallel would mix the ranks' classes: wrap the")
         assert said[4].startswith("RuntimeError: DistributedDataParallel holds this sharded classifier")
         assert all("gather_input=True" in of_ddp for of_ddp in said[:5])
         for of_fsdp in said[5:]:
             assert of_fsdp.startswith("RuntimeError: this classifier is sharded by classes already: fully_shard would")
         assert alone == plain
         assert in_a_mesh
+
+
+def flattened_though_sharded(group) -> list:
+    """What FSDP's older form says, and the loss where the classifier is left out."""
+    x, target = make_layer(51)[0], make_index(ROWS, 51)
+    flatten = functools.partial(FullyShardedDataParallel, process_group=group, device_id=torch.device("cpu"))
+    said = [refusal(flatten, ShardedNet(group, 51), use_orig_params=original) for original in (False, True)]
+    torch.manual_seed(0)
+    network = ShardedNet(group, 51)
+    plain = network(x, target).item()
+    return [said, plain, flatten(network, ignored_modules=[network.head])(x, target).item()]
+
+
+def test_flat_parameters_of_other_classes_are_refused(world):
+    for said, plain, alone in world.run(2, flattened_though_sharded):
+        for of_fsdp in said:
+            assert of_fsdp.startswith("RuntimeError: FullyShardedDataParallel would mix the ranks' classes: wrap the")
+        assert alone == pytest.approx(plain)
 
 
 def fully_sharded(group, normalize) -> list:
