@@ -123,8 +123,8 @@ def linear_cross_entropy(
             gradient too, and so is that gradient.
         gather_input: with ``shard``: input and class-index target are this rank's rows, any number of them, and the
             loss is that of the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied
-            by the number of ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the
-            network in front, then gives that network what one process with all rows would. The gradient by
+            by the number of the shard's ranks: ``DistributedDataParallel``, which averages over the ranks the gradients
+            of the network in front, then gives that network what one process with all rows would. The gradient by
             linear_weight is one process's already, so the classifier stays outside of it. The ranks' numbers of rows
             are exchanged first, which on CUDA costs a synchronisation.
         options: :class:`LinearLossOptions`.

@@ -6,6 +6,7 @@ import datetime
 import functools
 import itertools
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -562,17 +563,27 @@ def test_ignored_rows_are_literal_zeros(world):
 
 
 def lost(rank: int, store: str, how: str, answer) -> None:
-    patient, timeout = datetime.timedelta(minutes=2), datetime.timedelta(seconds=10)
+    patient, timeout = datetime.timedelta(minutes=2), datetime.timedelta(seconds=5)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patient)
     ClassShard.split(10)  # the ranks have met: from here on they may be impatient
     shard = ClassShard.split(10, dist.new_group(timeout=timeout))
     if rank == 0:
-        answer.send(refusal(fl.cross_entropy, torch.zeros(2, 5), torch.tensor([0, 9]), shard=shard))
+        answer.send(refusal(whole_step, shard))
     elif how == "hangs":
         time.sleep(240)
+    elif how == "is killed in the middle of a step":
+        whole_step(shard, lambda: os._exit(1))
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+def whole_step(shard, before_backward=lambda: None) -> None:
+    x, weight, _ = make_layer(10)
+    mine = weight[shard.start : shard.stop].requires_grad_()
+    loss = fl.linear_cross_entropy(x.requires_grad_(), mine, make_index(ROWS, 10), shard=shard)
+    before_backward()
+    loss.backward()
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs", "is killed in the middle of a step"])
 def test_a_rank_that_is_lost_makes_the_others_fail(tmp_path, how):
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()

@@ -25,14 +25,14 @@ def make_network() -> torch.nn.Module:
     return torch.nn.Sequential(*layers).double()
 
 
-def make_head(name: str, shard: ClassShard | None = None) -> fl.LinearLoss:
+def make_head(name: str, shard: ClassShard | None = None, gathered: bool = True) -> fl.LinearLoss:
     options = {
         "cosine": {"loss": fl.HSLRLoss(k=5), "normalize": True, "scale": "learned", "logit_bias": True},
         "ce": {"bias": True},
     }[name]
     torch.manual_seed(len(name))
-    gathered = shard is not None
-    return fl.LinearLoss(FEATURES, CLASSES[name], shard=shard, gather_input=gathered, dtype=torch.float64, **options)
+    layer = {"shard": shard, "gather_input": gathered and shard is not None, "dtype": torch.float64}
+    return fl.LinearLoss(FEATURES, CLASSES[name], **layer, **options)
 
 
 def shard_of(name: str, group, edges: tuple[int, ...] | None = None) -> ClassShard:
@@ -197,7 +197,10 @@ def test_halves_of_the_ranks_share_a_head_each(world, how, kind):
 
 # --- data x classes ---------------------------------------------------------------------------------------------------
 
-BATCHES_OF_MESH = ((0, 3), (3, 10), (10, 20), (20, 20))  # as many rows on both lines of the mesh, on any of their ranks
+BATCHES_OF_MESH = {  # as many rows on both lines of the mesh, on any of their ranks
+    "gathered": ((0, 3), (3, 10), (10, 20), (20, 20)),
+    "the same": ((0, 10), (0, 10), (10, 20), (10, 20)),
+}
 
 
 def average(head, group) -> None:
@@ -207,12 +210,12 @@ def average(head, group) -> None:
         p.grad /= dist.get_world_size(group)
 
 
-def in_a_mesh(group, name, how, edges, kind) -> dict:
+def in_a_mesh(group, name, how, edges, batch, kind) -> dict:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "classes"))
     inputs, target = make_rows()
     rank = dist.get_rank(group)
-    rows = slice(*BATCHES_OF_MESH[rank])
-    head = make_head(name, shard_of(name, mesh["classes"].get_group(), edges))
+    rows = slice(*BATCHES_OF_MESH[batch][rank])
+    head = make_head(name, shard_of(name, mesh["classes"].get_group(), edges), batch == "gathered")
     of_data = mesh["data"].get_group()
     network = wrapped(make_network(), "ddp" if how == "ddp of both" else how, group, mesh)
     called = DistributedDataParallel(head, process_group=of_data) if how == "ddp of both" else head
@@ -233,19 +236,20 @@ def alone(name, kind) -> dict:
 
 @pytest.mark.parametrize("name, edges", [("cosine", None), ("cosine", (0, 20, 23)), ("ce", None), ("ce", (0, 0, 5))])
 @pytest.mark.parametrize("how", ["ddp", "fully_shard"])
-def test_data_times_classes(world, how, name, edges):
+@pytest.mark.parametrize("batch", BATCHES_OF_MESH)
+def test_data_times_classes(world, batch, how, name, edges):
     """The network over all ranks, the head over those of a line, its gradient averaged over those of a column."""
-    compare_lines(world, name, how, edges)
+    compare_lines(world, name, how, edges, batch)
 
 
 @pytest.mark.parametrize("name, edges", [("cosine", (0, 20, 23)), ("ce", (0, 0, 5))])
 def test_ddp_averages_a_head_over_a_column(world, name, edges):
-    compare_lines(world, name, "ddp of both", edges)
+    compare_lines(world, name, "ddp of both", edges, "gathered")
 
 
-def compare_lines(world, name, how, edges) -> None:
+def compare_lines(world, name, how, edges, batch) -> None:
     for kind in OPTIMIZERS:
         expected = alone(name, kind)
-        answers = world.run(4, in_a_mesh, name, how, edges, kind)
+        answers = world.run(4, in_a_mesh, name, how, edges, batch, kind)
         for line in (answers[:2], answers[2:]):
             compare(line, expected, (name,))
