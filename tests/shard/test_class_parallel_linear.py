@@ -3,7 +3,6 @@ process."""
 
 import copy
 import datetime
-import functools
 import itertools
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import fused_losses as fl
 from cases import LOGISTIC, LOSSES, LR, make_index, make_logits, make_target
@@ -420,80 +419,6 @@ def test_sparse_gradients_under_wrappers_that_take_none(world):
         assert fsdp.startswith("RuntimeError: sparse_grad=True: fully_shard takes no sparse gradients")
         assert all("ClassShard.split" in said and "give up sparse_grad" in said for said in (ddp, fsdp))
         assert others == [True, True, (50, FEATURES)]
-
-
-class ShardedNet(Net):
-    """Of 50 classes, as many on each rank; or with one more on the first."""
-
-    def __init__(self, group, classes=50):
-        super().__init__()
-        self.head = fl.LinearLoss(FEATURES, classes, loss=fl.HSLRLoss(k=2), shard=ClassShard.split(classes, group))
-
-
-class OwnWeight(torch.nn.Module):
-    """No LinearLoss: DDP's constructor cannot know."""
-
-    def __init__(self, group):
-        super().__init__()
-        self.shard = ClassShard.split(50, group)
-        self.weight = torch.nn.Parameter(torch.zeros(len(self.shard), FEATURES))
-
-    def forward(self, x, target):
-        return fl.linear_cross_entropy(x, self.weight, target, shard=self.shard)
-
-
-def wrapped_though_sharded(group) -> list:
-    """What the wrappers say, then the loss of a network wrapped alone, and of one whose classifier DDP is to leave."""
-    x, target = make_layer(50)[0], make_index(ROWS, 50)
-    wrap, mesh = torch.nn.parallel.DistributedDataParallel, DeviceMesh.from_group(group, "cpu")
-    networks = [ShardedNet(group), ShardedNet(group, 51)]
-    before = networks[0].head.weight.detach().clone()
-    said = [refusal(wrap, module, process_group=group) for net in networks for module in (net, net.head)]
-    assert torch.equal(networks[0].head.weight, before)
-    said += [
-        refusal(wrap(OwnWeight(group), process_group=group), x, target),
-        refusal(fully_shard, ShardedNet(group), mesh=mesh),
-        refusal(fully_shard, ShardedNet(group).head, mesh=mesh),
-    ]
-    torch.manual_seed(0)
-    network = ShardedNet(group)
-    plain = network(x, target).item()
-    wrap._set_params_and_buffers_to_ignore_for_model(network, ["head.weight"])
-    alone = wrap(network, process_group=group)
-    rank = dist.get_rank(group)
-    replicas = dist.new_group([rank], use_local_synchronization=True)  # the data axis of a mesh: one rank of each shard
-    in_a_mesh = wrap(ShardedNet(group), process_group=replicas)
-    return [said, plain, alone(x, target).item(), in_a_mesh(x, target).isfinite().item()]
-
-
-def test_wrappers_that_would_mix_the_classes_are_refused(world):
-    for said, plain, alone, in_a_mesh in world.run(2, wrapped_though_sharded):
-        for of_ddp in said[:4]:
-            assert of_ddp.startswith("RuntimeError: DistributedDataParallel would mix the ranks' classes: wrap the")
-        assert said[4].startswith("RuntimeError: DistributedDataParallel holds this sharded classifier")
-        assert all("gather_input=True" in of_ddp for of_ddp in said[:5])
-        for of_fsdp in said[5:]:
-            assert of_fsdp.startswith("RuntimeError: this classifier is sharded by classes already: fully_shard would")
-        assert alone == plain
-        assert in_a_mesh
-
-
-def flattened_though_sharded(group) -> list:
-    """What FSDP's older form says, and the loss where the classifier is left out."""
-    x, target = make_layer(51)[0], make_index(ROWS, 51)
-    flatten = functools.partial(FullyShardedDataParallel, process_group=group, device_id=torch.device("cpu"))
-    said = [refusal(flatten, ShardedNet(group, 51), use_orig_params=original) for original in (False, True)]
-    torch.manual_seed(0)
-    network = ShardedNet(group, 51)
-    plain = network(x, target).item()
-    return [said, plain, flatten(network, ignored_modules=[network.head])(x, target).item()]
-
-
-def test_flat_parameters_of_other_classes_are_refused(world):
-    for said, plain, alone in world.run(2, flattened_though_sharded):
-        for of_fsdp in said:
-            assert of_fsdp.startswith("RuntimeError: FullyShardedDataParallel would mix the ranks' classes: wrap the")
-        assert alone == pytest.approx(plain)
 
 
 def fully_sharded(group, normalize) -> list:
