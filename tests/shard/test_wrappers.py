@@ -78,15 +78,22 @@ def test_ddp(world):
 
 
 def under_fully_shard(group) -> list:
+    """What it says, and the losses where the classifier is left out."""
     mesh = DeviceMesh.from_group(group, "cpu")
-    return [refusal(fully_shard, module, mesh=mesh) for net in each_kind(group) for module in (net, net.head)]
+    said = [refusal(fully_shard, module, mesh=mesh) for net in each_kind(group) for module in (net, net.head)]
+    torch.manual_seed(0)
+    network = Net(group, 51)
+    plain = network(X, Y).item()
+    left_out = fully_shard(network, mesh=mesh, ignored_params=set(network.head.parameters()))
+    return [said, plain, left_out(X, Y).item()]
 
 
 def test_fully_shard(world):
-    for said in world.run(2, under_fully_shard):
+    for said, plain, left_out in world.run(2, under_fully_shard):
         assert len(said) == 8 and "no error" not in said
         for text in said[2:4] + said[6:]:  # of a DTensor torch itself may say that it is one
             assert text.startswith("RuntimeError: this classifier is sharded by classes already: fully_shard would")
+        assert left_out == pytest.approx(plain)
 
 
 def under_flat_parameters(group) -> list:
