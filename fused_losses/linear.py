@@ -123,8 +123,8 @@ def linear_cross_entropy(
             gradient too, and so is that gradient.
         gather_input: with ``shard``: input and class-index target are this rank's rows, any number of them, and the
             loss is that of the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied
-            by the number of ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the
-            network in front, then gives that network what one process with all rows would. The gradient by
+            by the number of the shard's ranks: ``DistributedDataParallel``, which averages over the ranks the gradients
+            of the network in front, then gives that network what one process with all rows would. The gradient by
             linear_weight is one process's already, so the classifier stays outside of it. The ranks' numbers of rows
             are exchanged first, which on CUDA costs a synchronisation.
         options: :class:`LinearLossOptions`.
@@ -628,14 +628,24 @@ WITHOUT_WRAPPER = (
 )
 
 
+WITHOUT_CLASSIFIER = "wrap the network alone, give the classifier shard=... and gather_input=True"
+
+
 def _ddp_that_holds(weight: Tensor) -> nn.parallel.DistributedDataParallel | None:
     """The DDP whose forward is running, if weight is one of the parameters that it keeps alike."""
     ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
-    if ddp is None:
-        return None
-    named = ddp.module.named_parameters()
-    held = any(parameter is weight and name not in ddp.parameters_to_ignore for name, parameter in named)
-    return ddp if held else None
+    return ddp if ddp is not None and _ddp_holds(ddp, ddp.module, weight) else None
+
+
+def _ddp_holds(ddp: nn.parallel.DistributedDataParallel, module: nn.Module, weight: Tensor) -> bool:
+    named = module.named_parameters()
+    return any(parameter is weight and name not in ddp.parameters_to_ignore for name, parameter in named)
+
+
+def _share_classes(ranks: dist.ProcessGroup | None, shard: ClassShard) -> bool:
+    """Whether two of these ranks have different classes."""
+    of_ranks, of_shard = (dist.get_process_group_ranks(group or dist.group.WORLD) for group in (ranks, shard.group))
+    return len(set(of_ranks) & set(of_shard)) > 1
 
 
 def _check_wrapper(weight: Tensor, sparse_grad: bool, shard: ClassShard | None) -> None:
@@ -644,20 +654,32 @@ def _check_wrapper(weight: Tensor, sparse_grad: bool, shard: ClassShard | None) 
     ddp = _ddp_that_holds(weight) if sparse_grad or shard is not None else None
     if ddp is None:
         return
-    if shard is not None:
-        of_ddp, of_shard = (
-            dist.get_process_group_ranks(group or dist.group.WORLD) for group in (ddp.process_group, shard.group)
+    if shard is not None and _share_classes(ddp.process_group, shard):
+        raise RuntimeError(
+            "DistributedDataParallel holds this sharded classifier, and has copied the classes of one rank over those "
+            f"of the others: {WITHOUT_CLASSIFIER}, and draw or load its weight anew"
         )
-        if len(set(of_ddp) & set(of_shard)) > 1:
-            raise RuntimeError(
-                "DistributedDataParallel holds this sharded classifier, and has copied the classes of one rank over "
-                "those of the others: wrap the network alone, give the classifier shard=... and gather_input=True, and "
-                "draw or load its weight anew"
-            )
     if sparse_grad and ddp.require_backward_grad_sync:
         raise RuntimeError(
             "sparse_grad=True: DistributedDataParallel takes sparse gradients of nn.Embedding alone; " + WITHOUT_WRAPPER
         )
+
+
+def _check_wrapped(wrapper: Any, name: str, module: nn.Module | None) -> None:
+    """Of every module that another one takes. DDP takes its own before the ranks compare the shapes of weights, where
+    one rank would raise and the others wait; FullyShardedDataParallel when it has made one parameter of all."""
+    ddp = name == "module" and isinstance(wrapper, nn.parallel.DistributedDataParallel)
+    if module is None or not (ddp or name == "_fsdp_wrapped_module"):
+        return
+    for part in module.modules():
+        if isinstance(part, LinearLoss) and part.shard is not None:
+            weight = part.weight
+            held = _ddp_holds(wrapper, module, weight) if ddp else weight not in wrapper._ignored_params
+            if held and _share_classes(wrapper.process_group, part.shard):
+                raise RuntimeError(f"{type(wrapper).__name__} would mix the ranks' classes: {WITHOUT_CLASSIFIER}")
+
+
+nn.modules.module.register_module_module_registration_hook(_check_wrapped)
 
 
 def _check_options(

@@ -5,6 +5,7 @@ import copy
 import datetime
 import itertools
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -420,47 +421,6 @@ def test_sparse_gradients_under_wrappers_that_take_none(world):
         assert others == [True, True, (50, FEATURES)]
 
 
-class ShardedNet(Net):
-    """Of 50 classes, as many on each rank."""
-
-    def __init__(self, group):
-        super().__init__()
-        self.head = fl.LinearLoss(FEATURES, 50, loss=fl.HSLRLoss(k=2), shard=ClassShard.split(50, group))
-
-
-def wrapped_though_sharded(group) -> list:
-    """What the wrappers say, then the loss of a network wrapped alone, and of one whose classifier DDP is to leave."""
-    x, target = make_layer(50)[0], make_index(ROWS, 50)
-    wrap, mesh = torch.nn.parallel.DistributedDataParallel, DeviceMesh.from_group(group, "cpu")
-    head = ShardedNet(group).head
-    said = [
-        refusal(wrap(ShardedNet(group), process_group=group), x, target),
-        refusal(wrap(head, process_group=group), x, target),
-        refusal(fully_shard, ShardedNet(group), mesh=mesh),
-        refusal(fully_shard, ShardedNet(group).head, mesh=mesh),
-    ]
-    torch.manual_seed(0)
-    network = ShardedNet(group)
-    plain = network(x, target).item()
-    wrap._set_params_and_buffers_to_ignore_for_model(network, ["head.weight"])
-    alone = wrap(network, process_group=group)
-    rank = dist.get_rank(group)
-    replicas = dist.new_group([rank], use_local_synchronization=True)  # the data axis of a mesh: one rank of each shard
-    in_a_mesh = wrap(ShardedNet(group), process_group=replicas)
-    return [said, plain, alone(x, target).item(), in_a_mesh(x, target).isfinite().item()]
-
-
-def test_wrappers_that_would_mix_the_classes_are_refused(world):
-    for said, plain, alone, in_a_mesh in world.run(2, wrapped_though_sharded):
-        for of_ddp in said[:2]:
-            assert of_ddp.startswith("RuntimeError: DistributedDataParallel holds this sharded classifier")
-            assert "gather_input=True" in of_ddp
-        for of_fsdp in said[2:]:
-            assert of_fsdp.startswith("RuntimeError: this classifier is sharded by classes already: fully_shard would")
-        assert alone == plain
-        assert in_a_mesh
-
-
 def fully_sharded(group, normalize) -> list:
     torch.manual_seed(0)
     plain = fl.LinearLoss(FEATURES, 50, normalize=normalize)
@@ -528,17 +488,27 @@ def test_ignored_rows_are_literal_zeros(world):
 
 
 def lost(rank: int, store: str, how: str, answer) -> None:
-    patient, timeout = datetime.timedelta(minutes=2), datetime.timedelta(seconds=10)
+    patient, timeout = datetime.timedelta(minutes=2), datetime.timedelta(seconds=5)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patient)
     ClassShard.split(10)  # the ranks have met: from here on they may be impatient
     shard = ClassShard.split(10, dist.new_group(timeout=timeout))
     if rank == 0:
-        answer.send(refusal(fl.cross_entropy, torch.zeros(2, 5), torch.tensor([0, 9]), shard=shard))
+        answer.send(refusal(whole_step, shard))
     elif how == "hangs":
         time.sleep(240)
+    elif how == "is killed in the middle of a step":
+        whole_step(shard, lambda: os._exit(1))
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
+def whole_step(shard, before_backward=lambda: None) -> None:
+    x, weight, _ = make_layer(10)
+    mine = weight[shard.start : shard.stop].requires_grad_()
+    loss = fl.linear_cross_entropy(x.requires_grad_(), mine, make_index(ROWS, 10), shard=shard)
+    before_backward()
+    loss.backward()
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs", "is killed in the middle of a step"])
 def test_a_rank_that_is_lost_makes_the_others_fail(tmp_path, how):
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
