@@ -47,9 +47,19 @@ from .linear_topk import TopK, topk_of_layer
 from .losses import CrossEntropy, Loss, OwnSoftmax
 from .margin import Margin, MarginTerms
 from .modules import CrossEntropyLoss, RowLoss
-from .shard import ClassShard, check_agreement, gather_batch, is_dtensor, local_of, move_rows, own_rows_of, width_of_shard
+from .shard import (
+    ClassShard,
+    check_agreement,
+    gather_batch,
+    is_dtensor,
+    local_of,
+    move_rows,
+    own_rows_of,
+    width_of_shard,
+)
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from typing_extensions import Unpack
 
 LEARNED_SCALE = 1 / 0.07  # where a learned scale starts
@@ -475,15 +485,17 @@ class LinearLoss(nn.Module):
         if self.shard is not None:
             for parameter in self._parameters.values():
                 if is_dtensor(parameter) and parameter.device_mesh.device_type != parameter.device.type:
-                    self._put_on_mesh(parameter)
+                    _put_on_mesh(self.shard, parameter)
         return self
 
-    def _put_on_mesh(self, parameter: nn.Parameter) -> None:
-        """That of the kind of device where it is now; in place, for the optimizer has it too."""
-        made = nn.Parameter(self.shard.dtensor(parameter.detach().to_local()), parameter.requires_grad)
-        if parameter.grad is not None:
-            made.grad = self.shard.dtensor(parameter.grad.to_local())
-        torch.utils.swap_tensors(parameter, made)
+
+@torch.no_grad()
+def _put_on_mesh(shard: ClassShard, parameter: DTensor) -> None:
+    """That of the kind of device where it is now; in place, for the optimizer has it too."""
+    made = nn.Parameter(shard.dtensor(parameter.to_local()), parameter.requires_grad)
+    if is_dtensor(parameter.grad):
+        made.grad = shard.dtensor(parameter.grad.to_local())
+    torch.utils.swap_tensors(parameter, made)
 
 
 def _take_the_place_of(

@@ -1,12 +1,13 @@
 """State dicts of a sharded ``LinearLoss``: under the name of a parameter stand the rows of all classes, or none.
 
-A ``DTensor`` says so itself. Rows that are no ``DTensor`` are named by their classes, ``weight [0, 3) of 10``: ranks that
-save them save different things, and a rank that reads those of another sees it.
+A ``DTensor`` says of which it holds a part. Rows that are no ``DTensor`` are named by their classes,
+``weight [0, 3) of 10``: the ranks save different things, and a rank that reads those of another sees it.
 """
 
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .shard import ClassShard, is_dtensor
@@ -67,12 +68,11 @@ def _own_part(
     if value.shape != shape:
         raise ValueError(f"expected {whole} of all classes, {tuple(shape)}, got {tuple(value.shape)}")
     if is_dtensor(value):
-        mine = shard.dtensor(parameter.detach()) if not is_dtensor(parameter) else parameter
-        of_rank, rank = value.device_mesh.get_coordinate(), mine.device_mesh.get_coordinate()
-        if not shard.holds(value) or of_rank != rank:
+        coordinate = value.device_mesh.get_coordinate()
+        if not shard.holds(value) or list(coordinate or []) != [dist.get_rank(shard.group)]:
             raise ValueError(
-                f"{whole} is a DTensor of other ranks or shards, or what torch.save kept of rank {of_rank} alone: save "
+                f"{whole} is a DTensor of other shards, or what torch.save kept of another rank, {coordinate}: save "
                 "with torch.distributed.checkpoint, or its full_tensor()"
             )
-        return value.detach().to_local()
+        return value.to_local()
     return value[shard.start : shard.stop] if value.dim() > 0 else value

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -115,15 +115,14 @@ class ClassShard:
         """
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        shape, placement = mine.shape, Replicate()
+        shape, placements = mine.shape, [Replicate() if mine.dim() == 0 else Shard(0)]
         if mine.dim() > 0:
-            shape, placement = torch.Size((self.num_classes, *mine.shape[1:])), Shard(0)
-            width_of_shard(self, "rows", mine.shape, mine.shape[0])
+            shape = torch.Size((width_of_shard(self, "rows", mine.shape, mine.shape[0]), *mine.shape[1:]))
         if not self.even:
             raise ValueError(f"DTensor knows the shards of ClassShard.split only, got borders {self.edges}")
         stride = torch.empty(shape, device="meta").stride()
         mesh = self._mesh(mine.device.type)
-        return DTensor.from_local(mine.detach(), mesh, [placement], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(mine.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def _mesh(self, device_type: str) -> "DeviceMesh":
         from torch.distributed.device_mesh import DeviceMesh
@@ -139,15 +138,15 @@ class ClassShard:
     def holds(self, tensor: "DTensor") -> bool:
         """Whether each rank has of it what :meth:`dtensor` would give it."""
         mesh, placement = tensor.device_mesh, tensor.placements[0]
-        if mesh != self.meshes.get(mesh.device_type):  # an equal one may bear names of its own
-            if mesh.mesh.tolist() != dist.get_process_group_ranks(self.group or dist.group.WORLD):
-                return False
+        ours = self.meshes.get(mesh.device_type)
+        if mesh != ours and mesh.mesh.tolist() != dist.get_process_group_ranks(self.group or dist.group.WORLD):
+            return False
         if tensor.dim() == 0:
             return placement.is_replicate()
         return self.even and placement.is_shard(0) and tensor.shape[0] == self.num_classes
 
 
-def is_dtensor(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
     """Asked of the type, for the compiler finds no attributes of a ``DTensor``; and imported by those who have one."""
     return hasattr(type(tensor), "to_local")
 

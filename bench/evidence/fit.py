@@ -61,8 +61,10 @@ def fit(
         # made without memory or random numbers: its parameters are the model's own, which can so be evaluated
         head = fl.LinearLoss(data.features, data.num_classes, loss=criterion, bias=True, shard=shard, device="meta")
         body, head.weight, head.bias = model[0], *(own_classes(whole, shard) for whole in classifier.parameters())
-    groups = [{"params": list(part.parameters())} for part in (body, head)]  # a sharded head has DTensors: never in one
-    optimizer = torch.optim.SGD(model.parameters() if shard is None else groups, settings["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+    parameters = model.parameters()
+    if shard is not None:  # DTensors, which are no group with the network's
+        parameters = [{"params": part.parameters()} for part in (body, head)]
+    optimizer = torch.optim.SGD(parameters, settings["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = epochs * math.ceil(len(data.train.target) / data.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, steps))
 
