@@ -60,6 +60,7 @@ def train(group, layer, kind, change, edges=None, steps=3) -> dict:
     after = found(changed)
     assert {id(p) for p in changed.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert not set(optimizer.state) & set(head.parameters())
+    assert {type(state.get("step", torch.ones(()))) for state in optimizer.state.values()} == {torch.Tensor}
     losses += [step(changed, 6) for _ in range(steps)]
     return {"before": before, "after": after, "losses": losses}
 

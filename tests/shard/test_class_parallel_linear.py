@@ -449,8 +449,8 @@ class ShardedNet(Net):
 
 
 def wrapped_though_sharded(group) -> tuple:
-    """What the wrappers say, of DTensors and of plain parameters; then whether a network whose classifier they are to
-    leave gives the loss of one that is not wrapped."""
+    """What the wrappers say where PyTorch's constructors refuse DTensors, and where we do; then whether a network whose
+    classifier they are to leave gives the loss of one that is not wrapped."""
     x, target = make_layer(50)[0], make_index(ROWS, 50)
     wrap, mesh = torch.nn.parallel.DistributedDataParallel, DeviceMesh.from_group(group, "cpu")
     of_dtensors = [
@@ -459,7 +459,8 @@ def wrapped_though_sharded(group) -> tuple:
         for wrapper, where in ((wrap, {"process_group": group}), (fully_shard, {"mesh": mesh}))
         for wrapped in (ShardedNet(group, classes), ShardedNet(group, classes).head)
     ]
-    of_plain = [
+    ours = [
+        refusal(wrap(ShardedNet(group), process_group=group, init_sync=False), x, target),
         refusal(wrap(ShardedNet(group, sparse_grad=True), process_group=group), x, target),
         refusal(wrap(ShardedNet(group, sparse_grad=True).head, process_group=group), x, target),
         refusal(fully_shard, ShardedNet(group, sparse_grad=True), mesh=mesh),
@@ -473,16 +474,16 @@ def wrapped_though_sharded(group) -> tuple:
     torch.manual_seed(0)
     network = ShardedNet(group)
     fully_shard(network, mesh=mesh, ignored_params=set(network.head.parameters()))
-    return of_dtensors, of_plain, [*alone, network(x, target).item()] == [plain, plain]
+    return of_dtensors, ours, [*alone, network(x, target).item()] == [plain, plain]
 
 
 def test_wrappers_that_would_mix_the_classes_are_refused(world):
-    for of_dtensors, of_plain, alone in world.run(2, wrapped_though_sharded):
+    for of_dtensors, ours, alone in world.run(2, wrapped_though_sharded):
         assert len(of_dtensors) == 8 and "no error" not in of_dtensors  # torch raises before it asks us anything
-        for of_ddp in of_plain[:2]:
+        for of_ddp in ours[:3]:
             assert of_ddp.startswith("RuntimeError: DistributedDataParallel holds this sharded classifier")
             assert "gather_input=True" in of_ddp
-        for of_fsdp in of_plain[2:]:
+        for of_fsdp in ours[3:]:
             assert of_fsdp.startswith("RuntimeError: this classifier is sharded by classes already: fully_shard would")
         assert alone
 
