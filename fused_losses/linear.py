@@ -130,8 +130,8 @@ def linear_cross_entropy(
         normalize: cosine logits, scale * <input, w_j> / (|input| |w_j|). An angle of ``margin`` needs it.
         scale: finite, > 0; the scale of cosine logits. A number, or a tensor () that may require a gradient. Default 1.
         shard: the classes are sharded over ranks, as in :func:`fused_losses.cross_entropy`: linear_weight (and
-            linear_bias) are those of this rank's classes, or the ``DTensor`` of all that has them; input is the same on every rank, whether it requires a
-            gradient too, and so is that gradient.
+            linear_bias) are those of this rank's classes, or the ``DTensor`` of all that has them; input is the same on
+            every rank, whether it requires a gradient too, and so is that gradient.
         gather_input: with ``shard``: input and class-index target are this rank's rows, any number of them, and the
             loss is that of the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied
             by the number of ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the
@@ -239,9 +239,9 @@ class LinearLoss(nn.Module):
     start from the same numbers for the same seed however the classes are sharded; on the CPU from those of one process.
     They are then ``DTensor``s of all classes, (C, D) and (C,), replicated for () (:meth:`ClassShard.dtensor`), which
     PyTorch's optimizers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint`` know; in lists of their own, without
-    the network's plain tensors. With ``sparse_grad``, and for borders that :meth:`ClassShard.split` would not make, they
-    are plain tensors of this rank's classes, which its state dict names. ``load_state_dict`` takes the rows of all
-    classes, of which every rank keeps its own.
+    the network's plain tensors. With ``sparse_grad``, and for borders that :meth:`ClassShard.split` would not make,
+    they are plain tensors of this rank's classes, which the state dict names. ``load_state_dict`` takes the rows of
+    all classes, of which every rank keeps its own.
     """
 
     scale: Any  # a number, or "learned"
