@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
@@ -341,7 +342,12 @@ def copies(group) -> list:
     before = head.weight.to_local().clone()
     optimizer.step()
     moved = not torch.equal(before, head.weight.to_local())
-    emptied = copy.deepcopy(head).to("meta").to_empty(device="cpu")
+    emptied = copy.deepcopy(head).to("meta")
+    mesh = DeviceMesh.from_group(dist.group.WORLD, "cuda")  # as if it came from there
+    elsewhere = {"device_mesh": mesh, "placements": [Shard(0)], "shape": head.weight.shape, "stride": (FEATURES, 1)}
+    emptied.weight = parameter = nn.Parameter(DTensor.from_local(emptied.weight.detach().to_local(), **elsewhere))
+    emptied.to_empty(device="cpu")
+    assert emptied.weight is parameter and parameter.device_mesh.device_type == "cpu"
     emptied.load_state_dict(head.state_dict())
     made = [pickle.loads(pickle.dumps(head)), copy.deepcopy(head), emptied]
     equal = [torch.equal(other(x, target), head(x, target)) for other in made]
