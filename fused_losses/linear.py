@@ -241,7 +241,7 @@ class LinearLoss(nn.Module):
     PyTorch's optimizers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint`` know; in lists of their own, without
     the network's plain tensors. With ``sparse_grad``, and for borders that :meth:`ClassShard.split` would not make,
     they are plain tensors of this rank's classes, which the state dict names. ``load_state_dict`` takes the rows of
-    all classes, of which every rank keeps its own.
+    all classes, of which every rank keeps its own (to ``weight.data = ...`` a ``DTensor`` is deaf).
     """
 
     scale: Any  # a number, or "learned"
@@ -540,6 +540,11 @@ def apply(
     scale = _check_options(how, isinstance(bias, Tensor) and bias.dim() > 0, normalize, scale)
     how = LinearLossOptions() if how is None else how
     _check_wrapper(linear_weight, how.sparse_grad, shard)
+    if how.sparse_grad and shard is not None and is_dtensor(linear_weight):
+        raise ValueError(
+            "sparse_grad=True: a DTensor has no sparse gradients; make the LinearLoss with these options, or give "
+            "plain tensors of this rank's classes"
+        )
     linear_weight, bias = local_of(shard, linear_weight), None if bias is None else local_of(shard, bias)
     num_classes = _check_layer(input, linear_weight, bias, normalize, shard)
     dtype = _dtype_of_linear(input, linear_weight, bias)

@@ -380,25 +380,27 @@ def dtensors(group) -> list:
         loss.backward()
     mesh = DeviceMesh.from_group(group, "cpu")
     others = DTensor.from_local(whole, mesh, [Replicate()]), DTensor.from_local(torch.zeros(20, 2), mesh, [Shard(1)])
-    scale = shard.dtensor(torch.tensor(2.0))
+    scale, sparse = shard.dtensor(torch.tensor(2.0)), fl.LinearLossOptions(sparse_grad=True)
     return [
         refusal(uneven.dtensor, torch.zeros(len(uneven))),
         refusal(fl.cross_entropy, logits, torch.zeros(10, dtype=torch.long)),
         refusal(fl.linear_cross_entropy, x, weight, target),
         *(refusal(fl.linear_cross_entropy, x, other, target, shard=shard) for other in others),
         refusal(fl.linear_cross_entropy, x, mine, target, normalize=True, scale=scale, shard=shard),
+        refusal(fl.linear_cross_entropy, x, weight, target, k=2, shard=shard, options=sparse),
         given[0].item() == given[1].item() and torch.equal(plain.grad, weight.grad.to_local()),
     ]
 
 
 def test_dtensors_of_the_shard_are_taken_others_refused_with_a_way_out(world):
-    for uneven, logits, *weights, scale, same in world.run(2, dtensors):
+    for uneven, logits, *weights, scale, sparse, same in world.run(2, dtensors):
         assert uneven == "ValueError: DTensor knows the shards of ClassShard.split only, got borders (0, 3, 10)"
         assert logits.startswith("TypeError: logits must be a plain Tensor, got a DTensor") and "to_local()" in logits
         assert len(weights) == 3
         for weight in weights:
             assert weight.startswith("TypeError: linear_weight must be a plain Tensor") and "ClassShard.split" in weight
         assert scale.startswith("TypeError: scale must be a plain Tensor, got a DTensor")
+        assert sparse.startswith("ValueError: sparse_grad=True: a DTensor has no sparse gradients; make the LinearLoss")
         assert same
 
 
