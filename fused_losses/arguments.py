@@ -15,7 +15,7 @@ from . import ops, reference
 from .labels import Labels
 from .losses import HSLR, Loss, LossSpec
 from .margin import Margin, MarginTerms
-from .shard import ClassShard, check_shard, width_of_shard
+from .shard import ClassShard, check_shard, is_dtensor, width_of_shard
 
 IGNORE_INDEX = -100
 Reduce = Literal["none", "mean", "sum"]
@@ -143,7 +143,7 @@ def check_logits(logits: Tensor, shard: ClassShard | None) -> int:
 def check_kind(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-    if hasattr(tensor, "to_local"):
+    if is_dtensor(tensor):
         raise TypeError(
             f"{name} must be a plain Tensor, got a DTensor: if it is sharded by classes, give {name}.to_local() and "
             f"shard=ClassShard.split(num_classes, group); else {name}.full_tensor()"

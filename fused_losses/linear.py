@@ -41,14 +41,25 @@ from .finish import RowStatistics, ignored_rows
 from .functional import finished, with_numbers_of
 from .labels import Labels
 from .linear_autograd import LayerSpec, LinearLossAtOnce, LinearStatistics, gradients_at_once
+from .linear_checkpoint import name_by_classes, take_own_rows
 from .linear_rows import MIB
 from .linear_topk import TopK, topk_of_layer
 from .losses import CrossEntropy, Loss, OwnSoftmax
 from .margin import Margin, MarginTerms
 from .modules import CrossEntropyLoss, RowLoss
-from .shard import ClassShard, check_agreement, gather_batch, move_rows, own_rows_of, width_of_shard
+from .shard import (
+    ClassShard,
+    check_agreement,
+    gather_batch,
+    is_dtensor,
+    local_of,
+    move_rows,
+    own_rows_of,
+    width_of_shard,
+)
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from typing_extensions import Unpack
 
 LEARNED_SCALE = 1 / 0.07  # where a learned scale starts
@@ -119,8 +130,8 @@ def linear_cross_entropy(
         normalize: cosine logits, scale * <input, w_j> / (|input| |w_j|). An angle of ``margin`` needs it.
         scale: finite, > 0; the scale of cosine logits. A number, or a tensor () that may require a gradient. Default 1.
         shard: the classes are sharded over ranks, as in :func:`fused_losses.cross_entropy`: linear_weight (and
-            linear_bias) are those of this rank's classes; input is the same on every rank, whether it requires a
-            gradient too, and so is that gradient.
+            linear_bias) are those of this rank's classes, or the ``DTensor`` of all that has them; input is the same on
+            every rank, whether it requires a gradient too, and so is that gradient.
         gather_input: with ``shard``: input and class-index target are this rank's rows, any number of them, and the
             loss is that of the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied
             by the number of the shard's ranks: ``DistributedDataParallel``, which averages over the ranks the gradients
@@ -226,6 +237,11 @@ class LinearLoss(nn.Module):
     ``weight`` (C, D) and ``bias`` (C,) bear the names and the initialisation of ``nn.Linear``: state dicts of the two
     are interchangeable (a class-weight buffer of the loss aside). With ``shard`` they hold this rank's classes, and
     start from the same numbers for the same seed however the classes are sharded; on the CPU from those of one process.
+    They are then ``DTensor``s of all classes, (C, D) and (C,), replicated for () (:meth:`ClassShard.dtensor`), which
+    PyTorch's optimizers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint`` know; in lists of their own, without
+    the network's plain tensors. With ``sparse_grad``, and for borders that :meth:`ClassShard.split` would not make,
+    they are plain tensors of this rank's classes, which the state dict names. ``load_state_dict`` takes the rows of
+    all classes, of which every rank keeps its own (to ``weight.data = ...`` a ``DTensor`` is deaf).
     """
 
     scale: Any  # a number, or "learned"
@@ -268,18 +284,21 @@ class LinearLoss(nn.Module):
         self.shard = shard
         self.gather_input = gather_input
         self.options = options
-        self.weight = nn.Parameter(torch.empty((classes, in_features), device=device, dtype=dtype))
-        shape = (classes,) if bias else ()
-        self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if bias or logit_bias else None
-        self.log_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if learned else None
+
+        def parameter(*shape: int) -> nn.Parameter:
+            mine = torch.empty(shape, device=device, dtype=dtype)
+            sparse_grad = options is not None and options.sparse_grad
+            return nn.Parameter(mine if shard is None or sparse_grad or not shard.even else shard.dtensor(mine))
+
+        self.weight = parameter(classes, in_features)
+        self.bias = parameter(*([classes] if bias else [])) if bias or logit_bias else None
+        self.log_scale = parameter() if learned else None
         self.reset_parameters()
 
     def __setattr__(self, name: str, value) -> None:
-        if name in ("weight", "bias") and hasattr(value, "to_local") and getattr(self, "shard", None) is not None:
-            raise RuntimeError(
-                "this classifier is sharded by classes already: fully_shard would mix the ranks' classes; shard the "
-                "network alone, and leave the classifier out (shard=..., gather_input=True)"
-            )
+        shard = getattr(self, "shard", None)
+        if shard is not None and is_dtensor(value) and not (isinstance(value, nn.Parameter) and shard.holds(value)):
+            raise RuntimeError(ALREADY_SHARDED)
         super().__setattr__(name, value)
 
     @torch.no_grad()
@@ -288,7 +307,7 @@ class LinearLoss(nn.Module):
             if self.shard is None:
                 uniform(parameter)
             else:
-                own_rows_of(self.shard, parameter, uniform)
+                own_rows_of(self.shard, local_of(self.shard, parameter), uniform)
 
         draw(self.weight, lambda rows: nn.init.kaiming_uniform_(rows, a=math.sqrt(5)))
         if self.log_scale is not None:
@@ -315,7 +334,7 @@ class LinearLoss(nn.Module):
     def _scale(self) -> float | Tensor:
         if self.log_scale is None:
             return self.scale
-        return self.log_scale.to(reference.compute_dtype(self.log_scale.dtype)).exp()
+        return local_of(self.shard, self.log_scale).to(reference.compute_dtype(self.log_scale.dtype)).exp()
 
     def extra_repr(self) -> str:
         cosine = f", normalize=True, scale={self.scale}" if self.normalize else ""
@@ -376,10 +395,13 @@ class LinearLoss(nn.Module):
         )  # fmt: skip
 
         def moved(old: Tensor, new: Tensor) -> Tensor:
-            old = old.full_tensor() if hasattr(old, "full_tensor") else old
+            if self.shard is None and is_dtensor(old):  # of fully_shard
+                old = old.full_tensor()
+            old, rows = local_of(self.shard, old), local_of(shard, new)
             if old.dim() == 0:
-                return new.copy_(old)
-            move_rows(self.shard, old, shard, new, origin)
+                rows.copy_(old)
+            else:
+                move_rows(self.shard, old, shard, rows, origin)
             return new
 
         for (_, old), (_, new) in zip(self.named_parameters(), made.named_parameters(), strict=True):
@@ -390,16 +412,19 @@ class LinearLoss(nn.Module):
 
     def logits(self, input: Tensor) -> Tensor:
         """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
-        if hasattr(self.weight, "to_local"):
+        weight, bias = self._layer()
+        if is_dtensor(weight):
             raise TypeError(
                 "logits() after fully_shard: call torch.distributed.fsdp.register_fsdp_forward_method(head, 'logits') "
                 "once; outside of registered methods the weight is sharded"
             )
         if not self.normalize:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, weight, bias)
         input = _direction(input, self._scale()).to(input.dtype)
-        pieces = self.weight.split(max(1, MIB // max(1, self.in_features)))  # no normalised copy here either
-        return torch.cat([F.linear(input, _direction(w, 1.0).to(w.dtype), self._bias_of(w)) for w in pieces], dim=1)
+        pieces = weight.split(max(1, MIB // max(1, self.in_features)))  # no normalised copy here either
+        biases = [None if bias is None else bias.expand(len(w)) for w in pieces]  # the one bias, of each of these
+        logits = [F.linear(input, _direction(w, 1.0).to(w.dtype), b) for w, b in zip(pieces, biases, strict=True)]
+        return torch.cat(logits, dim=1)
 
     def topk(self, input: Tensor, k: int) -> TopK:
         """The k classes with the largest logits, values and indices (N, k), largest first: exact nearest identities.
@@ -415,16 +440,17 @@ class LinearLoss(nn.Module):
         k = as_integer("k", k)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be from 1 to the {self.num_classes} classes, got {k}")
-        layer_bias = self.bias if self.bias is not None and self.bias.dim() > 0 else None
-        scale = _check_options(self.options, layer_bias is not None, self.normalize, self._scale())
-        _check_layer(input, self.weight, self.bias, self.normalize, self.shard)
+        weight, bias = self._layer()
+        has_bias = bias is not None and bias.dim() > 0
+        scale = _check_options(self.options, has_bias, self.normalize, self._scale())
+        _check_layer(input, weight, bias, self.normalize, self.shard)
         x = input if input.dim() == 2 else input[None]
         if self.normalize:
             x = _direction(x, scale)
         chunk_bytes = 0 if self.options is None else self.options.chunk_bytes or 0
-        dtype = _dtype_of_linear(input, self.weight, self.bias)
+        dtype = _dtype_of_linear(input, weight, bias)
         layer_spec = LayerSpec(dtype, self.normalize, chunk_bytes, False, [False] * 3)
-        found = topk_of_layer(x, self.weight, self.bias, k, layer_spec, self.shard, self.num_classes)
+        found = topk_of_layer(x, weight, bias, k, layer_spec, self.shard, self.num_classes)
         return found if input.dim() == 2 else TopK(*(part.squeeze(0) for part in found))
 
     def predict(self, input: Tensor) -> Tensor:
@@ -435,24 +461,59 @@ class LinearLoss(nn.Module):
     def embeddings(self) -> Tensor:
         """The classes' vectors as a search index wants them, (C, D), of this rank's classes if they are sharded: of
         length 1 with ``normalize``, where the logits are scale times the inner product with a vector of length 1."""
-        return _direction(self.weight, 1.0).to(self.weight.dtype) if self.normalize else self.weight.detach().clone()
+        weight, _ = self._layer()
+        return _direction(weight, 1.0).to(weight.dtype) if self.normalize else weight.clone()
 
-    def _bias_of(self, classes: Tensor) -> Tensor | None:
-        """The one bias, of each of these classes."""
-        return None if self.bias is None else self.bias.expand(classes.shape[0])
+    def _layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, of this rank's classes if they are sharded."""
+        return local_of(self.shard, self.weight), None if self.bias is None else local_of(self.shard, self.bias)
+
+    # --- checkpoints, and what else happens to parameters ---
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shard is not None:
+            name_by_classes(self.shard, self._parameters, destination, prefix)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        if self.shard is not None:
+            copy = local_metadata.get("assign_to_params_buffers", False)
+            error_msgs += take_own_rows(self.shard, self._parameters, state_dict, prefix, copy)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.shard is not None:
+            for parameter in self._parameters.values():
+                if is_dtensor(parameter) and parameter.device_mesh.device_type != parameter.device.type:
+                    _put_on_mesh(self.shard, parameter)
+        return self
+
+
+@torch.no_grad()
+def _put_on_mesh(shard: ClassShard, parameter: DTensor) -> None:
+    """That of the kind of device where it is now; in place, for the optimizer has it too."""
+    made = nn.Parameter(shard.dtensor(parameter.to_local()), parameter.requires_grad)
+    if is_dtensor(parameter.grad):
+        made.grad = shard.dtensor(parameter.grad.to_local())
+    torch.utils.swap_tensors(parameter, made)
 
 
 def _take_the_place_of(
     optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor, moved: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """Puts new where the optimizer has old; its state, row by row as moved does. What is no state of rows stays."""
+    """Puts new where the optimizer has old; its state, row by row as moved does. What has another shape stays."""
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     state = optimizer.state.pop(old, None)
     if state is not None:
         optimizer.state[new] = {
-            name: moved(value, value.new_zeros(new.shape))
-            if isinstance(value, Tensor) and value.shape == old.shape and old.dim() > 0
+            name: moved(value, torch.zeros_like(new, dtype=value.dtype))
+            if isinstance(value, Tensor) and value.shape == old.shape and name != "step"  # which is () as well
             else value
             for name, value in state.items()
         }
@@ -478,6 +539,13 @@ def apply(
     check_options(loss, options)
     scale = _check_options(how, isinstance(bias, Tensor) and bias.dim() > 0, normalize, scale)
     how = LinearLossOptions() if how is None else how
+    _check_wrapper(linear_weight, how.sparse_grad, shard)
+    if how.sparse_grad and shard is not None and is_dtensor(linear_weight):
+        raise ValueError(
+            "sparse_grad=True: a DTensor has no sparse gradients; make the LinearLoss with these options, or give "
+            "plain tensors of this rank's classes"
+        )
+    linear_weight, bias = local_of(shard, linear_weight), None if bias is None else local_of(shard, bias)
     num_classes = _check_layer(input, linear_weight, bias, normalize, shard)
     dtype = _dtype_of_linear(input, linear_weight, bias)
     one_row = input.dim() == 1
@@ -495,7 +563,6 @@ def apply(
     if how.sparse_grad and (spec.k == 0 or multi_hot):
         got = "multi-hot targets" if multi_hot else f"all {num_classes - 1} negatives"
         raise ValueError(f"sparse_grad needs class indices or Labels, and k (or ratio) below C - 1, got {got}")
-    _check_wrapper(linear_weight, how.sparse_grad, shard)
     x = input.unsqueeze(0) if one_row else input
     if normalize:
         ignored = ignored_rows(target, spec)
@@ -622,6 +689,10 @@ def _check_layer(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: 
     return weight.shape[0]
 
 
+ALREADY_SHARDED = (
+    "this classifier is sharded by classes already: fully_shard would mix the ranks' classes, DistributedDataParallel "
+    "with a device_mesh lose them; wrap the network alone, and leave the classifier out (shard=..., gather_input=True)"
+)
 WITHOUT_WRAPPER = (
     "leave the classifier out of it, sharded by classes (shard=ClassShard.split(num_classes), gather_input=True), or "
     "give up sparse_grad"
@@ -707,6 +778,7 @@ def _check_options(
 
 def _check_scale(scale: Tensor, normalize: bool) -> Tensor:
     """A tensor, whose value only a CPU may look at: other devices would have to be waited for."""
+    check_kind("scale", scale)
     if scale.dim() != 0 or scale.dtype not in FLOATING:
         raise ValueError(
             f"expected scale to be a number or a floating tensor (), got {scale.dtype}, {tuple(scale.shape)}"

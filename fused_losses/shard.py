@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -45,6 +46,7 @@ class ClassShard:
     check_ranks: bool = True
     checked: list[bool] = field(init=False, repr=False, compare=False, default_factory=list)
     edges: tuple[int, ...] = field(init=False, repr=False)  # 0, and where the classes of each rank stop
+    meshes: "dict[str, DeviceMesh]" = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
         _check_member(self.group)
@@ -95,27 +97,66 @@ class ClassShard:
         """How many picks a rank offers of the k hardest."""
         return min(k, max(stop - start for start, stop in itertools.pairwise(self.edges)))
 
-    def dtensor(self, mine: Tensor) -> "DTensor":
-        """mine, this rank's rows of a tensor (classes, ...), as the ``DTensor`` of all ranks' rows, in the same memory.
+    @property
+    def even(self) -> bool:
+        """Whether :meth:`split` would make these shards: ``DTensor`` knows no others."""
+        return self.edges == _edges_of_chunks(self.num_classes, self.world_size)
 
-        That is what ``torch.distributed.checkpoint`` saves, and loads in place on any number of ranks; it would take
-        the plain tensors of the ranks for copies of one.
+    def dtensor(self, mine: Tensor) -> "DTensor":
+        """mine, this rank's rows of a tensor (classes, ...), as the ``DTensor`` of all ranks' rows, in the same memory;
+        a tensor (), the same on every rank, as one that is replicated.
+
+        That is what :class:`LinearLoss` has for parameters where it can, and what ``torch.distributed.checkpoint``
+        saves, and loads in place on any number of ranks; it would take the plain tensors of the ranks for copies of
+        one.
 
         Raises:
             ValueError: shards that :meth:`split` would not make, on every rank alike; ``DTensor`` knows no others.
         """
-        from torch.distributed.device_mesh import DeviceMesh
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        width_of_shard(self, "rows", mine.shape, mine.shape[0])
-        if self.edges != _edges_of_chunks(self.num_classes, self.world_size):
+        shape, placements = mine.shape, [Replicate() if mine.dim() == 0 else Shard(0)]
+        if mine.dim() > 0:
+            shape = torch.Size((width_of_shard(self, "rows", mine.shape, mine.shape[0]), *mine.shape[1:]))
+        if not self.even:
             raise ValueError(f"DTensor knows the shards of ClassShard.split only, got borders {self.edges}")
-        group = self.group or dist.group.WORLD
-        assert group is not None  # the shard was made by one of its ranks
-        mesh = DeviceMesh.from_group(group, mine.device.type)
-        shape = torch.Size((self.num_classes, *mine.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(mine.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        mesh = self._mesh(mine.device.type)
+        return DTensor.from_local(mine.detach(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def _mesh(self, device_type: str) -> "DeviceMesh":
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if device_type == "meta":  # where nothing is ever sent
+            device_type = "cpu"
+        if device_type not in self.meshes:
+            group = self.group or dist.group.WORLD
+            assert group is not None  # the shard was made by one of its ranks
+            self.meshes[device_type] = DeviceMesh.from_group(group, device_type)
+        return self.meshes[device_type]
+
+    def holds(self, tensor: "DTensor") -> bool:
+        """Whether each rank has of it what :meth:`dtensor` would give it."""
+        mesh, placement = tensor.device_mesh, tensor.placements[0]
+        ours = self.meshes.get(mesh.device_type)
+        if mesh != ours and mesh.mesh.tolist() != dist.get_process_group_ranks(self.group or dist.group.WORLD):
+            return False
+        if tensor.dim() == 0:
+            return placement.is_replicate()
+        return self.even and placement.is_shard(0) and tensor.shape[0] == self.num_classes
+
+
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
+    """Asked of the type, for the compiler finds no attributes of a ``DTensor``; and imported by those who have one."""
+    return hasattr(type(tensor), "to_local")
+
+
+def local_of(shard: ClassShard | None, tensor: Tensor) -> Tensor:
+    """What this rank has of a ``DTensor`` that its shard :meth:`~ClassShard.holds`, with gradients; of () the same on
+    every rank, which must be so of its gradient. Any other tensor as it is."""
+    if shard is None or not is_dtensor(tensor) or not shard.holds(tensor):
+        return tensor
+    return tensor.to_local()
 
 
 def check_shard(shard: ClassShard) -> None:

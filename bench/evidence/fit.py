@@ -61,7 +61,9 @@ def fit(
         # made without memory or random numbers: its parameters are the model's own, which can so be evaluated
         head = fl.LinearLoss(data.features, data.num_classes, loss=criterion, bias=True, shard=shard, device="meta")
         body, head.weight, head.bias = model[0], *(own_classes(whole, shard) for whole in classifier.parameters())
-    parameters = model.parameters() if shard is None else [*body.parameters(), *head.parameters()]
+    parameters = model.parameters()
+    if shard is not None:  # DTensors, which are no group with the network's
+        parameters = [{"params": part.parameters()} for part in (body, head)]
     optimizer = torch.optim.SGD(parameters, settings["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = epochs * math.ceil(len(data.train.target) / data.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, steps))
@@ -75,7 +77,7 @@ def fit(
     def looked_at() -> nn.Module:
         if shard is not None:
             for whole, mine in zip(classifier.parameters(), head.parameters(), strict=True):
-                whole.copy_(shard.dtensor(mine).full_tensor())
+                whole.copy_(mine.full_tensor())
         return model.eval()
 
     first_losses, train_loss, validation, loss_s, step_s = [], [], [], [], []
@@ -115,4 +117,4 @@ def fit(
 
 
 def own_classes(whole: nn.Parameter, shard: fl.ClassShard | None) -> nn.Parameter:
-    return whole if shard is None else nn.Parameter(whole.detach()[shard.start : shard.stop].clone())
+    return whole if shard is None else nn.Parameter(shard.dtensor(whole.detach()[shard.start : shard.stop].clone()))

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 import fused_losses as fl
-from fused_losses.shard import ClassShard
+from fused_losses.shard import ClassShard, local_of
 
 FEATURES, CLASSES = 4, 11
 OPTIMIZERS = {
@@ -20,11 +20,15 @@ KEPT = {"grown": list(range(CLASSES)), "selected": [9, 0, 3, 4, 10, 2]}
 LAYERS = {"bias": {"bias": True}, "cosine": {"normalize": True, "scale": "learned", "logit_bias": True}}
 
 
-def train(group, layer, kind, change, steps=3) -> dict:
-    """Weights and state before and after the change, and the losses of more steps behind it; of this rank's classes."""
+def train(group, layer, kind, change, edges=None, steps=3) -> dict:
+    """Weights and state before and after the change, and the losses of more steps behind it; of this rank's classes.
+
+    edges: the borders of the shards; None: ClassShard.split.
+    """
     shard = None
-    if group is not None:
-        edges = (0, 2, 2, CLASSES)
+    if group is not None and edges is None:
+        shard = ClassShard.split(CLASSES, group)
+    elif group is not None:
         rank = dist.get_rank(group)
         shard = ClassShard(edges[rank], edges[rank + 1], CLASSES, group)
     torch.manual_seed(0)
@@ -44,7 +48,10 @@ def train(group, layer, kind, change, steps=3) -> dict:
     def found(head):
         state = optimizer.state[head.weight]
         rows = {name: value for name, value in state.items() if value.shape == head.weight.shape}
-        return {name: value.detach().clone().numpy() for name, value in {"weight": head.weight, **rows}.items()}
+        assert len(rows) == {"adamw": 2, "momentum": 1}[kind]
+        assert {type(value) for value in rows.values()} == {type(head.weight.data)}  # DTensors, or none
+        parts = {name: local_of(head.shard, value.detach()) for name, value in {"weight": head.weight, **rows}.items()}
+        return {name: value.clone().numpy() for name, value in parts.items()}
 
     losses = [step(head, CLASSES) for _ in range(steps)]
     before = found(head)
@@ -53,6 +60,7 @@ def train(group, layer, kind, change, steps=3) -> dict:
     after = found(changed)
     assert {id(p) for p in changed.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
     assert not set(optimizer.state) & set(head.parameters())
+    assert {type(state.get("step", torch.ones(()))) for state in optimizer.state.values()} == {torch.Tensor}
     losses += [step(changed, 6) for _ in range(steps)]
     return {"before": before, "after": after, "losses": losses}
 
@@ -71,10 +79,11 @@ def test_rows_and_their_state_are_kept(layer, kind, change):
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("edges", [None, (0, 2, 2, CLASSES)], ids=["DTensors", "plain"])
 @pytest.mark.parametrize("layer, kind", [("bias", "momentum"), ("cosine", "adamw")])
-def test_ranks_change_as_one_process_does(world, layer, kind, change):
+def test_ranks_change_as_one_process_does(world, layer, kind, change, edges):
     alone = train(None, layer, kind, change)
-    answers = world.run(3, train, layer, kind, change)
+    answers = world.run(3, train, layer, kind, change, edges)
     for when in ("before", "after"):
         for name, expected in alone[when].items():
             found = torch.cat([torch.from_numpy(answer[when][name]) for answer in answers])

@@ -15,10 +15,11 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import fused_losses as fl
 from cases import LOGISTIC, LOSSES, LR, make_index, make_logits, make_target
-from fused_losses.shard import ClassShard
+from fused_losses.shard import ClassShard, local_of
 from ranks import refusal
 
 ROWS, FEATURES = 12, 8
@@ -238,7 +239,7 @@ def train(group, batches, heads, steps=4) -> list:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return [losses, *(p.detach().numpy() for p in (*network.parameters(), *head.parameters()))]
+    return [losses, *(local_of(head.shard, p.detach()).numpy() for p in (*network.parameters(), *head.parameters()))]
 
 
 @pytest.mark.parametrize("heads", ["ce", "hs_lr"])
@@ -263,7 +264,7 @@ def test_trains_as_one_process_does(world, batches, heads):
 def initial(group, classes) -> list:
     torch.manual_seed(5)
     head = fl.LinearLoss(4, classes, bias=True, shard=ClassShard.split(classes, group))
-    return [head.weight.detach().numpy(), head.bias.detach().numpy(), repr(head)]
+    return [*(p.detach().to_local().numpy() for p in head.parameters()), repr(head)]
 
 
 @pytest.mark.parametrize("classes", [5, 9000])
@@ -299,17 +300,18 @@ def test_errors(world):
 
 
 def resume(group, steps: range, loaded: str | None, saved: str | None) -> list:
-    """Some steps of a training, from a checkpoint and to one: the classifier's parameters and their momenta."""
+    """Some steps of a training with sparse gradients, from a checkpoint and to one: the classifier's parameters and
+    what Adam knows of them."""
     shard = ClassShard.split(10, group)
-    head = fl.LinearLoss(4, 10, loss=fl.HSLRLoss(k=3), bias=True, shard=shard)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.5, momentum=0.9)
+    options = fl.LinearLossOptions(sparse_grad=True)
+    head = fl.LinearLoss(4, 10, loss=fl.HSLRLoss(k=3), bias=True, shard=shard, options=options)
+    optimizer = torch.optim.SparseAdam(list(head.parameters()), lr=0.5)
+    names = "exp_avg", "exp_avg_sq"
     for p in head.parameters():
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        optimizer.state[p] = {"step": steps.start, **{name: torch.zeros_like(p) for name in names}}
     kept = {name: shard.dtensor(p) for name, p in head.named_parameters()}
-    kept |= {
-        f"momentum of {name}": shard.dtensor(optimizer.state[p]["momentum_buffer"])
-        for name, p in head.named_parameters()
-    }
+    for name in names:
+        kept |= {f"{name} of {of}": shard.dtensor(optimizer.state[p][name]) for of, p in head.named_parameters()}
     if loaded:
         dcp.load(kept, checkpoint_id=loaded, process_group=group)
     for step in steps:
@@ -335,20 +337,20 @@ def test_a_run_resumes_on_another_number_of_ranks(world, tmp_path, saved_on, loa
     halfway = joined(world.run(saved_on, resume, range(4), start, middle))
     loaded = joined(world.run(loaded_on, resume, range(0), middle, None))
     resumed = joined(world.run(loaded_on, resume, range(4, 8), middle, None))
-    assert [tensor.shape for tensor in loaded] == [(10, 4), (10,)] * 2
+    assert [tensor.shape for tensor in loaded] == [(10, 4), (10,)] * 3
     assert all(map(torch.equal, loaded, halfway))
     torch.testing.assert_close(resumed, through)
     assert not torch.allclose(halfway[0], through[0], atol=0.1)
 
 
-def grow(group) -> tuple[list, list]:
+def grow(group) -> list[list]:
     rank = dist.get_rank(group)
     edges = (0, 1, 1, 10)
     torch.manual_seed(rank)
     head = fl.LinearLoss(4, 10, bias=True, shard=ClassShard(edges[rank], edges[rank + 1], 10, group))
     torch.manual_seed(0)
     grown = head.grown(17)
-    return [p.detach().numpy() for p in head.parameters()], [p.detach().numpy() for p in grown.parameters()]
+    return [[local_of(h.shard, p.detach()).numpy() for p in h.parameters()] for h in (head, grown)]
 
 
 def test_growing_keeps_the_old_classes(world):
@@ -366,23 +368,41 @@ def test_growing_keeps_the_old_classes(world):
         head.grown(9)
 
 
-def dtensors(group) -> list[str]:
+def dtensors(group) -> list:
     shard = ClassShard.split(10, group)
     rank = dist.get_rank(group)
     uneven = ClassShard(3 * rank, 3 + 7 * rank, 10, group)
-    logits, weight = shard.dtensor(torch.zeros(len(shard), 10)), shard.dtensor(torch.zeros(len(shard), 4))
+    logits, x, target = shard.dtensor(torch.zeros(len(shard), 10)), make_layer(10)[0], make_index(ROWS, 10)
+    whole = make_layer(10)[1]
+    mine = whole[shard.start : shard.stop].clone()
+    plain, weight = mine.clone().requires_grad_(), shard.dtensor(mine).requires_grad_()
+    given = [fl.linear_cross_entropy(x, w, target, shard=shard) for w in (plain, weight)]
+    for loss in given:
+        loss.backward()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    others = DTensor.from_local(whole, mesh, [Replicate()]), DTensor.from_local(torch.zeros(20, 2), mesh, [Shard(1)])
+    scale, sparse = shard.dtensor(torch.tensor(2.0)), fl.LinearLossOptions(sparse_grad=True)
     return [
         refusal(uneven.dtensor, torch.zeros(len(uneven))),
         refusal(fl.cross_entropy, logits, torch.zeros(10, dtype=torch.long)),
-        refusal(fl.linear_cross_entropy, torch.zeros(3, 4), weight, torch.zeros(3, dtype=torch.long), shard=shard),
+        refusal(fl.linear_cross_entropy, x, weight, target),
+        *(refusal(fl.linear_cross_entropy, x, other, target, shard=shard) for other in others),
+        refusal(fl.linear_cross_entropy, x, mine, target, normalize=True, scale=scale, shard=shard),
+        refusal(fl.linear_cross_entropy, x, weight, target, k=2, shard=shard, options=sparse),
+        given[0].item() == given[1].item() and torch.equal(plain.grad, weight.grad.to_local()),
     ]
 
 
-def test_dtensors_are_refused_with_a_way_out(world):
-    for uneven, logits, weight in world.run(2, dtensors):
+def test_dtensors_of_the_shard_are_taken_others_refused_with_a_way_out(world):
+    for uneven, logits, *weights, scale, sparse, same in world.run(2, dtensors):
         assert uneven == "ValueError: DTensor knows the shards of ClassShard.split only, got borders (0, 3, 10)"
         assert logits.startswith("TypeError: logits must be a plain Tensor, got a DTensor") and "to_local()" in logits
-        assert weight.startswith("TypeError: linear_weight must be a plain Tensor") and "ClassShard.split" in weight
+        assert len(weights) == 3
+        for weight in weights:
+            assert weight.startswith("TypeError: linear_weight must be a plain Tensor") and "ClassShard.split" in weight
+        assert scale.startswith("TypeError: scale must be a plain Tensor, got a DTensor")
+        assert sparse.startswith("ValueError: sparse_grad=True: a DTensor has no sparse gradients; make the LinearLoss")
+        assert same
 
 
 class Net(torch.nn.Module):
