@@ -138,6 +138,7 @@ def test_report_of_several_gpus(tmp_path, capsys, report, drawn):
     for name, device, found in [
         ("h200", "NVIDIA H200", rows),
         ("other", "Another", {"lr_loss | 2 x 8 | fp32 | ours": timed(5.0)}),
+        ("small", "Too small", {"lr_loss | 2 x 8 | fp32 | ours": {"error": "out of memory"}}),
     ]:
         (tmp_path / name).mkdir()
         path = tmp_path / name / "family.json"
@@ -161,13 +162,17 @@ def test_report_of_several_gpus(tmp_path, capsys, report, drawn):
         "All negatives, as called: Another, torch 2.11.0, Triton 3.6.0",
         f"| case | loss | ours, ms | {kept} |",
         "| 2 x 8 fp32 | LR | 5.000 | 1 % | 4 | 2.5 |",
+        "All negatives, as called: Too small, torch 2.11.0, Triton 3.6.0",
+        f"| case | loss | ours, ms | {kept} |",
+        "| 2 x 8 fp32 | LR | failed | - | - | - |",
     ]
     names = [path.name for _, path, _ in drawn]
-    assert names == ["h200-family.png", "h200-family-graph.png", "h200-family-processor.png", "other-family.png"]
+    of_h200 = ["h200-family.png", "h200-family-graph.png", "h200-family-processor.png"]
+    assert names == [*of_h200, "other-family.png", "small-family.png"]
 
 
 def test_report_of_what_was_recorded(tmp_path, capsys, report, drawn):
-    """Every row in bench/results is in a table: the report reads what the benchmark wrote."""
+    """Every row in bench/results is in a table, and README quotes these tables."""
     report.main(["--charts", str(tmp_path)])
     printed = capsys.readouterr().out
     for path in report.RESULTS.rglob("family.json"):
@@ -180,6 +185,9 @@ def test_report_of_what_was_recorded(tmp_path, capsys, report, drawn):
                 assert f"{begin}{row['full graph']['median']:.3f} | " in printed
         assert f"All negatives, as called: {found['device']}, torch {found['torch']}" in printed
     assert drawn
+    readme = (report.RESULTS.parents[1] / "README.md").read_text().partition("## On a GPU")[2].partition("\n## ")[0]
+    quoted = [line for line in readme.splitlines() if line.startswith("|")]
+    assert len(quoted) > 10 and set(quoted) <= set(printed.splitlines())
 
 
 def test_report_of_the_cpu(tmp_path, monkeypatch, capsys, report, drawn):
