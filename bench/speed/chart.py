@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -35,11 +36,12 @@ def draw(found: Times, path: Path, caption: str = "") -> None:
     figure.suptitle(caption, fontsize="medium")
     for axes, (case, losses) in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found.items(), strict=True):
         for number, (provider, colour) in enumerate(colours.items()):
-            bars = {place: of[provider] for place, of in enumerate(losses.values()) if provider in of}
+            measured = ((place, of.get(provider, math.nan)) for place, of in enumerate(losses.values()))
+            bars = {place: value for place, value in measured if not math.isnan(value)}
             places = [place + (number - (len(colours) - 1) / 2) * width for place in bars]
             axes.bar(places, list(bars.values()), width, color=colour, label=provider)
         axes.set_xticks(range(len(losses)), [loss.replace(", ", "\n") for loss in losses], fontsize="small")
-        axes.set(title=case, ylabel="ms, forward + backward", yscale="log")
+        axes.set(title=case, ylabel="ms, forward + backward", yscale="log" if axes.patches else "linear")
         axes.grid(axis="y", alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(colours))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,15 @@
 """Tables and a chart of recorded measurements: ``python -m bench.speed.report [--device cpu] [--only TEXT ...]``.
 
-From the JSON files that ``python -m bench.speed.gpu --part PART --out bench/results`` wrote on a machine with a GPU,
-or, with ``--device cpu``, from that of ``python -m bench.speed --write``. Prints Markdown, one table per file, with the
-device and the versions above it, and draws every step beside those of the other providers. Times are medians of forward
-and backward together, on a GPU with cold caches.
+From the JSON files that ``python -m bench.speed.gpu --part PART --out bench/results/DEVICE`` wrote on machines with a
+GPU, or, with ``--device cpu``, from that of ``python -m bench.speed --write``. Prints Markdown with the device and the
+versions above every table, and draws every step beside those of the other providers. Times are medians of forward and
+backward together. A file of a GPU gives up to three tables: a step as it is called, the processor's work included; the
+same step as a CUDA graph, which is the device's time; both with cold caches; and the time the processor needs for it.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +21,7 @@ PARTS = {
     "hardest": "The k hardest negatives",
     "peers": "Cross-entropy beside other projects",
 }
+NOTED = ("of a copy's speed", "kernels", "memory, MB")
 
 
 @dataclass
@@ -34,26 +37,42 @@ class Record:
         self.times.setdefault(case, {}).setdefault(loss, {})[provider] = milliseconds
 
 
-def gpu_record(part: str, found: dict) -> Record:
-    caption = f"{PARTS[part]}: {found['device']}, torch {found['torch']}, Triton {found['triton']}"
+def as_timed(row: dict, name: str) -> tuple[float, list[str]]:
+    """-> (milliseconds, notes)"""
+    times, kernels, memory = row[name], row["kernels_per_step"], row.get("peak_bytes")
+    return times["median"], [
+        f"{100 * times['of_copy']:.0f} %",
+        "-" if kernels is None else str(kernels),
+        "-" if memory is None else f"{memory / 1e6:.1f}",
+    ]
+
+
+# How a step was timed: its name, what a row must hold, the notes, and the row's milliseconds with these.
+Timing = tuple[str, str, tuple[str, ...], Callable[[dict], tuple[float, list[str]]]]
+TIMINGS: dict[str, Timing] = {
+    "": ("as called", "full cold", NOTED, lambda row: as_timed(row, "full cold")),
+    "graph": ("as a CUDA graph", "full graph", NOTED, lambda row: as_timed(row, "full graph")),
+    "processor": ("the processor's time", "processor", (), lambda row: (row["processor"] / 1000, [])),
+}
+
+
+def gpu_record(part: str, found: dict, timing: Timing) -> Record:
+    name, field_of_row, noted, read = timing
+    caption = f"{PARTS[part]}, {name}: {found['device']}, torch {found['torch']}, Triton {found['triton']}"
     if "copy GB/s" in found:
         caption += f", a copy moves {found['copy GB/s']:.0f} GB/s"
-    record = Record(caption, noted=("of a copy's speed", "kernels", "memory, MB"))
+    record = Record(caption, noted=noted)
     for key, row in found["rows"].items():
         loss, shape, dtype, provider = key.split(" | ")
         name, _, rest = loss.partition(", ")
         case, loss = f"{shape} {dtype}", ", ".join(filter(None, (cases.NAMES[name], rest)))
         if "error" in row:
             record.add(case, loss, provider, float("nan"))
-            continue
-        record.add(case, loss, provider, row["full cold"]["median"])
-        if provider == "ours":
-            kernels, memory = row["kernels_per_step"], row.get("peak_bytes")
-            record.notes[case, loss] = [
-                f"{100 * row['full cold']['of_copy']:.0f} %",
-                "-" if kernels is None else str(kernels),
-                "-" if memory is None else f"{memory / 1e6:.1f}",
-            ]
+        elif field_of_row in row:
+            milliseconds, notes = read(row)
+            record.add(case, loss, provider, milliseconds)
+            if provider == "ours":
+                record.notes[case, loss] = notes
     return record
 
 
@@ -100,12 +119,18 @@ def table(record: Record) -> str:
 
 
 def records(device: str, folder: Path) -> dict[str, Record]:
-    """By the name of the file; empty where there is none."""
+    """By the name of the file within the folder and how it was timed; empty where there is none."""
     if device == "cpu":
         path = folder / "cpu.json"
         return {"cpu": cpu_record(json.loads(path.read_text()))} if path.exists() else {}
-    paths = {part: folder / f"{part}.json" for part in PARTS}
-    return {part: gpu_record(part, json.loads(path.read_text())) for part, path in paths.items() if path.exists()}
+    found = {}
+    for path in sorted(path for part in PARTS for path in folder.rglob(f"{part}.json")):
+        of_file = json.loads(path.read_text())
+        for name, timing in TIMINGS.items():
+            if not name or any(timing[1] in row for row in of_file["rows"].values()):
+                parts = (*path.relative_to(folder).with_suffix("").parts, name)
+                found["-".join(filter(None, parts))] = gpu_record(path.stem, of_file, timing)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,7 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = records(options.device, options.results)
     if not found:
         parser.error(
-            f"nothing was measured on a GPU: {options.results} holds no {', '.join(f'{part}.json' for part in PARTS)}; "
+            f"nothing was measured on a GPU: {options.results} holds no {', '.join(f'{part}.json' for part in PARTS)} "
+            "at any depth; "
             "run python -m bench.speed.gpu where there is one"
             if options.device == "gpu"
             else f"no cpu.json in {options.results}: run python -m bench.speed --write"

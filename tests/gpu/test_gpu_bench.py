@@ -118,6 +118,78 @@ def test_report(tmp_path, monkeypatch, capsys, report, drawn):
     assert "no row holds bf16" in capsys.readouterr().out and len(drawn) == 2
 
 
+def timed(called: float, graph: float | None = None, processor: float | None = None) -> dict:
+    """A row as gpu.measure gives it on a GPU: a graph only where nothing waits, the processor only at small sizes."""
+    row = {"kernels_per_step": 4, "peak_bytes": 2_500_000, "full cold": {"median": called, "of_copy": 0.01}}
+    if graph is not None:
+        row["full graph"] = {"median": graph, "of_copy": 0.42}
+    return row if processor is None else row | {"processor": processor}
+
+
+def test_report_of_several_gpus(tmp_path, capsys, report, drawn):
+    """A folder for each: as called, as a CUDA graph and the processor's time in tables of their own."""
+    header = {"device": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"}
+    rows = {
+        "crl_loss | 256 x 1000 | bf16 | ours": timed(0.8, 0.01, 712.5),
+        "crl_loss | 256 x 1000 | bf16 | eager": timed(0.6, 0.04, 530.25),
+        "crl_loss | 256 x 1000000 | bf16 | ours": timed(0.9, 0.4),
+        "crl_loss | 256 x 1000000 | bf16 | eager": timed(3.3),
+    }
+    for name, device, found in [
+        ("h200", "NVIDIA H200", rows),
+        ("other", "Another", {"lr_loss | 2 x 8 | fp32 | ours": timed(5.0)}),
+        ("small", "Too small", {"lr_loss | 2 x 8 | fp32 | ours": {"error": "out of memory"}}),
+    ]:
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "family.json"
+        path.write_text(json.dumps(header | {"device": device, "rows": found}))
+    report.main(["--results", str(tmp_path), "--charts", str(tmp_path / "charts")])
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith(("|", "All")) and "---" not in line]
+    kept = "of a copy's speed | kernels | memory, MB"
+    assert lines == [
+        "All negatives, as called: NVIDIA H200, torch 2.11.0, Triton 3.6.0",
+        f"| case | loss | ours, ms | {kept} | eager |",
+        "| 256 x 1000 bf16 | CRL | 0.800 | 1 % | 4 | 2.5 | 0.600 (0.75x) |",
+        "| 256 x 1000000 bf16 | CRL | 0.900 | 1 % | 4 | 2.5 | 3.300 (3.67x) |",
+        "All negatives, as a CUDA graph: NVIDIA H200, torch 2.11.0, Triton 3.6.0",
+        f"| case | loss | ours, ms | {kept} | eager |",
+        "| 256 x 1000 bf16 | CRL | 0.010 | 42 % | 4 | 2.5 | 0.040 (4.00x) |",
+        "| 256 x 1000000 bf16 | CRL | 0.400 | 42 % | 4 | 2.5 | - |",
+        "All negatives, the processor's time: NVIDIA H200, torch 2.11.0, Triton 3.6.0",
+        "| case | loss | ours, ms | eager |",
+        "| 256 x 1000 bf16 | CRL | 0.713 | 0.530 (0.74x) |",
+        "All negatives, as called: Another, torch 2.11.0, Triton 3.6.0",
+        f"| case | loss | ours, ms | {kept} |",
+        "| 2 x 8 fp32 | LR | 5.000 | 1 % | 4 | 2.5 |",
+        "All negatives, as called: Too small, torch 2.11.0, Triton 3.6.0",
+        f"| case | loss | ours, ms | {kept} |",
+        "| 2 x 8 fp32 | LR | failed | - | - | - |",
+    ]
+    names = [path.name for _, path, _ in drawn]
+    of_h200 = ["h200-family.png", "h200-family-graph.png", "h200-family-processor.png"]
+    assert names == [*of_h200, "other-family.png", "small-family.png"]
+
+
+def test_report_of_what_was_recorded(tmp_path, capsys, report, drawn):
+    """Every row in bench/results is in a table, and README quotes these tables."""
+    report.main(["--charts", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for path in report.RESULTS.rglob("family.json"):
+        found = json.loads(path.read_text())
+        for key, row in found["rows"].items():
+            loss, shape, dtype, provider = key.split(" | ")
+            if provider == "ours":
+                begin = f"| {shape} {dtype} | {cases.NAMES[loss]} | "
+                assert f"{begin}{row['full cold']['median']:.3f} | " in printed
+                assert f"{begin}{row['full graph']['median']:.3f} | " in printed
+        assert f"All negatives, as called: {found['device']}, torch {found['torch']}" in printed
+    assert drawn
+    readme = (report.RESULTS.parents[1] / "README.md").read_text().partition("## On a GPU")[2].partition("\n## ")[0]
+    quoted = [line for line in readme.splitlines() if line.startswith("|")]
+    assert len(quoted) > 10 and set(quoted) <= set(printed.splitlines())
+
+
 def test_report_of_the_cpu(tmp_path, monkeypatch, capsys, report, drawn):
     case = cases.Case(cases.TINY_SHAPES[0], "fp32", 4)
     monkeypatch.setattr(cases, "CPU_CASES", (case,))
