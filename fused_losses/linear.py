@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -282,6 +283,8 @@ class LinearLoss(nn.Module):
         self.normalize = normalize
         self.scale = "learned" if learned else fixed
         self.shard = shard
+        if shard is not None:
+            _watch_wrappers()
         self.gather_input = gather_input
         self.options = options
 
@@ -294,6 +297,11 @@ class LinearLoss(nn.Module):
         self.bias = parameter(*([classes] if bias else [])) if bias or logit_bias else None
         self.log_scale = parameter() if learned else None
         self.reset_parameters()
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        if self.shard is not None:
+            _watch_wrappers()
 
     def __setattr__(self, name: str, value) -> None:
         shard = getattr(self, "shard", None)
@@ -750,7 +758,10 @@ def _check_wrapped(wrapper: Any, name: str, module: nn.Module | None) -> None:
                 raise RuntimeError(f"{type(wrapper).__name__} would mix the ranks' classes: {WITHOUT_CLASSIFIER}")
 
 
-nn.modules.module.register_module_module_registration_hook(_check_wrapped)
+@cache
+def _watch_wrappers() -> None:
+    """From the first sharded classifier on: PyTorch asks nobody else before it wraps."""
+    nn.modules.module.register_module_module_registration_hook(_check_wrapped)
 
 
 def _check_options(
