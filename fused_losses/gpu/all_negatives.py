@@ -3,7 +3,7 @@
 What differs between families and kinds of targets stands in jitted functions, which the kernels take as constexpr:
 
     TARGET(labels, row, num_classes, VECTOR) -> Target
-    WALK(row, target, a, b, PHI, FAST, ROWS, LANES) -> four numbers of this program's part of a row
+    WALK(row, target, a, b, SUM, FAST, ROWS, LANES) -> four numbers of this program's part of a row
     MERGE(four numbers of the parts, (PARTS,) each) -> those of the row
     STATISTICS(four numbers) -> statistics
     WRITE(drow, row, target, scale, NEGATIVE, FAST, ROWS, LANES)
@@ -21,7 +21,7 @@ from ..losses import LossSpec
 from . import device, finish, logistic, softmax
 from .device import Kernel, Walk
 from .finish import Outputs, end_row
-from .formulas import formulas
+from .formulas import formulas, sum_of_phi
 from .gradient import (
     fill,
     fill_of_row,
@@ -57,7 +57,7 @@ def forward_kernel(
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
     target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     a, b, p, q,
-    TARGET: tl.constexpr, WALK: tl.constexpr, LOGIT: tl.constexpr, STATISTICS: tl.constexpr, PHI: tl.constexpr,
+    TARGET: tl.constexpr, WALK: tl.constexpr, LOGIT: tl.constexpr, STATISTICS: tl.constexpr, SUM: tl.constexpr,
     FINISH: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def forward_kernel(
     labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, VECTOR)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
-    seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, PHI, FAST, ROWS, LANES)
+    seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, SUM, FAST, ROWS, LANES)
     outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
     statistics = STATISTICS(*seen)
     if num_labels is not None:
@@ -82,7 +82,7 @@ def part_kernel(
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
     target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     a, b,
-    TARGET: tl.constexpr, WALK: tl.constexpr, LOGIT: tl.constexpr, PHI: tl.constexpr, FAST: tl.constexpr,
+    TARGET: tl.constexpr, WALK: tl.constexpr, LOGIT: tl.constexpr, SUM: tl.constexpr, FAST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row: for rows too few to fill the device."""
@@ -91,7 +91,7 @@ def part_kernel(
     labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
     target = TARGET(labels, number, num_classes, VECTOR)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
-    seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, PHI, FAST, ROWS, LANES)
+    seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, SUM, FAST, ROWS, LANES)
     if num_labels is not None:
         poison = write_label_logits(statistics_ptr, number, row, target, LOGIT)
         seen = seen[0], seen[1] + poison, seen[2], seen[3]
@@ -233,6 +233,8 @@ _WALKS = {
     ("logistic", "labels"): logistic.walk_labels,
     ("logistic", "labels, smoothed"): logistic.walk_labels_smoothed,
 }
+# Registers of a thread at most, by family or loss: the assembler would take a few more, and leave room for less warps.
+_REGISTERS = {("softmax", "labels"): 64, ("logistic", "labels"): 128, ("lr", "index"): 64}
 _MERGES = {
     ("softmax", "index"): softmax.merge,
     ("softmax", "labels"): softmax.merge_labels,
@@ -259,16 +261,18 @@ class Forward(NamedTuple):
 
 @functools.cache
 def _forward(spec: LossSpec, kind: str, finished: bool, walk: Walk) -> Forward:
-    phi, a, b = None, 0.0, 0.0
+    total, a, b = None, 0.0, 0.0
     if spec.family == "logistic":
-        phi, _, a, b = formulas(spec.loss, spec.params)
+        _, _, a, b = formulas(spec.loss, spec.params)
+        total = sum_of_phi(spec.loss, spec.params)
     smoothed = ", smoothed" if spec.label_smoothing else ""
     walked = {
-        "TARGET": _TARGETS[kind], "WALK": _WALKS[spec.family, kind + smoothed], "PHI": phi,
+        "TARGET": _TARGETS[kind], "WALK": _WALKS[spec.family, kind + smoothed], "SUM": total,
         "LOGIT": _LOGITS[spec.family] if spec.labels else None, **walk.constants(),
     }  # fmt: skip
-    if spec.labels:
-        walked |= device.limited_registers(walk.fast, 64 if spec.family == "softmax" else 128)  # phi holds more
+    most = _REGISTERS.get((spec.loss, kind), _REGISTERS.get((spec.family, kind)))
+    if most is not None:
+        walked |= device.limited_registers(walk.fast, most)
     ending = finish.ending(spec, kind == "multi_hot", finished)
     merged = {"TARGET": walked["TARGET"], "MERGE": _MERGES[spec.family, kind], **ending.functions}
     return Forward(

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .sums import fold, fold_product
+
 # log(1 + e) / e on [0, 1], highest power first: relative error of log1p below 1.3e-7 in fp32, tiny e included.
 _LOG1P = tl.constexpr(
     (
@@ -188,6 +190,32 @@ def ss_lr_square_phi_slope(z, gamma, b, FAST: tl.constexpr):
     return _soft_selection_slope(z, 2.0, FAST, _square)
 
 
+# Sums over a tile, f(z, a, b, FAST, VECTOR): of phi over what each thread holds, (ROWS, LANES) -> (LANES // VECTOR,).
+
+
+@triton.jit
+def sum_of_softplus(z, FAST: tl.constexpr, VECTOR: tl.constexpr):
+    """The logarithms are taken once for all: of the product of the 1 + e^-|z|, at most 2 each."""
+    p = fold_product(exp(-tl.abs(z), FAST), VECTOR)
+    of_product = tl.where(p < 1.0, log1p_of_unit(p), tl.log(1.0 + p))
+    return fold(tl.maximum(z, 0.0), VECTOR) + of_product
+
+
+@triton.jit
+def lr_sum(z, a, b, FAST: tl.constexpr, VECTOR: tl.constexpr):
+    return sum_of_softplus(z, FAST, VECTOR)
+
+
+@triton.jit
+def ss_lr_sum(z, gamma, b, FAST: tl.constexpr, VECTOR: tl.constexpr):
+    return fold(ss_lr_phi(z, gamma, b, FAST), VECTOR)
+
+
+@triton.jit
+def ss_lr_square_sum(z, gamma, b, FAST: tl.constexpr, VECTOR: tl.constexpr):
+    return fold(ss_lr_square_phi(z, gamma, b, FAST), VECTOR)
+
+
 class Formula(NamedTuple):
     """Value and slope of d, or phi and its slope, with the hyper-parameters that both take."""
 
@@ -204,11 +232,19 @@ _FORMULAS = {
     "crl": (crl_value, crl_slope),
     "lr": (lr_phi, lr_phi_slope),
     "ss_lr": (ss_lr_phi, ss_lr_phi_slope),
+    "ss_lr, square": (ss_lr_square_phi, ss_lr_square_phi_slope),
 }
+_SUMS = {"lr": lr_sum, "ss_lr": ss_lr_sum, "ss_lr, square": ss_lr_square_sum}
+
+
+def _name(loss: str, params: Sequence[float]) -> str:
+    """The default exponent of SS-LR has its own formulas, with one exponential less."""
+    return "ss_lr, square" if (loss, list(params)) == ("ss_lr", [2.0]) else loss
 
 
 def formulas(loss: str, params: Sequence[float]) -> Formula:
-    """The default exponent of SS-LR has its own pair, with one exponential less."""
-    square = (loss, list(params)) == ("ss_lr", [2.0])
-    value, slope = (ss_lr_square_phi, ss_lr_square_phi_slope) if square else _FORMULAS[loss]
-    return Formula(value, slope, *(*params, 0.0, 0.0)[:2])
+    return Formula(*_FORMULAS[_name(loss, params)], *(*params, 0.0, 0.0)[:2])
+
+
+def sum_of_phi(loss: str, params: Sequence[float]) -> triton.JITFunction:
+    return _SUMS[_name(loss, params)]

@@ -87,7 +87,7 @@ def hide(x, place, VECTOR: tl.constexpr):
 
 @triton.jit
 def walk_around_labels(
-    row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr,
+    row, target, a, b, SUM: tl.constexpr, FAST: tl.constexpr, START: tl.constexpr, STEP: tl.constexpr,
     END: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """This program's part of a row -> the four numbers of END.
@@ -95,9 +95,9 @@ def walk_around_labels(
     What is summed, and how, stands in three functions; a state is a tuple, one number of each for every thread.
 
         START(LANES, VECTOR) -> state
-        STEP(state, x (ROWS, LANES), a, b, PHI, FAST, WHOLE, VECTOR) -> state; labels and padding are -inf in x, but
+        STEP(state, x (ROWS, LANES), a, b, SUM, FAST, WHOLE, VECTOR) -> state; labels and padding are -inf in x, but
             where the tile is WHOLE there are none
-        END(state, rim, inside, number, a, b, PHI, FAST) -> four numbers; number: elements of the body in S
+        END(state, rim, inside, number, a, b, SUM, FAST) -> four numbers; number: elements of the body in S
     """
     VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
     TILE: tl.constexpr = ROWS * LANES
@@ -113,20 +113,20 @@ def walk_around_labels(
             position = column_of_label(target, place) - row.head
         masked = tl.where(place < target.number, tl.minimum(position // TILE, behind - 1), behind - 1)
         for i in range(tile, masked):
-            state = STEP(state, load_tile(row, i, ROWS, LANES), a, b, PHI, FAST, True, VECTOR)
+            state = STEP(state, load_tile(row, i, ROWS, LANES), a, b, SUM, FAST, True, VECTOR)
         x = load_tile(row, masked, ROWS, LANES)
         while (place < target.number) & (position < (masked + 1) * TILE):
             x = hide(x, position - masked * TILE, VECTOR)
             number -= ((position >= masked * TILE) & (position < row.body)).to(tl.int32)
             place += 1
             position = column_of_label(target, place) - row.head
-        state = STEP(state, x, a, b, PHI, FAST, False, VECTOR)
+        state = STEP(state, x, a, b, SUM, FAST, False, VECTOR)
         tile = masked + 1
 
     rim, inside = rim_positions(row)
     inside = without_labels(target, row, rim, inside)
     x = tl.load(row.ptr + rim, mask=inside, other=-_INF).to(tl.float32)
-    return END(state, x, inside, number, a, b, PHI, FAST)
+    return END(state, x, inside, number, a, b, SUM, FAST)
 
 
 # --- the k hardest ----------------------------------------------------------------------------------------------------

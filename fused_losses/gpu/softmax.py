@@ -22,13 +22,14 @@ def _online(top, total, rest, x, VECTOR: tl.constexpr):
     higher = tl.maximum(top, tl.max(tl.max(x, axis=0), axis=1))
     terms = exp(x - higher[None, :, None], True)
     scale = exp(top - higher, True)
-    total, rest = add(total * scale, rest * scale, fold(tl.reshape(terms, (x.shape[0], x.shape[1] * VECTOR)), VECTOR))
+    terms = tl.reshape(terms, (x.shape[0], x.shape[1] * VECTOR))
+    total, rest = add(total * scale, rest * scale, fold(terms, VECTOR))
     return higher, total, rest
 
 
 @triton.jit
 def walk(
-    row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+    row, target, a, b, SUM: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """This program's part of a row -> (maximum of the negatives, sum of exp(z - maximum), z_y, 0)"""
     VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
@@ -82,20 +83,20 @@ def statistics(top, total, z_y, none):
 
 @triton.jit
 def walk_labels(
-    row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+    row, target, a, b, SUM: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """This program's part of a row -> (maximum of the negatives, sum of exp(z - maximum), 0, 0)"""
-    return walk_around_labels(row, target, a, b, PHI, FAST, _start, _step, _end, ROWS, LANES)
+    return walk_around_labels(row, target, a, b, SUM, FAST, _start, _step, _end, ROWS, LANES)
 
 
 @triton.jit
 def walk_labels_smoothed(
-    row, target, a, b, PHI: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+    row, target, a, b, SUM: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """This program's part of a row -> (maximum of the negatives, sum of exp(z - maximum), sum of z - maximum, their
     number)"""
     return walk_around_labels(
-        row, target, a, b, PHI, FAST, _start_smoothed, _step_smoothed, _end_smoothed, ROWS, LANES
+        row, target, a, b, SUM, FAST, _start_smoothed, _step_smoothed, _end_smoothed, ROWS, LANES
     )  # fmt: skip
 
 
@@ -106,13 +107,13 @@ def _start(LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _step(state, x, a, b, PHI: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
+def _step(state, x, a, b, SUM: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr):
     top, total, rest = state
     return _online(top, total, rest, x, VECTOR)
 
 
 @triton.jit
-def _end(state, rim, inside, number, a, b, PHI: tl.constexpr, FAST: tl.constexpr):
+def _end(state, rim, inside, number, a, b, SUM: tl.constexpr, FAST: tl.constexpr):
     top, total, rest = state
     highest, total = _of_threads(top, total, rest, rim)
     return highest, total, 0.0, 0.0
@@ -127,7 +128,7 @@ def _start_smoothed(LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def _step_smoothed(
-    state, x, a, b, PHI: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr
+    state, x, a, b, SUM: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
     """With the sum of x - maximum. Where padding and labels, which do not count, look like logits of -inf, none of
     these is counted: what is then missing shows that some were logits."""
@@ -151,7 +152,7 @@ def _shift(count, higher, top):
 
 
 @triton.jit
-def _end_smoothed(state, rim, inside, number, a, b, PHI: tl.constexpr, FAST: tl.constexpr):
+def _end_smoothed(state, rim, inside, number, a, b, SUM: tl.constexpr, FAST: tl.constexpr):
     top, total, rest, s, s_rest, count = state
     highest, total = _of_threads(top, total, rest, rim)
     s = sum_of(s - _shift(count, highest, top), s_rest)

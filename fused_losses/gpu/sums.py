@@ -9,16 +9,39 @@ import triton.language as tl
 
 
 @triton.jit
-def fold(x, VECTOR: tl.constexpr):
-    """The sum of what each thread holds of a tile, (ROWS, LANES) -> (LANES // VECTOR,)"""
-    LANES: tl.constexpr = x.shape[1]
-    x = tl.sum(x, axis=0)
+def _plus(x, y):
+    return x + y
+
+
+@triton.jit
+def _product_less_1(p, q):
+    return tl.fma(p, q, p + q)
+
+
+@triton.jit
+def _within_threads(x, COMBINE: tl.constexpr, VECTOR: tl.constexpr):
+    """(LANES,), VECTOR neighbours in each thread -> (LANES // VECTOR,)"""
+    LANES: tl.constexpr = x.shape[0]
     if VECTOR == 8:
         left, right = tl.split(tl.reshape(x, (LANES // 2, 2)))
-        x = left + right
-    left, right = tl.split(tl.reshape(x, (LANES // VECTOR * 2, 2)))
-    left, right = tl.split(tl.reshape(left + right, (LANES // VECTOR, 2)))
-    return left + right
+        x = COMBINE(left, right)
+    if VECTOR > 1:
+        left, right = tl.split(tl.reshape(x, (LANES // VECTOR * 2, 2)))
+        left, right = tl.split(tl.reshape(COMBINE(left, right), (LANES // VECTOR, 2)))
+        x = COMBINE(left, right)
+    return x
+
+
+@triton.jit
+def fold(x, VECTOR: tl.constexpr):
+    """The sum of what each thread holds of a tile, (ROWS, LANES) -> (LANES // VECTOR,)"""
+    return _within_threads(tl.sum(x, axis=0), _plus, VECTOR)
+
+
+@triton.jit
+def fold_product(p, VECTOR: tl.constexpr):
+    """The product of the 1 + p that each thread holds of a tile, less 1: small p keep their digits."""
+    return _within_threads(tl.reduce(p, 0, _product_less_1), _product_less_1, VECTOR)
 
 
 @triton.jit
