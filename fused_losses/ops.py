@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import labels, reference
 from .gpu.layout import gradient_row_stride
@@ -78,18 +80,18 @@ def _backward_shapes(
 
 # --- doors ------------------------------------------------------------------------------------------------------------
 
-forward = define(
+_forward = define(
     f"forward(Tensor logits, Tensor target, Tensor? weight, str reduction, {SPEC}) "
     "-> (Tensor loss, Tensor coefficients, Tensor statistics, Tensor pick_index, Tensor pick_logit)",
     reference.forward,
     _forward_shapes,
 )
-statistics = define(
+_statistics = define(
     f"statistics(Tensor logits, Tensor target, {SPEC}) -> (Tensor statistics, Tensor pick_index, Tensor pick_logit)",
     reference.statistics,
     _statistics_shapes,
 )
-finish = define(
+_finish = define(
     f"finish(Tensor statistics, Tensor target, Tensor? weight, str reduction, {SPEC}) "
     "-> (Tensor loss, Tensor coefficients)",
     reference.finish,
@@ -105,7 +107,7 @@ in_order = define(
         else torch.empty_like(weight, memory_format=torch.contiguous_format),
     ),
 )
-backward = define(
+_backward = define(
     "backward(Tensor grad, Tensor coefficients, Tensor? logits, Tensor target, Tensor statistics, Tensor pick_index, "
     f"Tensor pick_logit, SymInt num_classes, {SPEC}) -> Tensor",
     reference.backward,
@@ -209,6 +211,49 @@ for _name, _on_cuda in (
     ("backward", _backward_on_cuda),
 ):
     _library.impl(_name, _on_cuda, "CUDA")
+
+
+# --- the ops as the package calls them --------------------------------------------------------------------------------
+
+
+def forward(logits, target, weight, reduction, *spec):
+    door = _unseen_triton(logits, logits.shape[1])
+    return (_forward if door is None else door.forward)(logits, target, weight, reduction, *spec)
+
+
+def statistics(logits, target, *spec):
+    door = _unseen_triton(logits, logits.shape[1])
+    return (_statistics if door is None else door.statistics)(logits, target, *spec)
+
+
+def finish(statistics, target, weight, reduction, *spec):
+    door = _unseen_triton(statistics, 1)
+    return (_finish if door is None else door.finish)(statistics, target, weight, reduction, *spec)
+
+
+def backward(grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec):
+    door = _unseen_triton(pick_logit, num_classes)
+    return (_backward if door is None else door.backward)(
+        grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec
+    )
+
+
+def _unseen_triton(tensor: Tensor, num_classes: int) -> ModuleType | None:
+    """The Triton kernels, if nobody is to see that an op is called: an op that Python serves takes the processor as
+    long as its launches."""
+    if not tensor.is_cuda or type(tensor) is not Tensor or is_seen():
+        return None
+    return _triton_backend(tensor.device, tensor.dtype, num_classes)
+
+
+def is_seen() -> bool:
+    """Whether a compiler, a mode, a tracer or a transform is to see the ops."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 # --- who serves the CPU -----------------------------------------------------------------------------------------------

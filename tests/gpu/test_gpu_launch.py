@@ -3,8 +3,10 @@
 import pytest
 import torch
 import triton
-from gpu_doors import DTYPES
+from gpu_doors import DTYPES, INTERPRETED, make
 
+import fused_losses as fl
+from fused_losses import ops
 from fused_losses.gpu import device as gpu
 from fused_losses.gpu import doors, hardest
 from fused_losses.gpu.formulas import formulas
@@ -81,3 +83,31 @@ def test_rows_are_shared_out_by_the_tiles_that_there_are(tile, monkeypatch):
     monkeypatch.setattr(hardest, "_LONG", hardest.Plan(tile, 1))
     found = hardest.plan(HOPPER, 1, 1_000_003, 1000, 2, multi_hot=False)
     assert found.parts == 1_000_003 // (tile.rows * tile.warps * 32 * 8) // 2 and found.tile is tile
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="is what every call on a device does")
+def test_calls_past_the_dispatcher(monkeypatch):
+    """The doors are called by themselves: loss and gradient are those of the ops."""
+    logits, target = make(4, 50, torch.float32)
+    layer = fl.LinearLoss(8, 50, loss=fl.HSLRLoss(k=5))
+    x = torch.randn((4, 8), generator=torch.Generator().manual_seed(0))
+
+    def step(call, *given):
+        given = [part.clone().requires_grad_() for part in given]
+        value = call(*given)
+        return value.detach(), *torch.autograd.grad(value, given)
+
+    calls = {
+        "CRL": (lambda z: fl.crl_loss(z, target), logits),
+        "HS-LR": (lambda z: fl.hs_lr_loss(z, target, k=5), logits),
+        "smoothed": (lambda z: fl.lr_loss(z, target, label_smoothing=0.1), logits),
+        "layer": (lambda x: layer(x, target), x),
+    }
+    expected = {name: step(*of) for name, of in calls.items()}
+    taken = []
+    monkeypatch.setattr(ops, "_unseen_triton", lambda *_: taken.append(1) or doors)
+    for name, of in calls.items():
+        taken.clear()
+        for ours, theirs in zip(step(*of), expected[name], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert len(taken) >= 2

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from cases import assert_as_accurate, make_index, make_logits, make_multihot
 from doors import CRL, LR, SS_LR, Kept, backward, forward
@@ -212,3 +213,31 @@ def test_many_equal_rows(dtype, reduction, weighted):
     plain = Reduction.of(target, weight, reduction, LR.spec(2), values).loss(values)
     truth = 2 * math.log(2) * (1 if reduction == "mean" else rows * (weight[0].item() if weighted else 1))
     assert_as_accurate(ours, plain, torch.tensor(truth, dtype=torch.float64), reduction)
+
+
+# --- without the dispatcher -------------------------------------------------------------------------------------------
+
+
+def test_whoever_is_to_see_an_op_sees_it():
+    """Compilers, modes, tracers and transforms: for these a call of the package is a call of the op."""
+    found = []
+
+    def note(x):
+        found.append(ops.is_seen())
+        return x * 1
+
+    x = torch.randn(2)
+    note(x)
+    with FlopCounterMode(display=False):
+        note(x)
+    torch.jit.trace(note, (x,), check_trace=False)
+    torch.func.vmap(note)(x)
+    note(x)
+    assert found == [False, True, True, True, False]
+    assert (
+        torch.compile(lambda x: x + int(ops.is_seen()), backend="eager", fullgraph=True)(x).sub(x).round().eq(1).all()
+    )
+
+
+def test_no_tensor_of_the_cpu_is_taken_past_the_dispatcher():
+    assert ops._unseen_triton(torch.randn(2, 3), 3) is None
