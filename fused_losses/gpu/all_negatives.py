@@ -259,7 +259,7 @@ class Forward(NamedTuple):
     q: float
 
 
-@functools.cache
+@functools.lru_cache  # hyper-parameters may change at every step
 def _forward(spec: LossSpec, kind: str, finished: bool, walk: Walk) -> Forward:
     total, a, b = None, 0.0, 0.0
     if spec.family == "logistic":
@@ -301,7 +301,7 @@ def forward(
     device.launch(of.merge, (num_rows,), *outputs, parts, walk.parts, num_classes, *labels, of.p, of.q)
 
 
-@functools.cache
+@functools.lru_cache
 def _backward(spec: LossSpec, kind: str, walk: Walk) -> tuple[Kernel, float, float]:
     functions, a, b = of_negatives(spec)
     kernel = Kernel(

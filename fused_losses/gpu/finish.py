@@ -232,7 +232,7 @@ def empty(rows: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     return new((count,) if reduction == "none" else ()), new((count, 2))
 
 
-@functools.cache
+@functools.lru_cache
 def _kernel(spec: LossSpec, multi_hot: bool, reduction: str) -> tuple[device.Kernel, float, float]:
     p, q, functions = finish_of(spec, multi_hot)
     weights = means_of_batch if multi_hot and spec.alpha is not None else weights_given

@@ -328,7 +328,7 @@ def reduction_kernel(
     tl.store(loss_ptr, sum_of(total, rest) / divisor)
 
 
-@functools.cache
+@functools.lru_cache
 def _kernels(spec: LossSpec, reduction: str, wide: int) -> tuple[device.Kernel, device.Kernel, float, float]:
     """Of the rows, and of their reduction; p and q."""
     p, q, functions = finish_of(spec, False)

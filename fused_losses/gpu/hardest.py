@@ -100,7 +100,7 @@ def block_width(num_classes: int, k: int) -> int:
     return min(width, 64) if width >= 8 and 4 * k * width <= num_classes else 8 if 32 * k <= num_classes else 0
 
 
-@functools.cache
+@functools.lru_cache
 def upper_tail(k: int, num_classes: int) -> tuple[float, float]:
     """Of the standard normal distribution, at the quantile that k of num_classes lie above: the quantile itself, and
     how far below it the number of elements above has doubled, taken a little too far."""
@@ -124,7 +124,7 @@ class Forward(NamedTuple):
     q: float
 
 
-@functools.cache
+@functools.lru_cache
 def _forward(spec: LossSpec, kind: str, finished: bool, how: Plan, on: Device, itemsize: int) -> Forward:
     if spec.family == "softmax":
         term, parameters, a, b, smooth = softmax.share, softmax.below_top, 0.0, 0.0, softmax.below
@@ -199,7 +199,7 @@ def _scratch(logits: Tensor, how: Plan, tile: int, k: int, most_labels: int) -> 
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@functools.lru_cache
 def _backward(spec: LossSpec, kind: str, walk: Walk) -> tuple[Kernel, float, float]:
     functions, a, b = of_negatives(spec)
     if spec.compact:
