@@ -253,3 +253,18 @@ def test_a_gpu_is_asked_for(tmp_path):
     if INTERPRETED:
         with pytest.raises(SystemExit):
             gpu.main(["--part", "family", "--out", str(tmp_path)])
+
+
+def test_tables_are_tried_and_put_back():
+    from bench.speed import launch_tables
+    from fused_losses.gpu import device, hardest
+
+    before = device._TILES, hardest._LONG
+    cells = list(launch_tables.every_cell())
+    for cell in cells:
+        for tile in launch_tables.tiles_for(cell):
+            with launch_tables.tile_of_all(tile):
+                on = device.Device(132, 32, nvidia=True)
+                plan = hardest.plan(on, *(cell.shape.rows, cell.shape.classes), max(1, cell.k), 2, multi_hot=False)
+                assert device._TILES == ((None, tile),) and (plan.held or plan.tile == tile)
+    assert (device._TILES, hardest._LONG) == before and len(set(map(str, cells))) == len(cells)
