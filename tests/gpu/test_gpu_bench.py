@@ -265,6 +265,6 @@ def test_tables_are_tried_and_put_back():
         for tile in launch_tables.tiles_for(cell):
             with launch_tables.tile_of_all(tile):
                 on = device.Device(132, 32, nvidia=True)
-                plan = hardest.plan(on, *(cell.shape.rows, cell.shape.classes), max(1, cell.k), 2, multi_hot=False)
-                assert device._TILES == ((None, tile),) and (plan.held or plan.tile == tile)
-    assert (device._TILES, hardest._LONG) == before and len(set(map(str, cells))) == len(cells)
+                plan = hardest.plan(on, cell.shape.rows, cell.shape.classes, max(1, cell.k), 2, multi_hot=False)
+                assert ((None, tile),) == device._TILES and (plan.held or plan.tile == tile)
+    assert before == (device._TILES, hardest._LONG) and len(set(map(str, cells))) == len(cells)
