@@ -295,8 +295,8 @@ class BackwardWalk {
     return scaled;
   }
 
-  // The positives of a row and, in at_positives, the gradients there: known before the row is written, which may be over
-  // the logits that they are made of. A row that becomes NaN needs none.
+  // The positives of a row and, in at_positives, the gradients there: known before the row is written, which may be
+  // over the logits that they are made of. A row that becomes NaN needs none.
   Positives read(int64_t row, bool nan, TargetReader& targets, const Gradient& gradient, S* at_positives) const {
     Positives positives{nullptr, 0};
     if (nan) return positives;
