@@ -84,6 +84,7 @@ struct Target {
   int64_t label(int64_t row, int64_t place = 0) const {
     return static_cast<const int64_t*>(data)[row * stride + place * place_stride];
   }
+  int64_t most_positives(int64_t classes) const { return multi_hot ? classes : places; }  // of a row
   int64_t statistics_columns() const { return multi_hot ? 4 : labels ? 3 + places : 3; }
   int64_t coefficients_columns() const { return labels ? 2 + places : 2; }
   bool ignored(int64_t row, const Spec& spec) const {
@@ -158,7 +159,8 @@ struct Backward {
   const void* statistics;    // (rows, target.statistics_columns())
   const int32_t* pick_index;
   const void* pick_logit;
-  void* dlogits;  // (rows, classes), contiguous, dtype of the logits
+  void* dlogits;  // (rows, classes), dtype of the logits; memory of its own, or the logits themselves, written over
+  int64_t dlogits_stride;
   // Out: the first row with a pick that is neither a class nor an empty slot; the result is void then.
   std::atomic<int64_t> bad_row{INT64_MAX};
 };

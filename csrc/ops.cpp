@@ -235,13 +235,10 @@ std::tuple<Tensor, Tensor> in_order(const Tensor& any_index, const std::optional
   return {std::move(to_index), std::move(to_weight)};
 }
 
-Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::optional<Tensor>& any_logits,
+// The gradient: written over the logits if it is to be in place, where they must allow it, else in memory of its own.
+Tensor gradient(const Tensor& grad, const Tensor& any_coefficients, const std::optional<Tensor>& any_logits,
                 const Tensor& any_target, const Tensor& any_statistics, const Tensor& any_pick_index,
-                const Tensor& any_pick_logit, int64_t classes, StringHandle loss_handle, StableListHandle params,
-                std::optional<double> alpha, int64_t k, std::optional<int64_t> ignore_index, int64_t first_class,
-                int64_t all_classes, bool compact, bool labels, double label_smoothing, StableListHandle margin) {
-  const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
-                              compact, labels, label_smoothing, margin);
+                const Tensor& any_pick_logit, int64_t classes, const Spec& spec, bool in_place) {
   const bool needs_logits = !spec.compact || is_multi_hot(any_target, spec);
   check_tensor(grad, grad.dim() == 1 ? 1 : 0, "grad");
   check_target(any_target);
@@ -285,8 +282,9 @@ Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::o
   door.statistics = statistics.const_data_ptr();
   door.pick_index = static_cast<const int32_t*>(pick_index.const_data_ptr());
   door.pick_logit = pick_logit.const_data_ptr();
-  Tensor dlogits = empty({rows, classes}, torch_dtype(dtype));
+  Tensor dlogits = in_place ? *any_logits : empty({rows, classes}, torch_dtype(dtype));
   door.dlogits = dlogits.mutable_data_ptr();
+  door.dlogits_stride = dlogits.stride(0);
   chosen().kernels->backward(dtype, door);
 
   if (const int64_t row = door.bad_row; row != INT64_MAX) {
@@ -294,6 +292,32 @@ Tensor backward(const Tensor& grad, const Tensor& any_coefficients, const std::o
                             std::to_string(classes) + " classes)");
   }
   return dlogits;
+}
+
+Tensor backward(const Tensor& grad, const Tensor& coefficients, const std::optional<Tensor>& logits,
+                const Tensor& target, const Tensor& statistics, const Tensor& pick_index, const Tensor& pick_logit,
+                int64_t classes, StringHandle loss_handle, StableListHandle params, std::optional<double> alpha,
+                int64_t k, std::optional<int64_t> ignore_index, int64_t first_class, int64_t all_classes, bool compact,
+                bool labels, double label_smoothing, StableListHandle margin) {
+  const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
+                              compact, labels, label_smoothing, margin);
+  return gradient(grad, coefficients, logits, target, statistics, pick_index, pick_logit, classes, spec, false);
+}
+
+void backward_in_place(const Tensor& grad, const Tensor& coefficients, const Tensor& logits, const Tensor& target,
+                       const Tensor& statistics, const Tensor& pick_index, const Tensor& pick_logit,
+                       StringHandle loss_handle, StableListHandle params, std::optional<double> alpha, int64_t k,
+                       std::optional<int64_t> ignore_index, int64_t first_class, int64_t all_classes, bool compact,
+                       bool labels, double label_smoothing, StableListHandle margin) {
+  const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
+                              compact, labels, label_smoothing, margin);
+  check_tensor(logits, 2, "logits");
+  const int64_t rows = logits.size(0), classes = logits.size(1);
+  check((classes <= 1 || logits.stride(1) == 1) && (rows <= 1 || logits.stride(0) >= classes),
+        "logits to be overwritten must be contiguous within rows that share no memory: give a copy of them, "
+        "logits.contiguous(), or call backward");
+  logits.mutable_data_ptr();  // a copy on write is made before anybody reads them
+  gradient(grad, coefficients, logits, target, statistics, pick_index, pick_logit, classes, spec, true);
 }
 
 // -------------------------------------------------------------------------------------------------------- for tests
@@ -339,6 +363,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("forward", TORCH_BOX(&fused_losses::forward));
   m.impl("finish", TORCH_BOX(&fused_losses::finish));
   m.impl("backward", TORCH_BOX(&fused_losses::backward));
+  m.impl("backward_", TORCH_BOX(&fused_losses::backward_in_place));
   m.impl("in_order", TORCH_BOX(&fused_losses::in_order));
   m.impl("_cpu_elementary", TORCH_BOX(&fused_losses::cpu_elementary));
 }

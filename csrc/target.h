@@ -25,7 +25,7 @@ FUSED_LOSSES_INLINE void for_each_group(Positives positives, const Body& body) {
 class TargetReader {
  public:
   explicit TargetReader(const Problem& problem)
-      : problem_(problem), index_(problem.target.multi_hot ? problem.classes : problem.target.places) {}
+      : problem_(problem), index_(problem.target.most_positives(problem.classes)) {}
 
   bool ignored(int64_t row) const { return problem_.target.ignored(row, problem_.spec); }
 

@@ -253,32 +253,36 @@ class BackwardWalk {
   void run() const {
     if (problem_.rows < num_threads()) {
       TargetReader targets(problem_);
+      Buffer<S> at_positives(problem_.target.most_positives(problem_.classes));
       const int64_t pieces = (problem_.classes + kPiece - 1) / kPiece;
       for (int64_t row = 0; row < problem_.rows; ++row) {
         const Scaled<T> scaled = scaled_of(row);
         const Gradient gradient = family_.gradient(row, scaled);
+        const Positives positives = read(row, scaled.nan, targets, gradient, at_positives.get());
         parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
           const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
           fill(row, begin * kPiece, stop, targets.ignored(row), scaled.nan, gradient);
         });
-        if (!scaled.nan) patch(row, targets, gradient);
+        if (!scaled.nan && !targets.ignored(row)) patch(row, positives, at_positives.get(), gradient);
       }
       return;
     }
     parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
       TargetReader targets(problem_);
+      Buffer<S> at_positives(problem_.target.most_positives(problem_.classes));
       for (int64_t row = begin; row < end; ++row) {
         const Scaled<T> scaled = scaled_of(row);
         const Gradient gradient = family_.gradient(row, scaled);
+        const Positives positives = read(row, scaled.nan, targets, gradient, at_positives.get());
         fill(row, 0, problem_.classes, targets.ignored(row), scaled.nan, gradient);
-        if (!scaled.nan) patch(row, targets, gradient);
+        if (!scaled.nan && !targets.ignored(row)) patch(row, positives, at_positives.get(), gradient);
       }
     });
   }
 
  private:
   const S* logits(int64_t row) const { return static_cast<const S*>(problem_.logits) + row * problem_.logits_stride; }
-  S* dlogits(int64_t row) const { return static_cast<S*>(door_.dlogits) + row * problem_.classes; }
+  S* dlogits(int64_t row) const { return static_cast<S*>(door_.dlogits) + row * door_.dlogits_stride; }
 
   T grad_of(int64_t row) const { return static_cast<const T*>(door_.grad)[row * door_.grad_stride]; }
 
@@ -289,6 +293,28 @@ class BackwardWalk {
     scaled.nan =
         scaled.of_negatives != scaled.of_negatives || (!problem_.target.labels && scaled.of_target != scaled.of_target);
     return scaled;
+  }
+
+  // The positives of a row and, in at_positives, the gradients there: known before the row is written, which may be
+  // over the logits that they are made of. A row that becomes NaN needs none.
+  Positives read(int64_t row, bool nan, TargetReader& targets, const Gradient& gradient, S* at_positives) const {
+    Positives positives{nullptr, 0};
+    if (nan) return positives;
+    targets.read(row, &positives);
+    if (!problem_.target.multi_hot) {
+      const T grad = grad_of(row), *of_label = coefficients_.of_labels(row) + positives.first_place;
+      for (int64_t p = 0; p < positives.count; ++p) from_compute(at_positives + p, of_label[p] * grad);
+      return positives;
+    }
+    if constexpr (Family::multi_hot) {
+      for_each_group<V::lanes>(positives, [&](const int32_t* index, int64_t n) {
+        T z[V::lanes], gradients[V::lanes];
+        for (int64_t i = 0; i < n; ++i) z[i] = to_compute(logits(row)[index[i]]);
+        gradient.positive(load_first<V>(z, n, 0)).store(gradients);
+        for (int64_t i = 0; i < n; ++i) from_compute(at_positives + (index - positives.index) + i, gradients[i]);
+      });
+    }
+    return positives;
   }
 
   // Every element of dlogits[row, begin:end), as if there were no positives and no compact picks.
@@ -324,8 +350,7 @@ class BackwardWalk {
 
   // Scatters the compact picks, then the positives. Nothing is written for a pick that is no class: picks come from
   // whoever kept them since forward.
-  void patch(int64_t row, TargetReader& targets, const Gradient& gradient) const {
-    if (targets.ignored(row)) return;
+  void patch(int64_t row, Positives positives, const S* at_positives, const Gradient& gradient) const {
     S* out = dlogits(row);
     bool all_classes = true;
     if (spec_.compact) {
@@ -347,21 +372,7 @@ class BackwardWalk {
       all_classes = is_class(door_.pick_index[row]) || door_.pick_index[row] == -1;
     }
     if (!all_classes) lower(door_.bad_row, row);
-    Positives positives;
-    targets.read(row, &positives);
-    if (!problem_.target.multi_hot) {
-      const T grad = grad_of(row), *of_label = coefficients_.of_labels(row) + positives.first_place;
-      for (int64_t p = 0; p < positives.count; ++p) from_compute(out + positives.index[p], of_label[p] * grad);
-      return;
-    }
-    if constexpr (Family::multi_hot) {
-      for_each_group<V::lanes>(positives, [&](const int32_t* index, int64_t n) {
-        T z[V::lanes], gradients[V::lanes];
-        for (int64_t i = 0; i < n; ++i) z[i] = to_compute(logits(row)[index[i]]);
-        gradient.positive(load_first<V>(z, n, 0)).store(gradients);
-        for (int64_t i = 0; i < n; ++i) from_compute(out + index[i], gradients[i]);
-      });
-    }
+    for (int64_t p = 0; p < positives.count; ++p) out[positives.index[p]] = at_positives[p];
   }
 
   bool is_class(int32_t index) const { return static_cast<uint32_t>(index) < static_cast<uint32_t>(problem_.classes); }

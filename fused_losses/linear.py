@@ -73,8 +73,8 @@ class LinearLossOptions:
     Args:
         chunk_bytes: budget for the logits that exist at a time, at least one row of them (over the k hardest, with k
             at most C / 24: one row of a block of classes; beside it the blocks' picks, up to C / 24 a row, 8 bytes
-            each). Default: 4 MiB, on an accelerator 256 MiB; over more
-            negatives at least the weight's bytes, and as much again for the gradient of these logits.
+            each), over which their gradient is written. Default: 4 MiB, on an accelerator 256 MiB; over more negatives
+            at least the weight's bytes.
         sparse_grad: the gradients of weight and bias are coalesced sparse COO tensors over the classes picked, as
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and for SGD (without momentum: for
             sparse gradients PyTorch's buffer is a list that grows). Needs class-index targets and ``k`` (or ``ratio``)

@@ -1,7 +1,7 @@
 """A linear layer in front of the doors: statistics of the rows, and gradients from their coefficients, without ever
 holding the logits of the whole batch.
 
-Never more logits than fit a budget. Three ways lead to the gradients:
+Never more logits than fit a budget, and their gradient is written over them. Three ways lead to the gradients:
 
 - *picks*: over the k hardest, k a small share of the classes. Forward walks blocks of classes, all rows at a time, and
   keeps (index, logit) pairs; backward touches the rows of the weight that each row of the batch has as label or pick,
@@ -239,8 +239,9 @@ def linear_backward(
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
     one = coefficients.new_ones(())
     for rows, x, z in layer.chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
-        saved = z, target[rows], statistics[rows], pick_index[rows], pick_logit[rows]
-        gradients.add(rows, x, ops.backward(one, coefficients[rows], *saved, z.shape[1], *spec))
+        saved = target[rows], statistics[rows], pick_index[rows], pick_logit[rows]
+        ops.backward_(one, coefficients[rows], z, *saved, *spec)
+        gradients.add(rows, x, z)
     return gradients.result()
 
 
@@ -259,9 +260,8 @@ def linear_at_once(
     for rows, x, z in layer.chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
         weights = None if label_weight is None else label_weight[rows]
         values[rows], coefficients, statistics[rows], *picks = ops.forward(z, target[rows], weights, "none", *spec)
-        saved = z, target[rows], statistics[rows], *picks
-        # not named here: two chunks' gradients would be alive at a time
-        gradients.add(rows, x, ops.backward(share[rows], coefficients, *saved, z.shape[1], *spec))
+        ops.backward_(share[rows], coefficients, z, target[rows], statistics[rows], *picks, *spec)
+        gradients.add(rows, x, z)
     return values, statistics, *gradients.result()
 
 

@@ -1,9 +1,10 @@
 """The raw ops: schema, shapes, and who serves which device.
 
-Four ops, ``torch.ops.fused_losses.{forward,statistics,finish,backward}``, are served by every backend. ``reference.py``
-states the contract of the doors, ``finish.py`` that of finish. forward is statistics and finish in one.
-PyTorch's dispatcher picks the backend by device: the C++ extension serves the CPU where it was built, the reference
-every other device. They are not differentiable by themselves: ``autograd.py`` pairs them.
+Five ops, ``torch.ops.fused_losses.{forward,statistics,finish,backward,backward_}``, are served by every backend.
+``reference.py`` states the contract of the doors, ``finish.py`` that of finish. forward is statistics and finish in
+one, backward_ is backward written over the logits. PyTorch's dispatcher picks the backend by device: the C++ extension
+serves the CPU where it was built, the reference every other device. They are not differentiable by themselves:
+``autograd.py`` pairs them.
 """
 
 import functools
@@ -113,6 +114,21 @@ _backward = define(
     reference.backward,
     _backward_shapes,
 )
+backward_ = define(
+    "backward_(Tensor grad, Tensor coefficients, Tensor(a!) logits, Tensor target, Tensor statistics, "
+    f"Tensor pick_index, Tensor pick_logit, {SPEC}) -> ()",
+    reference.backward_,
+    lambda *_: None,
+)
+
+
+def _overwriting(keys, grad, coefficients, logits, *others):
+    """What PyTorch does for its own in-place ops: a graph that has saved the logits refuses to use them any more."""
+    torch.autograd.graph.increment_version(logits)
+    return backward_.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, grad, coefficients, logits, *others)
+
+
+_library.impl("backward_", _overwriting, "ADInplaceOrView", with_keyset=True)
 
 
 def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool) -> bool:
@@ -177,6 +193,7 @@ class _PlainPyTorch:
 
     forward, statistics = torch.no_grad()(reference.forward), torch.no_grad()(reference.statistics)
     finish, backward = torch.no_grad()(reference.finish), torch.no_grad()(reference.backward)
+    backward_ = torch.no_grad()(reference.backward_)
 
 
 def _forward_on_cuda(logits, target, weight, reduction, *spec):
@@ -204,11 +221,20 @@ def _backward_on_cuda(grad, coefficients, logits, target, statistics, pick_index
     return backend.backward(*tensors, num_classes, *spec)
 
 
+def _backward__on_cuda(grad, coefficients, logits, target, statistics, pick_index, pick_logit, *spec):
+    tensors = grad, coefficients, logits, target, statistics, pick_index, pick_logit
+    reference.check_overwritten(logits)
+    reference.check_backward(*tensors, logits.shape[1], LossSpec(*spec))
+    backend = _triton_backend(logits.device, logits.dtype, logits.shape[1]) or _PlainPyTorch
+    backend.backward_(*tensors, *spec)
+
+
 for _name, _on_cuda in (
     ("forward", _forward_on_cuda),
     ("statistics", _statistics_on_cuda),
     ("finish", _finish_on_cuda),
     ("backward", _backward_on_cuda),
+    ("backward_", _backward__on_cuda),
 ):
     _library.impl(_name, _on_cuda, "CUDA")
 

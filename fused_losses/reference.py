@@ -21,6 +21,8 @@ of them, stands in ``finish.py``; the options that all doors take last, in ``los
   every element of (rows, classes). A row whose coefficients times it are NaN becomes NaN as a whole; an ignored row
   becomes literal zeros, whatever comes from upstream. ``logits`` is None in the compact form unless the target is
   multi-hot: the picks and the statistics hold all that it needs.
+- backward_ writes the same gradient over the logits, where nobody else reads these any more. Their rows are contiguous
+  and share no memory. Where it raises for picks that are no classes, they may be overwritten already.
 """
 
 import functools
@@ -97,6 +99,18 @@ def check_backward(
         raise ValueError("backward needs the logits here")
     if logits is not None and (logits.shape != (rows, num_classes) or logits.dtype != dtype):
         raise ValueError("logits must be those of forward")
+
+
+def check_overwritten(logits: Tensor) -> None:
+    """The same of the logits that backward_ writes over."""
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (rows, classes), got {tuple(logits.shape)}")
+    rows, num_classes = logits.shape
+    if (num_classes > 1 and logits.stride(1) != 1) or (rows > 1 and logits.stride(0) < num_classes):
+        raise ValueError(
+            "logits to be overwritten must be contiguous within rows that share no memory, got the strides "
+            f"{tuple(logits.stride())}: give a copy of them, logits.contiguous(), or call backward"
+        )
 
 
 def _check_spec(spec: LossSpec, target: Tensor, rows: int, num_classes: int | None = None) -> None:
@@ -399,6 +413,22 @@ def backward(
     dlogits = torch.where(positive, to_target, dlogits)
     dlogits = torch.where(poison, math.nan, dlogits)
     return dlogits.masked_fill(ignored[:, None], 0).to(pick_logit.dtype).contiguous()
+
+
+def backward_(
+    grad: Tensor,
+    coefficients: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    pick_index: Tensor,
+    pick_logit: Tensor,
+    *spec,
+) -> None:
+    """The same, written over the logits."""
+    check_overwritten(logits)
+    seen = target, statistics, pick_index, pick_logit
+    logits.copy_(backward(grad, coefficients, logits, *seen, logits.shape[1], *spec))
 
 
 def gradient_of_negatives(scaled: Tensor, statistics: Tensor, z: Tensor, spec: LossSpec) -> Tensor:

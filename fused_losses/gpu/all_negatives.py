@@ -44,6 +44,7 @@ from .rows import (
     part_of,
     rim_positions,
     same_classes,
+    store_rim,
     store_tile,
     tile_lanes,
 )
@@ -192,7 +193,7 @@ def _write_rim(drow, row, target, scale, POSITIVE: tl.constexpr, NEGATIVE: tl.co
     rim, inside = rim_positions(row)
     z = tl.load(row.ptr + rim, mask=inside, other=0.0).to(tl.float32)
     values = _gradient(z, row, target, rim, inside, scale, POSITIVE, NEGATIVE, FAST)
-    tl.store(drow.ptr + rim, values.to(drow.ptr.dtype.element_ty), mask=inside)
+    store_rim(drow, rim, values, inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -310,11 +311,11 @@ def _backward(spec: LossSpec, kind: str, walk: Walk) -> tuple[Kernel, float, flo
     return kernel, a, b
 
 
-def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec) -> Tensor:
-    """dlogits (rows, classes). upstream: see ``gradient.upstream``."""
+def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec, in_place: bool) -> Tensor:
+    """dlogits (rows, classes). upstream: see ``gradient.upstream``. in_place: the logits themselves, written over."""
     num_rows, num_classes = logits.shape
     z = device.as_matrix(logits)
-    dlogits, dz = device.empty_gradient(logits, z)
+    dlogits, dz = (logits, z) if in_place else device.empty_gradient(logits, z)
     if num_rows == 0:
         return dlogits
     walk = device.walk_of(logits, num_classes)

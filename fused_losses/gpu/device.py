@@ -194,12 +194,17 @@ class Matrix(NamedTuple):
     stride: int
 
 
+def lies_as_matrix(x: Tensor) -> bool:
+    """Whether the kernels see the tensor itself: not columns with gaps, nor foreign memory that begins between two
+    vectors."""
+    return (x.shape[1] == 1 or x.stride(1) == 1) and x.data_ptr() % 16 // x.element_size() <= x.storage_offset()
+
+
 def as_matrix(x: Tensor) -> Matrix:
-    if x.shape[1] != 1 and x.stride(1) != 1:
-        x = x.contiguous()
-    phase = x.data_ptr() % 16 // x.element_size()
-    if phase > x.storage_offset():  # foreign memory that begins between two vectors
+    """The tensor itself where it lies so, else a copy."""
+    if not lies_as_matrix(x):
         return _copied(x, 0, gradient_row_stride(x.shape[1], x.stride(), x.element_size()))
+    phase = x.data_ptr() % 16 // x.element_size()
     base = x.as_strided((1,), (1,), x.storage_offset() - phase) if phase else x
     return Matrix(base, phase, x.stride(0))
 

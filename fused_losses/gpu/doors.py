@@ -10,7 +10,7 @@ from . import finish as finishing
 from . import finish_labels as finishing_labels
 from .device import unserved
 
-__all__ = ["backward", "finish", "forward", "statistics", "unserved"]
+__all__ = ["backward", "backward_", "finish", "forward", "statistics", "unserved"]
 
 
 def forward(
@@ -88,9 +88,34 @@ def backward(
     *spec,
 ) -> Tensor:
     """dlogits (rows, classes)."""
-    spec = LossSpec.of_op(*spec)
+    seen = target, statistics, pick_index, pick_logit
+    return _backward(grad, coefficients, logits, *seen, num_classes, LossSpec.of_op(*spec), in_place=False)
+
+
+def backward_(
+    grad: Tensor,
+    coefficients: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    pick_index: Tensor,
+    pick_logit: Tensor,
+    *spec,
+) -> None:
+    """The same, written over the logits. A program reads nothing of a row that another one writes, and each element in
+    front of writing it."""
+    tensors = grad, coefficients, logits, target, statistics, pick_index, pick_logit
+    if device.lies_as_matrix(logits):
+        _backward(*tensors, logits.shape[1], LossSpec.of_op(*spec), in_place=True)
+    else:
+        logits.copy_(backward(*tensors, logits.shape[1], *spec))
+
+
+def _backward(
+    grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, spec: LossSpec, in_place: bool
+) -> Tensor:  # fmt: skip
     rows = gradient.upstream(grad, coefficients, statistics)
     with torch.cuda.device_of(pick_logit):
         if spec.k > 0:
-            return hardest.backward(rows, logits, target, (pick_index, pick_logit), num_classes, spec)
-        return all_negatives.backward(rows, logits, target, spec)
+            return hardest.backward(rows, logits, target, (pick_index, pick_logit), num_classes, spec, in_place)
+        return all_negatives.backward(rows, logits, target, spec, in_place)

@@ -216,8 +216,10 @@ def backward(
     kept: tuple[Tensor, Tensor],
     num_classes: int,
     spec: LossSpec,
+    in_place: bool,
 ) -> Tensor:
-    """dlogits (rows, classes) from kept, the picks. upstream: see ``gradient.upstream``."""
+    """dlogits (rows, classes) from kept, the picks. upstream: see ``gradient.upstream``. in_place: the logits
+    themselves, written over."""
     pick_index, pick_logit = (part.contiguous() for part in kept)
     num_rows = pick_logit.shape[0]
     if logits is None:
@@ -225,7 +227,7 @@ def backward(
         dz = z = device.Matrix(dlogits, 0, num_classes)
     else:
         z = device.as_matrix(logits)
-        dlogits, dz = device.empty_gradient(logits, z)
+        dlogits, dz = (logits, z) if in_place else device.empty_gradient(logits, z)
     if num_rows == 0:
         return dlogits
 

@@ -104,6 +104,14 @@ def rim_positions(array):
 
 
 @triton.jit
+def store_rim(array, rim, values, inside):
+    """values at the rim's positions, fewer than there are threads: several of these read each element and one writes
+    it, so a barrier orders the two where the array is the one that was read."""
+    tl.debug_barrier()
+    tl.store(array.ptr + rim, values.to(array.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def tile_lanes(ROWS: tl.constexpr, LANES: tl.constexpr):
     """Offsets within a tile, (ROWS, LANES)."""
     return tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]

@@ -18,6 +18,7 @@ from .rows import (
     part_of,
     rim_positions,
     same_classes,
+    store_rim,
     store_tile,
     tile_lanes,
 )
@@ -74,7 +75,7 @@ def scatter_kernel(
         store_tile(drow, tile, tl.where(filled, value, in_tile), ROWS, LANES)
     rim, inside = rim_positions(drow)
     in_rim = FILL(row, target, rim, inside, scale, FAST)
-    tl.store(drow.ptr + rim, tl.where(filled, value, in_rim).to(element), mask=inside)
+    store_rim(drow, rim, tl.where(filled, value, in_rim), inside)
 
     if num_labels is not None:
         if ~filled:
@@ -149,6 +150,6 @@ def threshold_kernel(
         rim, inside = rim_positions(row)
         z = tl.load(row.ptr + rim, mask=inside, other=0.0).to(tl.float32)
         values = _gradient(z, row, target, rim, inside, scale, cut, POSITIVE, NEGATIVE, FAST)
-        tl.store(drow.ptr + rim, values.to(drow.ptr.dtype.element_ty), mask=inside)
+        store_rim(drow, rim, values, inside)
         if num_labels is not None:
             write_labels(drow, target, scale, TILE)

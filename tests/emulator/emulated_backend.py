@@ -28,7 +28,8 @@ class Backend:
             with self.device as device:
                 device.fence(*(x for x in args if isinstance(x, torch.Tensor)))
                 outputs = door(*args)
-                for place, output in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)):
+                written = args[2:3] if name == "backward_" else outputs
+                for place, output in enumerate(written if isinstance(written, tuple) else (written,)):
                     device.expect_written(f"result {place} of {name}", output)
             self.faulty += bool(device.faults)
             device.check()
@@ -49,7 +50,7 @@ class Backend:
         keeps_picks, cuda = ops.keeps_picks, torch.device("cuda")
         with pytest.MonkeyPatch.context() as patches:
             patches.setattr(ops, "_triton_backend", lambda *_: self)
-            for name in ("forward", "statistics", "finish", "backward"):
+            for name in ("forward", "statistics", "finish", "backward", "backward_"):
                 patches.setattr(ops, name, getattr(ops, f"_{name}_on_cuda"))
             patches.setattr(ops, "keeps_picks", lambda _, *shape: keeps_picks(cuda, *shape))
             yield

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from emulated_backend import Backend
-from gpu_doors import make
+from gpu_doors import compare, make
 from gpu_rows import targets_for
 from triton_driver import Faulty
 
@@ -76,11 +76,20 @@ BARRIER = r"bar\.sync"
 
 
 def test_a_race(backend, planted):
-    """Without the barrier between filling a row of the gradient and writing the picks into it."""
+    """Without the barriers between filling a row of the gradient, its ends last, and writing the picks into it."""
     step(backend, CRL, 20, True)
-    planted("scatter_kernel", without(BARRIER, 0))
+    planted("scatter_kernel", lambda ptx: re.sub(rf"^.*{BARRIER}.*$", "", ptx, flags=re.M))
     with pytest.raises(Faulty, match="race between warps"):
         step(backend, CRL, 20, True)
+
+
+def test_a_race_of_a_gradient_with_its_logits(backend, planted):
+    """Without the barrier between the threads that read an end of a row and the one that writes over it."""
+    logits, target = make(3, 2203, torch.float32)
+    compare(CE, logits, target, backend=backend)
+    planted("backward_kernel", without(BARRIER, 0))
+    with pytest.raises(Faulty, match=r"race between (warps|lanes)"):
+        compare(CE, logits, target, backend=backend)
 
 
 def test_a_race_in_shared_memory(backend, planted):

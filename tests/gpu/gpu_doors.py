@@ -86,7 +86,34 @@ def compare(
     assert_as_accurate(ours.coefficients, theirs.coefficients, truth.coefficients, f"{formula}: coefficients")
     assert_as_accurate(ours.loss, theirs.loss, truth.loss, f"{formula}: loss")
     assert_as_accurate(dlogits, same, exact, f"{formula}: dlogits")
+    assert_same_in_place(dlogits, backend, formula, logits, target, k, compact, **options)
     return dlogits
+
+
+def assert_same_in_place(dlogits: Tensor, backend, formula, logits, target, k, compact, **options) -> None:
+    """The gradient written over logits of the same layout, where they allow it: the same bits, and nothing around."""
+    rows, classes = logits.shape
+    if logits.stride(1) != 1 or (rows > 1 and logits.stride(0) < classes) or (compact and target.dim() == 1):
+        return
+    around = torch.full((logits.untyped_storage().nbytes() // logits.element_size(),), 7.0).to(logits)
+    place = logits.shape, logits.stride(), logits.storage_offset()
+    over = around.clone().as_strided(*place).copy_(logits)
+    _, result = step(InPlace(backend), formula, over, target, k, compact, **options)
+    assert torch.equal(bits(result), bits(dlogits))
+    left = result.as_strided(around.shape, (1,), 0)
+    around.as_strided(*place).copy_(dlogits)
+    assert torch.equal(bits(left), bits(around))
+
+
+class InPlace:
+    """A backend whose backward overwrites the logits."""
+
+    def __init__(self, backend):
+        self.forward, self.backward_ = backend.forward, backend.backward_
+
+    def backward(self, grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec):
+        self.backward_(grad, coefficients, logits, target, statistics, pick_index, pick_logit, *spec)
+        return logits
 
 
 def assert_same_picks(logits: Tensor, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:

@@ -120,7 +120,7 @@ def served(monkeypatch):
     kernels = []
     monkeypatch.setattr(gpu, "launch", lambda kernel, *_: kernels.append(kernel))
     monkeypatch.setattr(ops, "_triton_backend", lambda *_: gpu_backend)
-    for name in ("forward", "statistics", "finish", "backward"):
+    for name in ("forward", "statistics", "finish", "backward", "backward_"):
         monkeypatch.setattr(ops, name, getattr(ops, f"_{name}_on_cuda"))
     return kernels
 

@@ -23,6 +23,7 @@ from cases import (
     HS_LR,
     LOGISTIC,
     LOSSES,
+    LR,
     each,
     make_index,
     make_target,
@@ -144,3 +145,33 @@ def test_the_graph_holds_nothing_of_the_size_of_all_logits(k):
     value = CRL.linear(x.requires_grad_(), w.requires_grad_(), make_index(rows, classes), k=k)
     held = [tensor for tensor in value.grad_fn.saved_tensors if tensor is not None]
     assert max(tensor.numel() for tensor in held) < rows * classes / 12
+
+
+class Buffers(Watch):
+    """What has memory of its own for at least so many elements, held so that no other gets the same."""
+
+    def __init__(self, least: int):
+        super().__init__()
+        self.least, self.found = least, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(result, torch.Tensor) and result.numel() >= self.least and not func.is_view:
+            self.found[result.untyped_storage().data_ptr()] = result
+        return result
+
+
+@pytest.mark.parametrize("reduction, passes", [("mean", 1), ("none", 2)])  # at once, again
+@pytest.mark.parametrize("k", [None, 1000])
+@pytest.mark.parametrize("loss, form", [(CRL, "index"), (LR, "index"), (LR, "multihot")], ids=str)
+@each_layer
+def test_a_gradient_is_written_over_its_logits(glass_house, normalize, loss, form, k, reduction, passes):
+    rows, classes, features = 64, 2048, 4
+    x, w, _ = make_layer(rows, features, classes, torch.float32)
+    target = make_target(form, rows, classes)
+    options = fl.LinearLossOptions(chunk_bytes=5 * classes * 4)
+    w.requires_grad_()
+    with Buffers(4 * classes + 1) as buffers:
+        value = loss.linear(x, w, target, k=k, reduction=reduction, normalize=normalize, options=options)
+        value.sum().backward()
+    assert len(buffers.found) == passes

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cases import assert_as_accurate, make_index, make_logits, make_multihot
 from doors import CRL, LR, SS_LR, Kept, backward, forward
-from fused_losses import ops
+from fused_losses import ops, reference
 from fused_losses.finish import Reduction
 
 OPS = torch.ops.fused_losses
@@ -74,6 +74,8 @@ def test_opcheck(formula, form, rows, layout, k, compact):
         grad.requires_grad_()
     withheld = None if compact and form == "index" else logits
     opcheck(OPS.backward.default, grad, coefficients, withheld, target, statistics, *picks, 11, *spec)
+    if layout in ("contiguous", "sliced"):
+        opcheck(OPS.backward_.default, grad, coefficients, logits, target, statistics, *picks, *spec)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -137,6 +139,85 @@ def test_schemas_are_the_published_ones():
         "fused_losses::backward(Tensor grad, Tensor coefficients, Tensor? logits, Tensor target, Tensor statistics, "
         f"Tensor pick_index, Tensor pick_logit, SymInt num_classes, {spec}) -> Tensor"
     )
+    assert str(OPS.backward_.default._schema) == (
+        "fused_losses::backward_(Tensor grad, Tensor coefficients, Tensor(a!) logits, Tensor target, "
+        f"Tensor statistics, Tensor pick_index, Tensor pick_logit, {spec}) -> ()"
+    )
+
+
+# --- the gradient written over the logits -----------------------------------------------------------------------------
+
+
+def seen(logits: torch.Tensor, target: torch.Tensor, spec) -> tuple[torch.Tensor, ...]:
+    """What both backward doors take but the logits: grad and coefficients, then the others. One row is ignored, one NaN
+    if there are several."""
+    loss, coefficients, *others = OPS.forward(logits, target, None, "none", *spec)
+    grad = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype)
+    grad[2:3] = math.nan
+    return (grad, coefficients), (target, *others)
+
+
+@pytest.mark.parametrize("backend", [OPS, reference], ids=["op", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [1, 11, 5003])
+@pytest.mark.parametrize("rows", [0, 1, 5])  # one row is split among the threads, five are not
+@pytest.mark.parametrize("form", ["index", "multihot", "labels"])
+def test_a_gradient_over_the_logits_is_the_same(form, rows, classes, dtype, backend):
+    """Bit for bit, also between other numbers, which stay as they are."""
+    if form == "multihot":
+        target = make_multihot(5, classes)[:rows]
+    else:
+        target = make_index(rows, classes)
+        target[1:2] = -1 if form == "labels" else -100
+    if form == "labels":
+        target = torch.stack((target, torch.where(target == 0, classes - 1, -1)), 1) if classes > 1 else target[:, None]
+    labels = {"labels": True, "label_smoothing": 0.1, "ignore_index": -1} if form == "labels" else {}
+    for formula, (k, compact) in itertools.product((CRL, LR, SS_LR), FORMS):
+        if formula is CRL and form == "multihot":
+            continue
+        spec = formula.spec(classes, k, compact, **labels)
+        wide = make_logits(rows, classes + 3, dtype)
+        expected, place = wide.clone(), slice(2, 2 + classes)
+        first, behind = seen(wide[:, place], target, spec)
+        expected[:, place] = OPS.backward(*first, wide[:, place], *behind, classes, *spec)
+        if backend is reference:
+            expected[:, place] = reference.backward(*first, wide[:, place], *behind, classes, *spec)
+        assert backend.backward_(*first, wide[:, place], *behind, *spec) is None
+        torch.testing.assert_close(wide, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", [OPS, reference], ids=["op", "reference"])
+@pytest.mark.parametrize("layout", ["permuted", "expanded"])
+def test_logits_that_cannot_be_overwritten_are_refused(layout, backend):
+    logits, target, spec = inputs(4, layout), make_index(4, 11), CRL.spec(11)
+    before = logits.clone()
+    first, behind = seen(logits, target, spec)
+    with pytest.raises(ValueError, match=r"contiguous within rows that share no memory.*logits.contiguous\(\)"):
+        backend.backward_(*first, logits, *behind, *spec)
+    assert torch.equal(logits, before)
+
+
+def test_a_graph_that_saved_the_logits_notices():
+    logits, target, spec = inputs(4, "contiguous"), make_index(4, 11), CRL.spec(11)
+    squares = logits.clone().requires_grad_().exp()
+    first, behind = seen(squares.detach(), target, spec)
+    total = squares.sum()
+    OPS.backward_(*first, squares.detach(), *behind, *spec)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_a_compiled_gradient_over_the_logits():
+    logits, target, spec = inputs(4, "contiguous"), make_index(4, 11), CRL.spec(11)
+    first, behind = seen(logits, target, spec)
+
+    def twice(z):
+        z = z.exp().log()
+        OPS.backward_(*first, z, *behind, *spec)
+        return 2 * z
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), twice(logits), equal_nan=True)
 
 
 # --- who serves CUDA: decided without one -----------------------------------------------------------------------------
@@ -195,6 +276,9 @@ def test_cuda_doors_pass_their_arguments_on():
         torch.testing.assert_close(ours, theirs)
     arguments = torch.tensor(0.7), coefficients, None, target, statistics, *picks, 7, *spec
     torch.testing.assert_close(ops._backward_on_cuda(*arguments), ops.backward(*arguments))
+    over = logits.clone()
+    ops._backward__on_cuda(torch.tensor(0.7), coefficients, over, target, statistics, *picks, *spec)
+    torch.testing.assert_close(over, ops.backward(*arguments))
 
 
 # --- sums over rows ---------------------------------------------------------------------------------------------------
