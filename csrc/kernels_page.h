@@ -99,11 +99,11 @@ static void finish(DType dtype, const Finish& door) {
 }
 
 static void elementary(const char* name, const float* x, float* y, int64_t n) {
-  const bool is_exp = std::strcmp(name, "exp") == 0;
+  const bool is_exp = std::strcmp(name, "exp") == 0, is_log1p = std::strcmp(name, "log1p") == 0;
   for (int64_t i = 0; i < n; i += FloatVec::lanes) {
     const int64_t part = n - i < FloatVec::lanes ? n - i : FloatVec::lanes;
     const FloatVec v = load_first<FloatVec>(x + i, part, 0.0f);
-    store_first(y + i, is_exp ? exp(v) : log1p(v), part);
+    store_first(y + i, is_exp ? exp(v) : is_log1p ? log1p(v) : log1p_of_product(v), part);
   }
 }
 

@@ -315,9 +315,9 @@ std::string cpu_isa(const std::string& name) {
   return std::string(chosen().name);
 }
 
-// The kernels' own exp or log1p of every element.
+// The kernels' own exp, log1p or log1p_of_product of every element.
 Tensor cpu_elementary(const std::string& name, const Tensor& x) {
-  check(name == "exp" || name == "log1p", "expected exp or log1p");
+  check(name == "exp" || name == "log1p" || name == "log1p_of_product", "expected exp, log1p or log1p_of_product");
   check_tensor(x, 1, "x");
   check(torch_dtype(x) == aoti_torch_dtype_float32() && x.is_contiguous(), "expected a contiguous float32 tensor");
   Tensor y = torch::stable::empty_like(x);

@@ -8,6 +8,7 @@
 //     max(a, b)  min(a, b)       b where either is NaN: the lane that may hold NaN goes second
 //     round(v)                   to the nearest integer, ties to even, |v| < 2^22
 //     scale(v, n)                v * 2^n for integer-valued |n| < 300, rounded once
+//     exponent(v)                the largest n with 2^n <= v, for normal v >= 1; means nothing where v is NaN
 //     reciprocal(v)              1 / v for v in [1, 2], 2 ulp
 //     a >= b  a > b              Mask; false where either is NaN
 //     unordered(a, b)            Mask: where either is NaN
@@ -92,6 +93,14 @@ FUSED_LOSSES_INLINE FloatVec log1p(FloatVec e) {
   return e * fma(q, e, FloatVec(1.0f));
 }
 
+// log(1 + p) for p in [0, 2^20], small p at full precision; NaN for NaN.
+FUSED_LOSSES_INLINE FloatVec log1p_of_product(FloatVec p) {
+  // 1 + p = 2^n (1 + r). The terms of r have no more bits than p: it is exact.
+  const FloatVec n = exponent(FloatVec(1) + p), shift = FloatVec(0) - n;
+  const FloatVec r = scale(p, shift) + (scale(FloatVec(1), shift) - FloatVec(1));
+  return fma(n, FloatVec(0.69314718055994531f), log1p(r));
+}
+
 inline DoubleVec exp(DoubleVec v) {
   for (double& lane : v.lane) lane = std::exp(lane);
   return v;
@@ -103,6 +112,8 @@ inline DoubleVec log1p(DoubleVec v) {
   for (double& lane : v.lane) lane = std::log1p(lane);
   return v;
 }
+
+inline DoubleVec log1p_of_product(DoubleVec p) { return log1p(p); }
 
 template <class V>
 FUSED_LOSSES_INLINE double sum_lanes(V v) {

@@ -91,6 +91,11 @@ inline __m256 scale8(__m256 v, __m256 n) {
   return _mm256_mul_ps(_mm256_mul_ps(v, first), second);
 }
 inline Float16 scale(Float16 a, Float16 n) { return {scale8(a.low, n.low), scale8(a.high, n.high)}; }
+inline __m256 exponent8(__m256 v) {
+  const __m256i biased = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 23), _mm256_set1_epi32(0xff));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
+}
+inline Float16 exponent(Float16 a) { return {exponent8(a.low), exponent8(a.high)}; }
 inline Float16 reciprocal(Float16 a) {
   const __m256 one = _mm256_set1_ps(1.0f);
   return {_mm256_div_ps(one, a.low), _mm256_div_ps(one, a.high)};

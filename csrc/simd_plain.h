@@ -117,6 +117,11 @@ struct Plain {
     });
   }
 
+  friend Plain exponent(const Plain& v) {
+    static_assert(sizeof(T) == 4);
+    return map(v, v, [](T x, T) { return static_cast<T>((bit_cast<int32_t>(x) >> 23 & 0xff) - 127); });
+  }
+
   friend Plain minus_abs(const Plain& a) {
     return map(a, a, [](T x, T) { return -std::abs(x); });
   }
