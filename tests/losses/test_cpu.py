@@ -153,6 +153,30 @@ def test_log1p_of_a_product_within_four_ulp_over_its_range(isa):
     torch.testing.assert_close(got, special, rtol=0, atol=0, equal_nan=True)
 
 
+def test_elementary_functions_in_double(isa):
+    """Against torch's own, which is within one unit itself."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.exp(-745 * torch.rand(1_000_000, generator=generator, dtype=torch.float64))  # 0 to 1, log-uniform
+    even = torch.rand(1_000_000, generator=generator, dtype=torch.float64)
+    powers = 2.0 ** torch.arange(21, dtype=torch.float64)
+    inputs = {
+        "exp": (-745.2 * even, 709.7 * even, -small),
+        "log1p": (small, even, powers[:1]),
+        "log1p_of_product": (small, 2**20 * small, 255 * even, powers, torch.nextafter(powers, 0 * powers)),
+    }
+    for name, numbers in inputs.items():
+        for x in numbers:
+            truth = x.exp() if name == "exp" else x.log1p()
+            _, exponent = torch.frexp(truth)
+            unit = torch.ldexp(torch.ones_like(truth), exponent.clamp(min=-1021) - 53)
+            assert ((cpp._cpu_elementary(name, x) - truth).abs() / unit).max() <= 4, name
+    special = torch.tensor([-math.inf, math.inf, 0.0, -0.0, math.nan, -1e300, 710.0, -746.0], dtype=torch.float64)
+    torch.testing.assert_close(cpp._cpu_elementary("exp", special), special.exp(), rtol=0, atol=0, equal_nan=True)
+    special = torch.tensor([0.0, math.nan, -math.nan], dtype=torch.float64)
+    for name in ("log1p", "log1p_of_product"):
+        torch.testing.assert_close(cpp._cpu_elementary(name, special), special, rtol=0, atol=0, equal_nan=True)
+
+
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
