@@ -35,16 +35,13 @@ inline Double4 max(Double4 a, Double4 b) { return _mm256_max_pd(a.v, b.v); }
 inline Double4 min(Double4 a, Double4 b) { return _mm256_min_pd(a.v, b.v); }
 inline Double4 round(Double4 a) { return _mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
-// 2^n for a normal result. A number that is added to 1.5 * 2^52 stands in the last bits.
-inline __m256d power_of_two(__m256d n) {
-  const __m256d biased = _mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023));
-  return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(biased), 52));
-}
-
-// 2^n as a product of two powers: the first is normal for every n in use, the second one rounds.
+// 2^n as a product of two powers: the first is normal for every n in use, the second one rounds. n + 2 * 1023 stands in
+// the last bits of a sum; each power takes half of it as its exponent field, and shifting leaves out what is above.
 inline Double4 scale(Double4 a, Double4 n) {
-  const Double4 half = round(n * Double4(0.5));
-  return _mm256_mul_pd(_mm256_mul_pd(a.v, power_of_two(half.v)), power_of_two((n - half).v));
+  const __m256i biased = _mm256_castpd_si256(_mm256_add_pd(n.v, _mm256_set1_pd(0x1.8p52 + 2 * 1023)));
+  const __m256i half = _mm256_srli_epi64(biased, 1), rest = _mm256_sub_epi64(biased, half);
+  const __m256d first = _mm256_castsi256_pd(_mm256_slli_epi64(half, 52));
+  return _mm256_mul_pd(_mm256_mul_pd(a.v, first), _mm256_castsi256_pd(_mm256_slli_epi64(rest, 52)));
 }
 inline Double4 exponent(Double4 a) {
   const __m256i biased = _mm256_srli_epi64(_mm256_castpd_si256(a.v), 52);

@@ -110,17 +110,14 @@ struct Plain {
     return map(v, v, [](T x, T) { return (x + kUnits) - kUnits; });
   }
 
-  // 2^n for a normal result.
-  static T power_of_two(T n) {
-    const auto number = static_cast<std::make_unsigned_t<Bits>>(bit_cast<Bits>(n + (kUnits + kBias)));
-    return bit_cast<T>(number << kMantissa);
-  }
-
-  // 2^n as a product of two powers: the first is normal for every n in use, the second one rounds.
+  // 2^n as a product of two powers: the first is normal for every n in use, the second one rounds. n + 2 kBias stands
+  // in the last bits of a sum; each power takes half of it as its exponent field, and shifting leaves out what is
+  // above.
   friend Plain scale(const Plain& v, const Plain& n) {
     return map(v, n, [](T x, T by) {
-      const T half = (by * T(0.5) + kUnits) - kUnits;
-      return x * power_of_two(half) * power_of_two(by - half);
+      using Word = std::make_unsigned_t<Bits>;
+      const Word biased = bit_cast<Word>(by + (kUnits + 2 * kBias)), half = biased >> 1;
+      return x * bit_cast<T>(half << kMantissa) * bit_cast<T>((biased - half) << kMantissa);
     });
   }
 
