@@ -30,6 +30,27 @@ FUSED_LOSSES_INLINE V softplus(V z) {
   return max(V(0), z) + log1p(exp_minus_abs(z));
 }
 
+// A sum of softplus(z), of up to 20 z, takes one logarithm for all: of the product of the 1 + e, at most 2 each. It is
+// kept less 1, so that a sum of small e loses nothing.
+template <class V>
+struct SumOfSoftplus {
+  V of_positive, product;
+  explicit SumOfSoftplus(typename V::Scalar zero) : of_positive(zero), product(zero) {}
+  explicit FUSED_LOSSES_INLINE SumOfSoftplus(V z) : of_positive(max(V(0), z)), product(exp_minus_abs(z)) {}
+};
+
+template <class V>
+FUSED_LOSSES_INLINE SumOfSoftplus<V> operator+(SumOfSoftplus<V> a, const SumOfSoftplus<V>& b) {
+  a.of_positive = a.of_positive + b.of_positive;
+  a.product = fma(a.product, b.product, a.product + b.product);
+  return a;
+}
+
+template <class V>
+FUSED_LOSSES_INLINE V total(const SumOfSoftplus<V>& sum) {
+  return sum.of_positive + log1p_of_product(sum.product);
+}
+
 template <class V>
 FUSED_LOSSES_INLINE V sigmoid(V z) {
   return Sigmoid<V>(z, exp_minus_abs(z)).plus;
@@ -84,12 +105,12 @@ struct CRL {
   }
 };
 
-// The logistic family: phi and phi' of a vector of negative logits.
+// The logistic family: phi and phi' of a vector of negative logits. A term is phi, or what stands for it in a sum.
 
 template <class V>
 struct Logistic {
   explicit Logistic(const double*) {}
-  FUSED_LOSSES_INLINE V value(V z) const { return softplus(z); }
+  FUSED_LOSSES_INLINE SumOfSoftplus<V> term(V z) const { return SumOfSoftplus<V>(z); }
   FUSED_LOSSES_INLINE V slope(V z) const { return sigmoid(z); }
 };
 
@@ -99,7 +120,7 @@ struct SoftSelection {
   V gamma;
   explicit SoftSelection(const double* params) : gamma(static_cast<typename V::Scalar>(params[0])) {}
 
-  FUSED_LOSSES_INLINE V value(V z) const {
+  FUSED_LOSSES_INLINE V term(V z) const {
     const V e = exp_minus_abs(z), tail = log1p(e);
     return weight(z, e, tail) * (max(V(0), z) + tail);
   }

@@ -171,7 +171,8 @@ struct Kernels {
   void (*forward)(DType, Forward&);
   void (*finish)(DType, const Finish&);
   void (*backward)(DType, Backward&);
-  void (*elementary)(const char* name, const float* x, float* y, int64_t n);  // "exp" and "log1p", for the tests
+  // "exp", "log1p" and "log1p_of_product" of float32 or float64, for the tests
+  void (*elementary)(DType, const char* name, const void* x, void* y, int64_t n);
 };
 
 // The instruction sets. Each is one translation unit that includes kernels_page.h; null where the compiler cannot build

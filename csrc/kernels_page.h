@@ -98,13 +98,20 @@ static void finish(DType dtype, const Finish& door) {
   dtype == DType::float64 ? finish_in<double>(door) : finish_in<float>(door);
 }
 
-static void elementary(const char* name, const float* x, float* y, int64_t n) {
-  const bool is_exp = std::strcmp(name, "exp") == 0;
-  for (int64_t i = 0; i < n; i += FloatVec::lanes) {
-    const int64_t part = n - i < FloatVec::lanes ? n - i : FloatVec::lanes;
-    const FloatVec v = load_first<FloatVec>(x + i, part, 0.0f);
-    store_first(y + i, is_exp ? exp(v) : log1p(v), part);
+template <class T>
+inline void elementary_in(const char* name, const T* x, T* y, int64_t n) {
+  using V = VecOf<T>;
+  const bool is_exp = std::strcmp(name, "exp") == 0, is_log1p = std::strcmp(name, "log1p") == 0;
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const int64_t part = n - i < V::lanes ? n - i : V::lanes;
+    const V v = load_first<V>(x + i, part, 0);
+    store_first(y + i, is_exp ? exp(v) : is_log1p ? log1p(v) : log1p_of_product(v), part);
   }
+}
+
+static void elementary(DType dtype, const char* name, const void* x, void* y, int64_t n) {
+  dtype == DType::float64 ? elementary_in(name, static_cast<const double*>(x), static_cast<double*>(y), n)
+                          : elementary_in(name, static_cast<const float*>(x), static_cast<float*>(y), n);
 }
 
 static constexpr Kernels kernels{kFormulas, kNumFormulas, forward, finish, backward, elementary};

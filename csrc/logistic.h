@@ -33,7 +33,7 @@ class LogisticForward {
     V largest(partial.max);
     partial.sum = CompensatedSum(sum_negatives(row, begin, end, positives, [&](V z) {
       largest = max(largest, z);
-      return phi_.value(z);
+      return phi_.term(z);
     }));
     partial.max = max_lane(largest);
     if (smoothed_) {  // a second look at a piece in the first cache

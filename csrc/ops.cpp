@@ -339,14 +339,15 @@ std::string cpu_isa(const std::string& name) {
   return std::string(chosen().name);
 }
 
-// The kernels' own exp or log1p of every element.
+// The kernels' own exp, log1p or log1p_of_product of every element.
 Tensor cpu_elementary(const std::string& name, const Tensor& x) {
-  check(name == "exp" || name == "log1p", "expected exp or log1p");
+  check(name == "exp" || name == "log1p" || name == "log1p_of_product", "expected exp, log1p or log1p_of_product");
   check_tensor(x, 1, "x");
-  check(torch_dtype(x) == aoti_torch_dtype_float32() && x.is_contiguous(), "expected a contiguous float32 tensor");
+  const DType dtype = dtype_of(x, "x");
+  check((dtype == DType::float32 || dtype == DType::float64) && x.is_contiguous(),
+        "expected a contiguous float32 or float64 tensor");
   Tensor y = torch::stable::empty_like(x);
-  chosen().kernels->elementary(name.c_str(), static_cast<const float*>(x.const_data_ptr()),
-                               static_cast<float*>(y.mutable_data_ptr()), x.numel());
+  chosen().kernels->elementary(dtype, name.c_str(), x.const_data_ptr(), y.mutable_data_ptr(), x.numel());
   return y;
 }
 

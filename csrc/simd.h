@@ -7,7 +7,8 @@
 //     fma(a, b, c)               a * b + c, rounded once where the hardware can
 //     max(a, b)  min(a, b)       b where either is NaN: the lane that may hold NaN goes second
 //     round(v)                   to the nearest integer, ties to even, |v| < 2^22
-//     scale(v, n)                v * 2^n for integer-valued |n| < 300, rounded once
+//     scale(v, n)                v * 2^n for integer-valued |n| < 250, in double < 2000, rounded once
+//     exponent(v)                the largest n with 2^n <= v, for normal v >= 1; means nothing where v is NaN
 //     reciprocal(v)              1 / v for v in [1, 2], 2 ulp
 //     a >= b  a > b              Mask; false where either is NaN
 //     unordered(a, b)            Mask: where either is NaN
@@ -31,8 +32,12 @@ class Sum;
 
 #if defined(FUSED_LOSSES_AVX512)
 #include "simd_avx512.h"
+#include "simd_double_avx512.h"
+#include "simd_pair.h"
 #elif defined(FUSED_LOSSES_AVX2)
 #include "simd_avx2.h"
+#include "simd_double_avx2.h"
+#include "simd_pair.h"
 #endif
 #include "simd_plain.h"
 
@@ -44,12 +49,16 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 template <class T>
 constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
-#if defined(FUSED_LOSSES_AVX512) || defined(FUSED_LOSSES_AVX2)
+#if defined(FUSED_LOSSES_AVX512)
 using FloatVec = Float16;
+using DoubleVec = Pair<Double8>;
+#elif defined(FUSED_LOSSES_AVX2)
+using FloatVec = Float16;
+using DoubleVec = Pair<Pair<Double4> >;
 #else
 using FloatVec = Plain<float, 16>;
-#endif
 using DoubleVec = Plain<double, 16>;
+#endif
 
 // The dtype that the arithmetic on logits of dtype S is done in, and its vector.
 template <class S>
@@ -92,16 +101,53 @@ FUSED_LOSSES_INLINE FloatVec log1p(FloatVec e) {
   return e * fma(q, e, FloatVec(1.0f));
 }
 
-inline DoubleVec exp(DoubleVec v) {
-  for (double& lane : v.lane) lane = std::exp(lane);
-  return v;
+// The same three in double. exp_nonpositive is right up to 709.
+
+FUSED_LOSSES_INLINE DoubleVec exp_nonpositive(DoubleVec v) {
+  v = max(DoubleVec(-746.0), v);
+  const DoubleVec n = round(v * DoubleVec(1.4426950408889634));
+  DoubleVec r = fma(n, DoubleVec(-0.6931471803691238), v);
+  r = fma(n, DoubleVec(-1.9082149292705877e-10), r);
+  DoubleVec q = DoubleVec(2.510038549551032e-08);
+  q = fma(q, r, DoubleVec(2.7620088445409746e-07));
+  q = fma(q, r, DoubleVec(2.7557268459997064e-06));
+  q = fma(q, r, DoubleVec(2.4801521295954376e-05));
+  q = fma(q, r, DoubleVec(0.00019841269863053618));
+  q = fma(q, r, DoubleVec(0.0013888888917213717));
+  q = fma(q, r, DoubleVec(0.008333333333330062));
+  q = fma(q, r, DoubleVec(0.04166666666662413));
+  q = fma(q, r, DoubleVec(0.16666666666666669));
+  q = fma(q, r, DoubleVec(0.5000000000000001));
+  q = fma(q, r, DoubleVec(1.0));
+  return scale(fma(q, r, DoubleVec(1.0)), n);
 }
 
-inline DoubleVec exp_nonpositive(DoubleVec v) { return exp(v); }
+FUSED_LOSSES_INLINE DoubleVec exp(DoubleVec v) { return exp_nonpositive(min(DoubleVec(710.0), v)); }
 
-inline DoubleVec log1p(DoubleVec v) {
-  for (double& lane : v.lane) lane = std::log1p(lane);
-  return v;
+FUSED_LOSSES_INLINE DoubleVec log1p(DoubleVec e) {
+  // 2 artanh(s), s = e / (2 + e): a polynomial in s^2, at most 1/9, of half the degree that one in e would have
+  const DoubleVec half = e * DoubleVec(0.5), s = half * reciprocal(DoubleVec(1.0) + half), u = s * s;
+  DoubleVec q = DoubleVec(0.08082022805971766);
+  q = fma(q, u, DoubleVec(0.04400369243072337));
+  q = fma(q, u, DoubleVec(0.06000536404795356));
+  q = fma(q, u, DoubleVec(0.06657072104827468));
+  q = fma(q, u, DoubleVec(0.07692785032479312));
+  q = fma(q, u, DoubleVec(0.09090894718066429));
+  q = fma(q, u, DoubleVec(0.11111111358713932));
+  q = fma(q, u, DoubleVec(0.1428571428355438));
+  q = fma(q, u, DoubleVec(0.20000000000007292));
+  q = fma(q, u, DoubleVec(0.3333333333333333));
+  const DoubleVec twice = s + s;
+  return fma(twice, q * u, twice);
+}
+
+// log(1 + p) for p in [0, 2^20], small p at full precision; NaN for NaN.
+template <class V>
+FUSED_LOSSES_INLINE V log1p_of_product(V p) {
+  // 1 + p = 2^n (1 + r). The terms of r have no more bits than p: it is exact.
+  const V n = exponent(V(1) + p), shift = V(0) - n;
+  const V r = scale(p, shift) + (scale(V(1), shift) - V(1));
+  return fma(n, V(static_cast<typename V::Scalar>(0.6931471805599453)), log1p(r));
 }
 
 template <class V>

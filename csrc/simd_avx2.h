@@ -82,15 +82,20 @@ inline Float16 round(Float16 a) {
   return {_mm256_round_ps(a.low, nearest), _mm256_round_ps(a.high, nearest)};
 }
 
-// 2^n as a product of two powers: the first is normal for every n in use, the second one rounds.
+// 2^n as a product of two powers: the first is normal for every n in use, the second one rounds. n + 2 * 127 stands in
+// the last bits of a sum; each power takes half of it as its exponent field, and shifting leaves out what is above.
 inline __m256 scale8(__m256 v, __m256 n) {
-  const __m256i bias = _mm256_set1_epi32(127);
-  const __m256i e = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(e, 1), rest = _mm256_sub_epi32(e, half);
-  const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  const __m256 second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
-  return _mm256_mul_ps(_mm256_mul_ps(v, first), second);
+  const __m256i biased = _mm256_castps_si256(_mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 2 * 127)));
+  const __m256i half = _mm256_srli_epi32(biased, 1), rest = _mm256_sub_epi32(biased, half);
+  const __m256 first = _mm256_castsi256_ps(_mm256_slli_epi32(half, 23));
+  return _mm256_mul_ps(_mm256_mul_ps(v, first), _mm256_castsi256_ps(_mm256_slli_epi32(rest, 23)));
 }
 inline Float16 scale(Float16 a, Float16 n) { return {scale8(a.low, n.low), scale8(a.high, n.high)}; }
+inline __m256 exponent8(__m256 v) {
+  const __m256i biased = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(v), 23), _mm256_set1_epi32(0xff));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
+}
+inline Float16 exponent(Float16 a) { return {exponent8(a.low), exponent8(a.high)}; }
 inline Float16 reciprocal(Float16 a) {
   const __m256 one = _mm256_set1_ps(1.0f);
   return {_mm256_div_ps(one, a.low), _mm256_div_ps(one, a.high)};

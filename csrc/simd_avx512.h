@@ -74,6 +74,8 @@ inline Float16 min(Float16 a, Float16 b) { return _mm512_min_ps(a.v, b.v); }
 inline Float16 round(Float16 a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Float16 scale(Float16 a, Float16 n) { return _mm512_scalef_ps(a.v, n.v); }
 
+inline Float16 exponent(Float16 a) { return _mm512_getexp_ps(a.v); }
+
 inline Float16 reciprocal(Float16 a) {
   const __m512 x = _mm512_rcp14_ps(a.v);  // one Newton step: x + x * (1 - a * x)
   return _mm512_fmadd_ps(x, _mm512_fnmadd_ps(a.v, x, _mm512_set1_ps(1.0f)), x);

@@ -1,5 +1,5 @@
-// Vectors as arrays of lanes: loops of a fixed length that a compiler turns into what the target has. Serves float64
-// everywhere, and float32 where no instruction set has its own page.
+// Vectors as arrays of lanes: loops of a fixed length that a compiler turns into what the target has. Serves where no
+// instruction set has its own page.
 #pragma once
 
 #include "simd_storage.h"
@@ -102,18 +102,29 @@ struct Plain {
     return v;
   }
 
-  // Adding 1.5 * 2^23 leaves no room for a fraction.
+  static constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  // A number that is added to this has no room for a fraction, and stands in the last bits.
+  static constexpr T kUnits = static_cast<T>(Bits(3) << (kMantissa - 1));
+
   friend Plain round(const Plain& v) {
-    static_assert(sizeof(T) == 4);
-    return map(v, v, [](T x, T) { return (x + 12582912.0f) - 12582912.0f; });
+    return map(v, v, [](T x, T) { return (x + kUnits) - kUnits; });
   }
 
-  // 2^n as a product of two powers: the first is normal for every n in use, the second one rounds.
+  // 2^n as a product of two powers: the first is normal for every n in use, the second one rounds. n + 2 kBias stands
+  // in the last bits of a sum; each power takes half of it as its exponent field, and shifting leaves out what is
+  // above.
   friend Plain scale(const Plain& v, const Plain& n) {
-    static_assert(sizeof(T) == 4);
-    return map(v, n, [](T x, T exponent) {
-      const int32_t e = static_cast<int32_t>(exponent), half = e >> 1;
-      return x * bit_cast<float>((half + 127) << 23) * bit_cast<float>((e - half + 127) << 23);
+    return map(v, n, [](T x, T by) {
+      using Word = std::make_unsigned_t<Bits>;
+      const Word biased = bit_cast<Word>(by + (kUnits + 2 * kBias)), half = biased >> 1;
+      return x * bit_cast<T>(half << kMantissa) * bit_cast<T>((biased - half) << kMantissa);
+    });
+  }
+
+  friend Plain exponent(const Plain& v) {
+    return map(v, v, [](T x, T) {
+      const Bits biased = bit_cast<Bits>(x) >> kMantissa & (2 * kBias + 1);
+      return bit_cast<T>(bit_cast<Bits>(kUnits) + biased) - (kUnits + kBias);
     });
   }
 

@@ -48,7 +48,7 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
       for (; i + kRun * V::lanes <= stop; i += kRun * V::lanes) visit_run(row + i);
     }
     for (; i + V::lanes <= stop; i += V::lanes) visit(V::load(row + i));
-    if (i >= end) break;
+    if (i >= end) return pause();
     // A vector with a positive or with the end in it
     V z = i + V::lanes <= end ? V::load(row + i) : load_first<V>(row + i, end - i, fill);
     for (; p < positives.count && positives.index[p] < i + V::lanes; ++p) {
@@ -58,7 +58,12 @@ FUSED_LOSSES_INLINE void for_each_negative(const S* row, int64_t begin, int64_t 
     i += V::lanes;
     pause();
   }
-  pause();
+}
+
+// What a sum of terms comes to. A term is a vector, or something that stands for one, has a + and a total of its own.
+template <class V>
+FUSED_LOSSES_INLINE V total(V sum) {
+  return sum;
 }
 
 // The sum of term(vector) over the same vectors. Lanes hand over to double after kRun terms, which are added in halves:
@@ -71,10 +76,11 @@ FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t en
   using V = VecOf<S>;
   constexpr int half = kRun / 2;
   Sum<V> sum;
-  V rest(0);
+  using Terms = decltype(term(V(0)));
+  Terms rest(0);
   const auto sum_half = [&](const S* p) {
     if (kAhead > 0) prefetch(p + kAhead);
-    V run = term(V::load(p));
+    Terms run = term(V::load(p));
     for (int j = 1; j < half; ++j) {
       if (kAhead > 0) prefetch(p + j * V::lanes + kAhead);
       run = run + term(V::load(p + j * V::lanes));
@@ -84,12 +90,12 @@ FUSED_LOSSES_INLINE double sum_negatives(const S* row, int64_t begin, int64_t en
   for_each_negative(
       row, begin, end, positives, [&](V z) { rest = rest + term(z); },
       [&](const S* p) {
-        const V first = sum_half(p);
-        sum.add(first + sum_half(p + half * V::lanes));
+        const Terms first = sum_half(p);
+        sum.add(total(first + sum_half(p + half * V::lanes)));
       },
       [&] {
-        sum.add(rest);
-        rest = V(0);
+        sum.add(total(rest));
+        rest = Terms(0);
       },
       fill);
   return sum.total();

@@ -92,10 +92,12 @@ def test_every_instruction_set_agrees_with_the_reference(isa, formula, dtype):
 @pytest.mark.parametrize("formula", doors.LOGISTIC, ids=str)
 def test_many_equal_terms_on_every_instruction_set(isa, formula, dtype):
     """Where training begins: C - 1 times the same number."""
-    weight = 0.5 ** (formula.params[0] if formula.params else 0)
-    for classes in (4097, 21841, 1_000_003):
-        logits, target = torch.zeros(1, classes, dtype=dtype), torch.tensor([1])
-        truth = torch.tensor([(classes - 1) * weight * math.log(2)], dtype=torch.float64)
+    for classes, logit in ((4097, 0.0), (21841, 0.0), (1_000_003, 0.0), (127, -8.37), (4097, -23.1), (21841, 0.7)):
+        logits, target = torch.full((1, classes), logit, dtype=dtype), torch.tensor([1])
+        softplus = math.log1p(math.exp(logits[0, 0].item()))
+        sigma = 1 / (1 + math.exp(-logits[0, 0].item()))
+        weight = sigma ** (formula.params[0] if formula.params else 0)
+        truth = torch.tensor([(classes - 1) * weight * softplus], dtype=torch.float64)
         plain = doors.forward(reference, formula, logits, target).statistics[:, 1]
         for k, compact in ((0, False), (classes - 1, True), (classes - 1, False)):
             ours = doors.forward(cpp, formula, logits, target, k, compact).statistics[:, 1]
@@ -137,6 +139,42 @@ def test_log1p_within_three_ulp_over_its_range(isa):
         assert ulps(cpp._cpu_elementary("log1p", x), x.double().log1p()) <= 3
     special = torch.tensor([0.0, math.nan])
     torch.testing.assert_close(cpp._cpu_elementary("log1p", special), special, rtol=0, atol=0, equal_nan=True)
+
+
+def test_log1p_of_a_product_within_four_ulp_over_its_range(isa):
+    """Of up to 20 numbers between 1 and 2, less 1: with every power of two, where the exponent steps."""
+    p = torch.arange(0, 0x49800001, 53, dtype=torch.int64).to(torch.int32).view(torch.float32)  # 0 to 2^20, 23 million
+    powers = 2.0 ** torch.arange(21, dtype=torch.float32)
+    steps = torch.stack((powers - 1, powers, torch.nextafter(powers, powers - 1), torch.nextafter(powers - 1, powers)))
+    for x in (p[1:], torch.linspace(2**-20, 256, 3_000_001), steps[steps > 0]):
+        assert ulps(cpp._cpu_elementary("log1p_of_product", x), x.double().log1p()) <= 4
+    special = torch.tensor([0.0, math.nan, -math.nan])
+    got = cpp._cpu_elementary("log1p_of_product", special)
+    torch.testing.assert_close(got, special, rtol=0, atol=0, equal_nan=True)
+
+
+def test_elementary_functions_in_double(isa):
+    """Against torch's own, which is within one unit itself."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.exp(-745 * torch.rand(1_000_000, generator=generator, dtype=torch.float64))  # 0 to 1, log-uniform
+    even = torch.rand(1_000_000, generator=generator, dtype=torch.float64)
+    powers = 2.0 ** torch.arange(21, dtype=torch.float64)
+    inputs = {
+        "exp": (-745.2 * even, 709.7 * even, -small),
+        "log1p": (small, even, powers[:1]),
+        "log1p_of_product": (small, 2**20 * small, 255 * even, powers, torch.nextafter(powers, 0 * powers)),
+    }
+    for name, numbers in inputs.items():
+        for x in numbers:
+            truth = x.exp() if name == "exp" else x.log1p()
+            _, exponent = torch.frexp(truth)
+            unit = torch.ldexp(torch.ones_like(truth), exponent.clamp(min=-1021) - 53)
+            assert ((cpp._cpu_elementary(name, x) - truth).abs() / unit).max() <= 4, name
+    special = torch.tensor([-math.inf, math.inf, 0.0, -0.0, math.nan, -1e300, 710.0, -746.0], dtype=torch.float64)
+    torch.testing.assert_close(cpp._cpu_elementary("exp", special), special.exp(), rtol=0, atol=0, equal_nan=True)
+    special = torch.tensor([0.0, math.nan, -math.nan], dtype=torch.float64)
+    for name in ("log1p", "log1p_of_product"):
+        torch.testing.assert_close(cpp._cpu_elementary(name, special), special, rtol=0, atol=0, equal_nan=True)
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------

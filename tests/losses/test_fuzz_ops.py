@@ -74,7 +74,7 @@ def consistent(draw: random.Random) -> tuple[str, list]:
     dtype, k, compact = draw.choice(FLOATING), draw.choice((0, 1, 2, 5, 20)), draw.random() < 0.5
     name = draw.choice((*DOORS, *DOORS, *DOORS, *LINEAR, "_cpu_elementary"))
     if name == "_cpu_elementary":
-        return name, [draw.choice(("exp", "log1p")), torch.randn(draw.choice((0, 1, 3, 33)))]
+        return name, [draw.choice(("exp", "log1p", "log1p_of_product")), torch.randn(draw.choice((0, 1, 3, 33)))]
     part = (0, classes) if draw.random() < 0.7 else (draw.choice((0, 4)), 100)
     labels = name in DOORS and draw.random() < 0.5
     multi_hot = not labels and family == "logistic" and draw.random() < 0.4
