@@ -243,22 +243,22 @@ for _name, _on_cuda in (
 
 
 def forward(logits, target, weight, reduction, *spec):
-    door = _unseen_triton(logits, logits.shape[1])
+    door = _unseen_triton(logits, logits.shape[1]) if logits.is_cuda else None
     return (_forward if door is None else door.forward)(logits, target, weight, reduction, *spec)
 
 
 def statistics(logits, target, *spec):
-    door = _unseen_triton(logits, logits.shape[1])
+    door = _unseen_triton(logits, logits.shape[1]) if logits.is_cuda else None
     return (_statistics if door is None else door.statistics)(logits, target, *spec)
 
 
 def finish(statistics, target, weight, reduction, *spec):
-    door = _unseen_triton(statistics, 1)
+    door = _unseen_triton(statistics, 1) if statistics.is_cuda else None
     return (_finish if door is None else door.finish)(statistics, target, weight, reduction, *spec)
 
 
 def backward(grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec):
-    door = _unseen_triton(pick_logit, num_classes)
+    door = _unseen_triton(pick_logit, num_classes) if pick_logit.is_cuda else None
     return (_backward if door is None else door.backward)(
         grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec
     )
@@ -267,7 +267,7 @@ def backward(grad, coefficients, logits, target, statistics, pick_index, pick_lo
 def _unseen_triton(tensor: Tensor, num_classes: int) -> ModuleType | None:
     """The Triton kernels, if nobody is to see that an op is called: an op that Python serves takes the processor as
     long as its launches."""
-    if not tensor.is_cuda or type(tensor) is not Tensor or is_seen():
+    if type(tensor) is not Tensor or is_seen():
         return None
     return _triton_backend(tensor.device, tensor.dtype, num_classes)
 
