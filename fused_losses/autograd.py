@@ -5,6 +5,7 @@ Only a few numbers per row cross from forward to backward, and the logits where 
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .finish_labels import LabelOdds, label_odds
@@ -40,6 +41,13 @@ def once(gradient: Tensor, *through: Tensor) -> Tensor:
     if not torch.is_grad_enabled():  # the engine's own word for create_graph=False
         return gradient
     return _SecondDerivative.apply(gradient.detach(), *through)
+
+
+def is_differentiated(logits: Tensor) -> bool:
+    """Whether a Function is to stand around the ops: also in forward mode, which it refuses, and in a graph."""
+    if torch.compiler.is_compiling() or (logits.requires_grad and torch.is_grad_enabled()):
+        return True
+    return forward_ad.unpack_dual(logits).tangent is not None
 
 
 class LossFromLogits(torch.autograd.Function):

@@ -15,7 +15,6 @@ gradient row.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -31,7 +30,7 @@ from .arguments import (
     told_of,
     told_of_rows,
 )
-from .autograd import Finish, LabelLogOdds, LossFromLogits, StatisticsFromLogits, with_margin
+from .autograd import Finish, LabelLogOdds, LossFromLogits, StatisticsFromLogits, is_differentiated, with_margin
 from .finish import Reduction
 from .finish import log_odds as log_odds_of
 from .finish_labels import number_of_terms, present_labels, smoothing, weighted
@@ -276,7 +275,7 @@ def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options)
     in_one = options.shard is None and not isinstance(loss, OwnSoftmax)
     if in_one and (margin is None or margin.numbers()):
         spec = with_numbers_of(margin, spec)
-        if rows.requires_grad and torch.is_grad_enabled():
+        if is_differentiated(rows):
             result, _ = LossFromLogits.apply(rows, target, weight, reduction, spec)
         else:
             result, *_ = ops.forward(rows, target, weight, reduction, *spec)

@@ -140,7 +140,8 @@ def _forward(spec: LossSpec, kind: str, finished: bool, how: Plan, on: Device, i
     }  # fmt: skip
     shape = {"ROWS": how.tile.rows, "LANES": how.tile.lanes(on, itemsize)}
     functions |= {"FAST": on.nvidia, **shape, "GROUPS": how.emitted * how.tile.threads(on)}
-    functions |= device.limited_registers(on.nvidia)
+    spills = how.held and kind == "multi_hot"  # at 128 registers, in its loops, as some compilers do it
+    functions |= device.limited_registers(on.nvidia and not spills)
     maxima = Kernel(picks.maxima_kernel, how.tile.warps, **shape, WIDTH=how.width)
     if how.width == 0:
         rows = Kernel(picks.row_kernel, how.tile.warps, **functions, **(_HELD if how.held else _WALKED)[kind])
