@@ -9,6 +9,7 @@ serves the CPU where it was built, the reference every other device. They are no
 
 import functools
 import importlib.metadata
+import operator
 import platform
 import warnings
 from collections.abc import Callable
@@ -242,23 +243,26 @@ for _name, _on_cuda in (
 # --- the ops as the package calls them --------------------------------------------------------------------------------
 
 
+_is_cuda = operator.attrgetter("is_cuda")
+
+
 def forward(logits, target, weight, reduction, *spec):
-    door = _unseen_triton(logits, logits.shape[1]) if logits.is_cuda else None
+    door = _unseen_triton(logits, logits.shape[1]) if _is_cuda(logits) else None
     return (_forward if door is None else door.forward)(logits, target, weight, reduction, *spec)
 
 
 def statistics(logits, target, *spec):
-    door = _unseen_triton(logits, logits.shape[1]) if logits.is_cuda else None
+    door = _unseen_triton(logits, logits.shape[1]) if _is_cuda(logits) else None
     return (_statistics if door is None else door.statistics)(logits, target, *spec)
 
 
 def finish(statistics, target, weight, reduction, *spec):
-    door = _unseen_triton(statistics, 1) if statistics.is_cuda else None
+    door = _unseen_triton(statistics, 1) if _is_cuda(statistics) else None
     return (_finish if door is None else door.finish)(statistics, target, weight, reduction, *spec)
 
 
 def backward(grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec):
-    door = _unseen_triton(pick_logit, num_classes) if pick_logit.is_cuda else None
+    door = _unseen_triton(pick_logit, num_classes) if _is_cuda(pick_logit) else None
     return (_backward if door is None else door.backward)(
         grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec
     )

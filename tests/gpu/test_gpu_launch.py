@@ -105,9 +105,10 @@ def test_calls_past_the_dispatcher(monkeypatch):
     }
     expected = {name: step(*of) for name, of in calls.items()}
     taken = []
-    monkeypatch.setattr(ops, "_unseen_triton", lambda *_: taken.append(1) or doors)
+    monkeypatch.setattr(ops, "_is_cuda", lambda _: True)
+    monkeypatch.setattr(ops, "_triton_backend", lambda *_: taken.append(1) or doors)
     for name, of in calls.items():
         taken.clear()
         for ours, theirs in zip(step(*of), expected[name], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
-        assert len(taken) >= 2
+        assert len(taken) >= (1 if name == "layer" else 2)  # whose backward is the op that overwrites logits
