@@ -9,7 +9,6 @@ serves the CPU where it was built, the reference every other device. They are no
 
 import functools
 import importlib.metadata
-import operator
 import platform
 import warnings
 from collections.abc import Callable
@@ -243,7 +242,8 @@ for _name, _on_cuda in (
 # --- the ops as the package calls them --------------------------------------------------------------------------------
 
 
-_is_cuda = operator.attrgetter("is_cuda")
+def _is_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def forward(logits, target, weight, reduction, *spec):
