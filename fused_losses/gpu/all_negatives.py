@@ -234,7 +234,7 @@ _WALKS = {
     ("logistic", "labels"): logistic.walk_labels,
     ("logistic", "labels, smoothed"): logistic.walk_labels_smoothed,
 }
-# Registers of a thread at most, by family or loss: the assembler would take a few more, and leave room for less warps.
+# Registers of a thread at most, by family or loss: the assembler would take a few more, and leave room for fewer warps.
 _REGISTERS = {("softmax", "labels"): 64, ("logistic", "labels"): 128, ("lr", "index"): 64}
 _MERGES = {
     ("softmax", "index"): softmax.merge,
