@@ -132,6 +132,7 @@ def on_ranks(case: Case, rank: int, ranks: int, store: str, rounds: int) -> dict
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = measure(ours(case, fl.ClassShard.split(case.classes)), case, rounds)
+    dist.barrier()
     dist.destroy_process_group()
     return found
 
