@@ -5,7 +5,8 @@ from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss,
 from .labels import Labels
 from .linear import LinearLoss, LinearLossOptions, linear_cross_entropy, linear_loss
 from .margin import Margin
-from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, SoftmaxLoss, SSLRLoss
+from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, RowLoss, SoftmaxLoss, SSLRLoss
+from .ops import __version__ as __version__
 from .ops import show_config
 from .primitives import log_odds, logistic_sums, row_statistics
 from .shard import ClassShard
@@ -21,6 +22,7 @@ __all__ = [
     "LinearLossOptions",
     "Margin",
     "NLLRLoss",
+    "RowLoss",
     "RowStatistics",
     "SSLRLoss",
     "SoftmaxLoss",
@@ -38,3 +40,7 @@ __all__ = [
     "softmax_loss",
     "ss_lr_loss",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
