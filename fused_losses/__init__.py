@@ -4,6 +4,7 @@ from .finish import RowStatistics
 from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss, softmax_loss, ss_lr_loss
 from .labels import Labels
 from .linear import LinearLoss, LinearLossOptions, linear_cross_entropy, linear_loss
+from .linear_topk import TopK
 from .margin import Margin
 from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, RowLoss, SoftmaxLoss, SSLRLoss
 from .ops import __version__ as __version__
@@ -26,6 +27,7 @@ __all__ = [
     "RowStatistics",
     "SSLRLoss",
     "SoftmaxLoss",
+    "TopK",
     "crl_loss",
     "cross_entropy",
     "hs_lr_loss",
