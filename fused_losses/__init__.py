@@ -1,4 +1,11 @@
-"""Discriminative losses for classifiers with very many classes."""
+"""Discriminative losses for classifiers with very many classes.
+
+The examples in the docstrings take for granted::
+
+    import torch
+    import torch.nn.functional as F
+    import fused_losses as fl
+"""
 
 from .finish import RowStatistics
 from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss, softmax_loss, ss_lr_loss
