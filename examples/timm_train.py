@@ -1,7 +1,7 @@
 """timm's training task with Mixup, CutMix and label smoothing, and what to change in timm's train.py.
 
-There, Mixup makes dense targets of all classes, smoothed. Here it mixes without smoothing, the loss smooths, and of each
-dense row it takes the two labels:
+There, Mixup makes dense targets of all classes, smoothed. Here it mixes without smoothing, the loss smooths, and takes
+the two labels of each dense row:
 
     mixup_args["label_smoothing"] = 0.0
     train_loss_fn = Mixed(fl.CrossEntropyLoss(label_smoothing=args.smoothing))        # or another loss, k=100, ...

@@ -1,8 +1,9 @@
 """torchreid's engine with a loss from here: `engine.criterion = ...` is all that changes.
 
 The losses of the softmax family, over all negatives or the k hardest, train at the learning rate of cross-entropy;
-HS-LR starts slower. torchreid comes as a source, github.com/KaiyangZhou/deep-person-reid; `torchreid` on PyPI, with which
-this is run, is somebody's copy of it. The "persons" are places in two photographs; those of the test are never trained on.
+HS-LR starts slower. torchreid comes as a source, github.com/KaiyangZhou/deep-person-reid; `torchreid` on PyPI, with
+which this is run, is somebody's copy of it. The "persons" are places in two photographs, those of the test
+never trained on.
 """
 
 import torch

@@ -28,8 +28,8 @@ from photographs import Photographs
 # %% [markdown]
 # ## 1. Who is pushed?
 #
-# One image, 1,000 classes: a few are confusing, the others are easy. A loss pushes the logits of wrong classes down; how
-# hard it pushes each is the gradient. Cross-entropy pushes all of them, logistic regression as well, and a thousand
+# One image, 1,000 classes: a few are confusing, the others are easy. A loss pushes the logits of wrong classes down;
+# how hard it pushes each is the gradient. Cross-entropy pushes all of them, logistic regression as well, and a thousand
 # gentle pushes outweigh the five that matter. Over the k hardest, only these are pushed.
 
 # %%
