@@ -11,13 +11,32 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
+.PHONY: help demo examples vision-examples test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(INSTALLED) ## train a small network with every loss, print the table, draw the curves (under two minutes)
 	$(BIN)/python -m bench.evidence.train $(ARGS)
+
+# On top of .venv, whose torch it uses.
+EXAMPLES := out/examples
+examples: $(INSTALLED) ## run the files of examples/, with transformers, accelerate and lightning (all but timm's and torchreid's)
+	test -x $(EXAMPLES)/bin/python || $(BIN)/python -m venv $(EXAMPLES)
+	SITE='import sysconfig; print(sysconfig.get_path("purelib"))'; echo "import site; site.addsitedir('$$($(BIN)/python -c "$$SITE")')" \
+		> "$$($(EXAMPLES)/bin/python -c "$$SITE")/on_top.pth"
+	$(EXAMPLES)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c examples/constraints.txt \
+		"fused_losses[examples]"
+	$(EXAMPLES)/bin/python -m pytest tests/test_examples.py -m "examples and not torchvision" $(ARGS)
+
+# torchvision works beside the torch that it was built for, and beside no other: these have both to themselves.
+VISION := out/vision-examples
+vision-examples: $(INSTALLED) ## run timm's and torchreid's (gigabytes where torch comes with CUDA)
+	test -x $(VISION)/bin/python || $(PYTHON) -m venv $(VISION)
+	$(VISION)/bin/python -m pip install --quiet --disable-pip-version-check -c examples/constraints.txt torch torchvision setuptools
+	FUSED_LOSSES_BUILD_EXT=0 $(VISION)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		-c examples/constraints.txt --editable ".[test,vision-examples]"  # the extension is there: one serves every torch
+	$(VISION)/bin/python -m pytest tests/test_examples.py -m torchvision $(ARGS)
 
 test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
 	$(BIN)/python -m pytest $(ARGS)
@@ -32,7 +51,7 @@ machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without
 
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
-	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench/test_machine_code.py $(ARGS)
+	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench/test_machine_code.py --ignore=tests/test_examples.py $(ARGS)
 
 # What pyproject.toml promises, with what pip makes of it: the oldest torch, or another, under any Python; and a build of
 # the C++ extension against that torch.
