@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
+.PHONY: help demo test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench docs lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -68,6 +68,10 @@ bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark),
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 $(BIN)/python -m pytest bench/speed --benchmark-json=out/bench.json \
 		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name -q $(ARGS)
 	$(BIN)/python -m bench.speed.chart out/bench.json out/bench.png
+
+docs: $(INSTALLED) ## build the site of docs/, out/docs/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs $(ARGS)
+	@echo out/docs/index.html
 
 lint: $(INSTALLED) ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -1,0 +1,168 @@
+"""README and docs/: their code runs, their links lead somewhere, their numbers are those of the records, and the site
+builds without a warning.
+
+What stands between ```python and ``` runs, in the order of the page, with what a comment `<!-- run ... -->` puts in front
+of it unseen; `<!-- torchrun ... -->` instead, and two processes run the page. Code of tools that are not installed is
+skipped.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = re.compile(r"^(?:```python|<!-- (?:run|torchrun))\n(.*?)^(?:```|-->)$", re.DOTALL | re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def code_of(page: str) -> str:
+    """Every line of it where it stands on the page, so that a traceback names it."""
+    lines = [""] * page.count("\n")
+    for block in CODE.finditer(page):
+        first = page.count("\n", 0, block.start(1))
+        code = block[1].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+def missing_of(code: str) -> list[str]:
+    """The packages that the code imports and that are not installed."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return sorted(name for name in found if importlib.util.find_spec(name) is None)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page.read_text()).strip()], ids=name_of)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    text = page.read_text()
+    code = code_of(text)
+    if missing := missing_of(code):
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if "<!-- torchrun" in text:
+        script = tmp_path / "page.py"
+        script.write_text(code)
+        run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        return
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+
+
+def test_code_is_where_it_stands():
+    page = "a\n<!-- run\nx = 1\n-->\n\n```python\ny = x\nassert y == 2\n```\n\n```\nnot code\n```\n"
+    assert code_of(page).splitlines() == ["", "", "x = 1", "", "", "", "y = x", "assert y == 2", "", "", "", "", ""]
+    assert missing_of("import torch.nn, no_such_thing\nfrom also_not.x import y") == ["also_not", "no_such_thing"]
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def without_code(page: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^(```|~~~).*?^\1$", "", page, flags=re.DOTALL | re.MULTILINE))
+
+
+def anchors_of(page: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
+
+
+def broken_links(page: Path) -> list[str]:
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(text)) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    broken = []
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        if not to.exists() or (anchor and anchor not in anchors_of(to.read_text())):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "b.md").write_text("## One of `them`, *here*\n")
+    page = tmp_path / "a.md"
+    page.write_text(
+        "[x](b.md) [x](b.md#one-of-them-here) [x](b.md#two) ![x](c.svg) [x](https://x.org) `[x](no.md)`\n"
+        '<img src="d.svg">\n'
+    )
+    assert broken_links(page) == ["b.md#two", "c.svg", "d.svg"]
+
+
+def test_every_picture_is_on_a_page():
+    shown = {
+        (page.parent / link).resolve()
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text())
+        for link in link
+        if link
+    }
+    assert set((ROOT / "docs" / "figures").iterdir()) <= shown
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "evidence.md"], ids=name_of)
+def test_accuracies_are_those_of_the_evidence(page):
+    """A mean and its spread stand on docs/evidence.md, which is made of the records."""
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    assert [number for number in re.findall(r"\d+\.\d+ ± \d+\.\d+", page.read_text()) if number not in evidence] == []
+
+
+def test_the_readme_is_short():
+    """A newcomer reads one screen, and finds the rest in docs/."""
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 150
+    assert len(readme.split()) <= 1600
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    for needed in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(needed)
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path / "site")]
+    ran = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert (tmp_path / "site" / page.relative_to(ROOT / "docs").with_suffix(".html")).exists()
+
+
+def test_the_api_page_has_every_public_name():
+    import fused_losses
+
+    listed = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert set(fused_losses.__all__) - {"__version__", "RowLoss"} <= set(listed)
+    assert all(hasattr(fused_losses, name) for name in listed)
