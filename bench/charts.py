@@ -146,7 +146,9 @@ def draw_accuracy(axes: Axes, names: list[str]) -> None:
         place = min(ends[name], last - 6.5)
         axes.text(1.25 * classes[-1], place, name, color=COLOURS[name], va="center", fontweight="bold", fontsize=9)
         last = place
-    axes.set(xscale="log", ylim=(0, 104), ylabel="test accuracy, %", xlabel="classes (log)", xlim=(800, 1.1 * classes[-1]))
+    axes.set(
+        xscale="log", ylim=(0, 104), ylabel="test accuracy, %", xlabel="classes (log)", xlim=(800, 1.1 * classes[-1])
+    )
     axes.set_xticks(classes, [f"{number:,}" for number in classes])
     axes.minorticks_off()
 
@@ -170,8 +172,11 @@ def overview() -> Figure:
     draw_accuracy(left, ["CE", "LR", "HS-LR"])
     left.set_title("Digits among more and more classes", loc="left")
     bars(right, memory_of("100k classes, k 100", HARDEST), lambda mib: f"{mib:.0f} MiB", is_ours)
-    right.set_title("Memory of a step: 256 rows, 100,000 classes", loc="left")
-    note(made, "bench/results: digits-*-runs.json (mean of three seeds, band from the lowest to the highest), linear.json")
+    right.set_title("Memory of one step, 100,000 classes", loc="left")
+    note(
+        made,
+        "bench/results: digits-*-runs.json (mean of three seeds, band from the lowest to the highest), linear.json",
+    )
     return made
 
 
@@ -180,13 +185,19 @@ def accuracy() -> Figure:
     axes = made.add_axes((0.1, 0.2, 0.76, 0.68))
     draw_accuracy(axes, ["CE", "CRL", "LR", "HS-LR", "SS-LR"])
     axes.set_title("Digits among more and more classes", loc="left")
-    note(made, "bench/results/digits-*-runs.json: tuned for each loss and size; mean of three seeds, band from lowest to highest")
+    note(
+        made,
+        "bench/results/digits-*-runs.json: tuned for each loss and size; mean of three seeds, band from lowest to highest",
+    )
     return made
 
 
 def linear_cost() -> Figure:
     made = figure(9, 6.2)
-    cases = {"100k classes, k 100": ("over the 100 hardest", HARDEST), "100k classes, CRL and CE": ("over all negatives", ALL)}
+    cases = {
+        "100k classes, k 100": ("over the 100 hardest", HARDEST),
+        "100k classes, CRL and CE": ("over all negatives", ALL),
+    }
     for row, (case, (said, names)) in enumerate(cases.items()):
         found, bottom = costs(case), 0.54 - 0.46 * row
         ours = max(found[name]["ms"] for name in names if is_ours(name))
@@ -196,7 +207,10 @@ def linear_cost() -> Figure:
         bars(times, {name: found[name]["ms"] / ours for name in names}, lambda ratio: f"{ratio:.2f}", is_ours)
         memory.set_title(f"Peak memory, {said}", loc="left")
         times.set_title("Time, ours (the slower one) = 1", loc="left")
-    note(made, "bench/results/linear.json: 256 rows, 128 features, 100,000 classes, fp32, forward and backward; one thread, processor time")
+    note(
+        made,
+        "bench/results/linear.json: 256 rows, 128 features, 100,000 classes, fp32, forward and backward; one thread, processor time",
+    )
     return made
 
 
@@ -205,7 +219,13 @@ def hardest() -> Figure:
     made = figure(9, 3.9)
     left, right = made.add_axes((0.085, 0.24, 0.37, 0.6)), made.add_axes((0.56, 0.2, 0.42, 0.64))
     found = pulls(classes, k)
-    styles = {"CE": ("CE", "-"), f"CE, k = {k}": ("CE", "--"), "LR": ("LR", "-"), f"HS-LR, k = {k}": ("HS-LR", "-"), "SS-LR": ("SS-LR", "-")}
+    styles = {
+        "CE": ("CE", "-"),
+        f"CE, k = {k}": ("CE", "--"),
+        "LR": ("LR", "-"),
+        f"HS-LR, k = {k}": ("HS-LR", "-"),
+        "SS-LR": ("SS-LR", "-"),
+    }
     for name, pull in found.items():
         colour, dashes = styles[name]
         kept = pull > 0
@@ -218,7 +238,10 @@ def hardest() -> Figure:
     share = {name: (100 * pull[:k].sum() / pull.sum()).item() for name, pull in found.items()}
     bars(right, share, lambda percent: f"{percent:.0f} %", lambda name: share[name] > 99.5)
     right.set_title(f"Share of that on the {k} hardest of {classes:,}", loc="left")
-    note(made, f"python -m bench.charts: one row of {classes:,} logits, normal with standard deviation 2; CE and LR stand for all negatives")
+    note(
+        made,
+        f"python -m bench.charts: one row of {classes:,} logits, normal with standard deviation 2; CE and LR stand for all negatives",
+    )
     return made
 
 
@@ -264,8 +287,19 @@ def steps() -> Figure:
     arrow(axes, (48, 28), (60, 30), "finish", dx=0, dy=1.6)
     arrow(axes, (48, 26), (60, 19))
     arrow(axes, (74, 19), (81, 19))
-    axes.add_patch(FancyArrowPatch((10, 20), (81, 15), connectionstyle="arc3,rad=0.22", arrowstyle="-|>", mutation_scale=11, color=PALE))
-    axes.text(45, 5.2, "backward: logits and two numbers per row give every entry, written once", ha="center", fontsize=8, color=PALE)
+    axes.add_patch(
+        FancyArrowPatch(
+            (10, 20), (81, 15), connectionstyle="arc3,rad=0.22", arrowstyle="-|>", mutation_scale=11, color=PALE
+        )
+    )
+    axes.text(
+        45,
+        5.2,
+        "backward: logits and two numbers per row give every entry, written once",
+        ha="center",
+        fontsize=8,
+        color=PALE,
+    )
     axes.text(39.5, 36.5, "a walk over the row, the same for every loss", ha="center", fontsize=8, color=PALE)
     axes.text(67, 36.5, "where a loss is a formula", ha="center", fontsize=8, color=PALE)
     return made
@@ -284,15 +318,32 @@ def selection() -> Figure:
         x = 2 + 12.2 * number
         tint = "ours" if number in again else "others"
         box(axes, x, 20, 11, 16, "", tint)
-        axes.text(x + 5.5, 14.5, f"max {most[number]:.1f}", ha="center", fontsize=8, fontweight="bold" if number in again else None)
+        axes.text(
+            x + 5.5,
+            14.5,
+            f"max {most[number]:.1f}",
+            ha="center",
+            fontsize=8,
+            fontweight="bold" if number in again else None,
+        )
         for place, value in enumerate(values[number]):
             picked = bool(value >= threshold)
             colour = COLOURS["ours"] if picked else COLOURS["others"]
             height = 1.0 + 2.9 * (value.item() + 2.4)
             axes.bar(x + 1.4 + 1.65 * place, height, 1.2, bottom=20.4, color=colour)
     axes.text(2, 39, "1  The row is read once, in blocks; the largest logit of each block is kept.", fontsize=9)
-    axes.text(2, 8, f"2  A block below the {k + 1} largest maxima holds none of the {k} hardest: only the green ones are read again.", fontsize=9)
-    axes.text(2, 3, "3  Among these the picks are found: exactly k, the lowest class first among equals, the target left out.", fontsize=9)
+    axes.text(
+        2,
+        8,
+        f"2  A block below the {k + 1} largest maxima holds none of the {k} hardest: only the green ones are read again.",
+        fontsize=9,
+    )
+    axes.text(
+        2,
+        3,
+        "3  Among these the picks are found: exactly k, the lowest class first among equals, the target left out.",
+        fontsize=9,
+    )
     return made
 
 
@@ -311,7 +362,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.names or PICTURES:
         with matplotlib.rc_context(STYLE):
             path = options.folder / f"{name}.svg"
-            PICTURES[name]().savefig(path, metadata={"Date": None, "Creator": None})  # the same bytes from the same record
+            PICTURES[name]().savefig(
+                path, metadata={"Date": None, "Creator": None}
+            )  # the same bytes from the same record
             print(path)
 
 

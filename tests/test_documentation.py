@@ -7,6 +7,7 @@ skipped.
 """
 
 import ast
+import importlib
 import importlib.util
 import os
 import re
@@ -145,6 +146,63 @@ def test_the_readme_is_short():
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") <= 150
     assert len(readme.split()) <= 1600
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+WHERE_USERS_MEET_THEM = (
+    "arguments", "autograd", "functional", "labels", "linear", "linear_checkpoint", "losses", "margin", "modules",
+    "primitives", "shard",
+)  # fmt: skip
+
+
+def text_of(node: ast.expr, constants: dict[str, object]) -> str:
+    """A message with ... where something is filled in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part, constants) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left, constants) + text_of(node.right, constants)
+    if isinstance(node, ast.Name) and isinstance(constants.get(node.id), str):
+        return str(constants[node.id])
+    return "..."
+
+
+def messages_of(module: str) -> list[str]:
+    constants = vars(importlib.import_module(f"fused_losses.{module}"))
+    tree = ast.parse((ROOT / "fused_losses" / f"{module}.py").read_text())
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    return [text_of(error.args[0], constants) for error in raised if error.args]
+
+
+def pieces(message: str) -> list[str]:
+    """What stands between the gaps."""
+    return [piece.strip(" :,()") for piece in message.split("...")]
+
+
+@pytest.mark.parametrize("module", WHERE_USERS_MEET_THEM)
+def test_every_error_is_explained(module):
+    """An error without a line in docs/troubleshooting.md fails here: add one, its message in backticks."""
+    page = TROUBLESHOOTING.read_text()
+    begins = [max(pieces(message), key=len)[:32] for message in messages_of(module)]
+    assert [begin for begin in begins if begin not in page] == []
+
+
+def test_every_message_that_is_explained_exists():
+    """What stands in the first column is what the package says, or PyTorch."""
+    said = " ".join(message for module in (*WHERE_USERS_MEET_THEM, "reference") for message in messages_of(module))
+    strange = []
+    for table in re.findall(
+        r"^\| message \| what it means.*?(?:\n\n|\Z)", TROUBLESHOOTING.read_text(), re.DOTALL | re.MULTILINE
+    ):
+        for row in table.splitlines()[2:]:
+            first = row.split(" | ")[0]
+            if "(PyTorch)" not in first:
+                spans = [piece for span in re.findall(r"`([^`]+)`", first) for piece in pieces(span)]
+                strange += [piece for piece in spans if len(piece) > 3 and piece not in said]
+    assert strange == []
 
 
 # --- the site ---------------------------------------------------------------------------------------------------------
