@@ -32,7 +32,7 @@ machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without
 
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
-	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench/test_machine_code.py $(ARGS)
+	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench/test_machine_code.py --ignore=tests/test_documentation.py $(ARGS)
 
 # What pyproject.toml promises, with what pip makes of it: the oldest torch, or another, under any Python; and a build of
 # the C++ extension against that torch.
@@ -44,7 +44,7 @@ test-torch: ## the tests with another torch and Python: make test-torch TORCH=2.
 	cd $(ELSEWHERE)/src && ../bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" "setuptools>=77" && \
 		FUSED_LOSSES_BUILD_EXT=1 ../bin/python -m pip install --disable-pip-version-check --no-build-isolation \
 		--editable ".[test,bench]"
-	cd $(ELSEWHERE)/src && ../bin/python -m pytest --ignore=tests/bench $(ARGS)  # the benches promise Python 3.11 only
+	cd $(ELSEWHERE)/src && ../bin/python -m pytest --ignore=tests/bench --ignore=tests/test_documentation.py $(ARGS)  # they promise Python 3.11 only
 	cd $(ELSEWHERE)/src && ../bin/python -m pytest tests/gpu $(ARGS)
 
 # -O1: with sanitizers, -O3 takes the compiler ten times as long

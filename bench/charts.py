@@ -187,7 +187,7 @@ def accuracy() -> Figure:
     axes.set_title("Digits among more and more classes", loc="left")
     note(
         made,
-        "bench/results/digits-*-runs.json: tuned for each loss and size; mean of three seeds, band from lowest to highest",
+        "bench/results/digits-*-runs.json: tuned for each; mean of three seeds, band from lowest to highest",
     )
     return made
 
@@ -209,7 +209,7 @@ def linear_cost() -> Figure:
         times.set_title("Time, ours (the slower one) = 1", loc="left")
     note(
         made,
-        "bench/results/linear.json: 256 rows, 128 features, 100,000 classes, fp32, forward and backward; one thread, processor time",
+        "bench/results/linear.json: 256 rows, 128 features, 100,000 classes, fp32; one thread, processor time",
     )
     return made
 
@@ -240,7 +240,7 @@ def hardest() -> Figure:
     right.set_title(f"Share of that on the {k} hardest of {classes:,}", loc="left")
     note(
         made,
-        f"python -m bench.charts: one row of {classes:,} logits, normal with standard deviation 2; CE and LR stand for all negatives",
+        f"python -m bench.charts: one row of {classes:,} logits, N(0, 2²); CE, LR and SS-LR over all negatives",
     )
     return made
 
@@ -335,7 +335,7 @@ def selection() -> Figure:
     axes.text(
         2,
         8,
-        f"2  A block below the {k + 1} largest maxima holds none of the {k} hardest: only the green ones are read again.",
+        f"2  A block below the {k + 1} largest maxima holds none of the {k} hardest: only the green are read again.",
         fontsize=9,
     )
     axes.text(

@@ -1,11 +1,12 @@
-"""The site that `make docs` builds from this folder, offline too: the names of PyTorch to which pages link stand in
-`inventories/torch.inv` for the case that its own list cannot be fetched."""
+"""The site that `make docs` builds from this folder, offline too: for the case that PyTorch's list of its names cannot
+be fetched, those to which docstrings refer stand in `inventories/torch.inv`."""
 
+import re
 from importlib.metadata import version as version_of
 
 project = "fused_losses"
 author = "the authors of fused_losses"
-copyright = "MIT licence"
+copyright = "the authors, MIT licence"
 version = release = version_of("fused_losses")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.intersphinx", "sphinx.ext.napoleon"]
@@ -31,3 +32,24 @@ intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", (None,
 
 nitpicky = True  # a name of this package that no page explains is an error; those of others are not ours to explain
 nitpick_ignore_regex = [(r"py:.*", r"(?!fused_losses\b).*")]
+
+# Files of the repository that are pages of the site, too: where a page links to them, GitHub shows them as they are.
+ALSO_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+
+
+def link_to_pages(app, name, source):
+    for file, page in ALSO_PAGES.items():
+        source[0] = source[0].replace(f"](../{file})", f"]({page})")
+
+
+def escape_bars(app, what, name, object, options, lines):
+    """|x| is a length in our docstrings, and a substitution in reStructuredText."""
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            parts = re.split(r"(``.*?``|`[^`]*`)", line)  # literals as they are
+            lines[number] = "".join(part if part[:1] == "`" else part.replace("|", "\\|") for part in parts)
+
+
+def setup(app):
+    app.connect("source-read", link_to_pages)
+    app.connect("autodoc-process-docstring", escape_bars)

@@ -1,14 +1,15 @@
 """README and docs/: their code runs, their links lead somewhere, their numbers are those of the records, and the site
 builds without a warning.
 
-What stands between ```python and ``` runs, in the order of the page, with what a comment `<!-- run ... -->` puts in front
-of it unseen; `<!-- torchrun ... -->` instead, and two processes run the page. Code of tools that are not installed is
-skipped.
+What stands between ```python and ``` runs, in the order of the page, with what a comment `<!-- run ... -->` puts in
+between unseen; `<!-- torchrun ... -->` instead, and two processes run the page. Code of tools that are not installed
+is skipped.
 """
 
 import ast
 import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -73,7 +74,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_code_is_where_it_stands():
     page = "a\n<!-- run\nx = 1\n-->\n\n```python\ny = x\nassert y == 2\n```\n\n```\nnot code\n```\n"
-    assert code_of(page).splitlines() == ["", "", "x = 1", "", "", "", "y = x", "assert y == 2", "", "", "", "", ""]
+    assert code_of(page).split("\n") == ["", "", "x = 1", "", "", "", "y = x", "assert y == 2", "", "", "", "", ""]
     assert missing_of("import torch.nn, no_such_thing\nfrom also_not.x import y") == ["also_not", "no_such_thing"]
 
 
@@ -139,6 +140,24 @@ def test_accuracies_are_those_of_the_evidence(page):
     """A mean and its spread stand on docs/evidence.md, which is made of the records."""
     evidence = (ROOT / "docs" / "evidence.md").read_text()
     assert [number for number in re.findall(r"\d+\.\d+ ± \d+\.\d+", page.read_text()) if number not in evidence] == []
+
+
+LOSSES_OF_THE_TABLE = ("CE", "CRL", "NLLR", "LR", "HS-LR", "SS-LR")
+RATES = {
+    "digits": "digits", "Omniglot": "omniglot", "digits among 1,000": "digits-1000",
+    "digits among 10,000": "digits-10000", "digits among 100,000": "digits-100000",
+}  # fmt: skip
+
+
+def test_the_learning_rates_that_are_quoted_were_chosen():
+    section = (ROOT / "docs" / "choosing.md").read_text().partition("## The learning rate")[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    quoted = {row[0]: row[2:] for row in rows if row[0] in RATES}
+    assert set(quoted) == set(RATES)
+    for name, record in RATES.items():
+        losses = json.loads((ROOT / "bench" / "results" / f"{record}.json").read_text())["losses"]
+        rates = [f"{losses[loss]['settings']['lr']:g}" if loss in losses else "" for loss in LOSSES_OF_THE_TABLE]
+        assert quoted[name] == rates, name
 
 
 def test_the_readme_is_short():
@@ -221,6 +240,10 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_the_api_page_has_every_public_name():
     import fused_losses
 
-    listed = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
-    assert set(fused_losses.__all__) - {"__version__", "RowLoss"} <= set(listed)
-    assert all(hasattr(fused_losses, name) for name in listed)
+    listed = re.findall(
+        r"^\.\. auto(?:function|class):: (?:fused_losses.modules.)?(\w+)$",
+        (ROOT / "docs" / "api.md").read_text(),
+        re.MULTILINE,
+    )
+    assert set(fused_losses.__all__) - {"__version__"} <= set(listed)
+    assert all(hasattr(fused_losses, name) or hasattr(fused_losses.modules, name) for name in listed)
