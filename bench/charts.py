@@ -347,9 +347,32 @@ def selection() -> Figure:
     return made
 
 
+def sweep() -> Figure:
+    record = json.loads((RESULTS / "sweep.json").read_text())
+    heads = record["validation accuracy"]
+    made = figure(9, 4.1)
+    for number, (head, losses) in enumerate(heads.items()):
+        axes = made.add_axes((0.065 + 0.315 * number, 0.31, 0.285, 0.57))
+        for name, scores in losses.items():
+            mean = [100 * sum(of_rate) / len(of_rate) for of_rate in scores]
+            dashes = "--" if name.startswith("CE,") else "-"
+            colour = COLOURS[name.partition(",")[0]]
+            axes.plot(record["rates"], mean, dashes, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
+        axes.set(xscale="log", ylim=(0, 104), xlabel="learning rate")
+        axes.set_title(head.removesuffix(" -log(C - 1)"), loc="left", fontsize=10)
+        if number == 0:
+            axes.set(ylabel="validation accuracy, %")
+        else:
+            axes.tick_params(labelleft=False)
+    made.legend(*axes.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.07), ncols=len(losses),
+                fontsize=8, frameon=False)  # fmt: skip
+    note(made, f"bench/results/sweep.json: {record['data']} classes, {record['epochs']} epochs, mean of two seeds")
+    return made
+
+
 PICTURES = {
     "overview": overview, "accuracy": accuracy, "linear": linear_cost, "hardest": hardest, "sharding": sharding,
-    "steps": steps, "selection": selection,
+    "steps": steps, "selection": selection, "sweep": sweep,
 }  # fmt: skip
 
 

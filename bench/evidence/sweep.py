@@ -21,6 +21,7 @@ from bench.evidence.data import Dataset, padded
 from bench.evidence.digits import digits
 from bench.evidence.fit import MOMENTUM, WEIGHT_DECAY, pace
 from bench.evidence.metrics import accuracy
+from bench.evidence.tables import table
 
 CLASSES, K = 1_000, 30
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -55,6 +56,21 @@ def train(data: Dataset, loss: fl.modules.RowLoss, head: dict, rate: float, seed
     return accuracy(lambda inputs: classifier.logits(network(inputs)), data.validation)["accuracy"]
 
 
+def summary(record: dict) -> str:
+    """For docs/choosing.md: the best accuracy of each loss, and the learning rates within two points of it."""
+    heads, rates = record["validation accuracy"], record["rates"]
+    rows = []
+    for name in next(iter(heads.values())):
+        row = [name]
+        for losses in heads.values():
+            mean = [100 * sum(of_rate) / len(of_rate) for of_rate in losses[name]]
+            near = [rate for rate, score in zip(rates, mean, strict=True) if score >= max(mean) - 2]
+            span = f"{near[0]:g}" if len(near) == 1 else f"{near[0]:g} to {near[-1]:g}"
+            row.append(f"{max(mean):.1f} %, {span}")
+        rows.append(row)
+    return table(["loss", *heads], rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.evidence.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40)
@@ -77,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     head = {"command": "python -m bench.evidence.sweep", "versions": records.versions(), "data": data.name}
     head |= {"epochs": options.epochs, "rates": list(options.rates)}
     options.results.write_text(json.dumps(head | {"validation accuracy": found}) + "\n")
-    print(f"recorded: {options.results}")
+    print(f"{summary(json.loads(options.results.read_text()))}\n\nrecorded: {options.results}")
 
 
 if __name__ == "__main__":
