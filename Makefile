@@ -70,7 +70,7 @@ bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark),
 	$(BIN)/python -m bench.speed.chart out/bench.json out/bench.png
 
 docs: $(INSTALLED) ## build the site of docs/, out/docs/index.html
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs $(ARGS)
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs out/docs $(ARGS)
 	@echo out/docs/index.html
 
 lint: $(INSTALLED) ## check style, formatting and types
