@@ -142,6 +142,15 @@ def test_accuracies_are_those_of_the_evidence(page):
     assert [number for number in re.findall(r"\d+\.\d+ ± \d+\.\d+", page.read_text()) if number not in evidence] == []
 
 
+def test_the_readme_quotes_the_costs():
+    found = json.loads((ROOT / "bench" / "results" / "linear.json").read_text())["cases"]["100k classes, k 100"]
+    ours, others = found["ours, HS-LR"], found["linear + F.cross_entropy"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    sizes = [f"{of['bytes'] / 2**20:.0f}" for of in (ours, others)]
+    assert f"takes {sizes[0]} MiB where `linear` and `F.cross_entropy` take {sizes[1]}" in readme
+    assert "a quarter of their processor's time" in readme and 0.22 < ours["ms"] / others["ms"] < 0.28
+
+
 LOSSES_OF_THE_TABLE = ("CE", "CRL", "NLLR", "LR", "HS-LR", "SS-LR")
 RATES = {
     "digits": "digits", "Omniglot": "omniglot", "digits among 1,000": "digits-1000",
