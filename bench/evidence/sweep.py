@@ -28,6 +28,7 @@ RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 LOSSES = {
     "CE": lambda: fl.CrossEntropyLoss(), f"CE, k = {K}": lambda: fl.CrossEntropyLoss(k=K), "CRL": lambda: fl.CRLLoss(),
     "LR": lambda: fl.LRLoss(), f"HS-LR, k = {K}": lambda: fl.HSLRLoss(k=K), "SS-LR": lambda: fl.SSLRLoss(),
+    f"SS-LR, k = {K}": lambda: fl.SSLRLoss(k=K),
 }  # fmt: skip
 HEADS = {
     "linear, bias -log(C - 1)": {"bias": True},
