@@ -355,7 +355,7 @@ def sweep() -> Figure:
         axes = made.add_axes((0.065 + 0.315 * number, 0.31, 0.285, 0.57))
         for name, scores in losses.items():
             mean = [100 * sum(of_rate) / len(of_rate) for of_rate in scores]
-            dashes = "--" if name.startswith("CE,") else "-"
+            dashes = "--" if name.startswith(("CE,", "SS-LR,")) else "-"  # beside all negatives; HS-LR has no such
             colour = COLOURS[name.partition(",")[0]]
             axes.plot(record["rates"], mean, dashes, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
         axes.set(xscale="log", ylim=(0, 104), xlabel="learning rate")
