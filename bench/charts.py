@@ -352,7 +352,7 @@ def sweep() -> Figure:
     heads = record["validation accuracy"]
     made = figure(9, 4.1)
     for number, (head, losses) in enumerate(heads.items()):
-        axes = made.add_axes((0.065 + 0.315 * number, 0.31, 0.285, 0.57))
+        axes = made.add_axes((0.075 + 0.31 * number, 0.31, 0.28, 0.57))
         for name, scores in losses.items():
             mean = [100 * sum(of_rate) / len(of_rate) for of_rate in scores]
             dashes = "--" if name.startswith(("CE,", "SS-LR,")) else "-"  # beside all negatives; HS-LR has no such
@@ -365,8 +365,8 @@ def sweep() -> Figure:
         else:
             axes.tick_params(labelleft=False)
     made.legend(*axes.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.07), ncols=len(losses),
-                fontsize=8, frameon=False)  # fmt: skip
-    note(made, f"bench/results/sweep.json: {record['data']} classes, {record['epochs']} epochs, mean of two seeds")
+                fontsize=8, frameon=False, handlelength=3)  # fmt: skip
+    note(made, f"bench/results/sweep.json: digits among 1,000 classes, {record['epochs']} epochs, mean of two seeds")
     return made
 
 
