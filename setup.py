@@ -10,6 +10,8 @@ FUSED_LOSSES_CXXFLAGS=...              more flags for the compiler, behind ours 
 import glob
 import os
 import sys
+import sysconfig
+from pathlib import Path
 
 import setuptools
 from setuptools import setup
@@ -45,6 +47,9 @@ def extension() -> dict:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         give_up(RuntimeError(f"torch {torch.__version__} is older than 2.10"))
         return {}
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        give_up(RuntimeError("a Python without the GIL has no stable ABI to build for"))
+        return {}
 
     class OptionalBuild(BuildExtension):
         def run(self):
@@ -52,6 +57,16 @@ def extension() -> dict:
                 super().run()
             except (Exception, SystemExit) as error:
                 give_up(error)
+                self.leave_out()
+
+        def leave_out(self):
+            """A wheel without the extension is one for every Python and machine, and its name says so."""
+            for path in self.get_outputs():  # of an earlier build, whose sources were others
+                Path(path).unlink(missing_ok=True)
+            self.distribution.ext_modules = []
+            wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+            if wheel is not None:
+                wheel.root_is_pure = True
 
     if sys.platform == "win32":
         flags = ["/O2"]

@@ -1,11 +1,20 @@
-"""Discriminative losses for classifiers with very many classes."""
+"""Discriminative losses for classifiers with very many classes.
+
+The examples in the docstrings take for granted::
+
+    import torch
+    import torch.nn.functional as F
+    import fused_losses as fl
+"""
 
 from .finish import RowStatistics
 from .functional import crl_loss, cross_entropy, hs_lr_loss, lr_loss, nllr_loss, softmax_loss, ss_lr_loss
 from .labels import Labels
 from .linear import LinearLoss, LinearLossOptions, linear_cross_entropy, linear_loss
+from .linear_topk import TopK
 from .margin import Margin
-from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, SoftmaxLoss, SSLRLoss
+from .modules import CRLLoss, CrossEntropyLoss, HSLRLoss, LRLoss, NLLRLoss, RowLoss, SoftmaxLoss, SSLRLoss
+from .ops import __version__ as __version__
 from .ops import show_config
 from .primitives import log_odds, logistic_sums, row_statistics
 from .shard import ClassShard
@@ -21,9 +30,11 @@ __all__ = [
     "LinearLossOptions",
     "Margin",
     "NLLRLoss",
+    "RowLoss",
     "RowStatistics",
     "SSLRLoss",
     "SoftmaxLoss",
+    "TopK",
     "crl_loss",
     "cross_entropy",
     "hs_lr_loss",
@@ -38,3 +49,7 @@ __all__ = [
     "softmax_loss",
     "ss_lr_loss",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

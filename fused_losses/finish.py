@@ -88,7 +88,22 @@ class Reduction(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What is known of each row of the batch, (rows,) each; 0 and False in ignored rows."""
+    """What is known of each row of the batch, (N,) each, () for one row; 0 and False in ignored rows.
+
+    What :func:`fused_losses.row_statistics` gives, and a linear loss with ``return_statistics=True``.
+
+    Args:
+        log_odds: float32 or float64, of the target among the target and S; None where the loss is of the logistic
+            family.
+        target_logit: the target's logit, without a margin.
+        hardest_logit: the largest of S; -inf if S is empty or masked.
+        correct: bool, target_logit > hardest_logit: top-1 accuracy is its mean.
+
+    Example:
+        >>> head = fl.LinearLoss(8, 1000)
+        >>> loss, statistics = head(torch.randn(2, 8), torch.tensor([1, 999]), return_statistics=True)
+        >>> accuracy = statistics.correct.float().mean()
+    """
 
     log_odds: Tensor | None  # of the target among the target and S; None where the loss is of the logistic family
     target_logit: Tensor

@@ -56,33 +56,54 @@ def cross_entropy(
 ) -> Tensor:
     """Softmax cross-entropy, over all classes or over the target and its k most confusing negatives.
 
-    Without ``k`` and ``ratio`` it is ``torch.nn.functional.cross_entropy``, with the loss in float32 for 16-bit logits.
+    The loss of a row is -log p_y = softplus(-d), with d = z_y - log sum over S of exp(z_j), S the negatives: all
+    classes but the target, or the k hardest. Without ``k`` and ``ratio`` it is ``torch.nn.functional.cross_entropy``,
+    with the loss in float32 for 16-bit logits.
 
     Args:
-        logits: (N, C) or (C,), floating.
-        target: class indices (N,) or (), any integer dtype; or :class:`fused_losses.Labels` with weights: soft labels,
-            mixup. (A matrix of all classes' probabilities is refused.)
-        k: keep only the k negatives with the largest logits (all, if there are fewer); equal logits at the edge: lowest
-            class index first. Default: all negatives.
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype; or :class:`fused_losses.Labels` with
+            weights: soft labels, mixup. (A matrix of all classes' probabilities is refused.)
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
         ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
-        weight: (C,), floating: row i counts weight[target[i]] times, and the mean divides by the sum of these.
-        ignore_index: rows with this target count nothing and get a zero gradient. None: every row counts.
-        reduction: "none" | "mean" (over the rows not ignored; NaN if there are none) | "sum".
+            Default: None.
+        weight: (C,), floating, without gradient: row i counts weight[target[i]] times, and the mean divides by the sum
+            of these. Class indices only. Default: None, every row counts once.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        reduction: "none": a value for each row; "mean": over the rows not ignored, NaN if there are none; "sum".
+            Default: "mean".
         label_smoothing: eps in [0, 1): the target keeps a share 1 - eps, and eps is spread evenly over the target and
             the negatives S, as ``torch.nn.functional.cross_entropy`` does over all C classes. (fast-reid spreads it
-            over the C - 1 others: eps C / (C - 1) here.) Default 0. Not together with ``weight``.
-        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all labels. Default: none.
+            over the C - 1 others: eps C / (C - 1) here.) Not with ``weight``, multi-hot targets, or ``Labels`` without
+            weights. Default: 0.
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
         check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
             elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
         shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
             logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
             same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
+
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 logits.
+            Differentiable once, by the logits, whose dtype their gradient has. A row with a NaN logit is NaN, in the
+            loss and in its whole gradient row.
 
     Raises:
-        TypeError: logits or target of a wrong dtype, an argument that is not a number.
-        ValueError: shapes that do not fit, k, ratio, reduction or weight out of their range.
-        IndexError: a class index outside [0, C), see ``check_targets``.
-        RuntimeError: tensors on different devices.
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other.
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits = torch.zeros(2, 1000, requires_grad=True)
+        >>> fl.cross_entropy(logits, torch.tensor([1, 999]), k=9).backward()
+        >>> int(logits.grad.count_nonzero())  # the target and its k hardest negatives, in each row
+        20
     """
     options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(CrossEntropy(), logits, target, options)
@@ -102,10 +123,55 @@ def nllr_loss(
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """Negative log likelihood ratio, -log(p_y / (1 - p_y)). Zhu, Yao, Jiang, Yu, arXiv 1804.10690.
+    """Negative log likelihood ratio, -log(p_y / (1 - p_y)).
 
-    Unbounded below: the pull on the target's logit is 1 however sure the model is. Arguments, defaults and errors as in
-    :func:`cross_entropy`.
+    Zhu, Yao, Jiang, Yu, arXiv 1804.10690. The loss of a row is -d, with d = z_y - log sum over S of exp(z_j), S the
+    negatives: all classes but the target, or the k hardest. Unbounded below: the pull on the target's logit is 1
+    however sure the model is.
+
+    Args:
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype; or :class:`fused_losses.Labels` with
+            weights: soft labels, mixup. (A matrix of all classes' probabilities is refused.)
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        weight: (C,), floating, without gradient: row i counts weight[target[i]] times, and the mean divides by the sum
+            of these. Class indices only. Default: None, every row counts once.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        reduction: "none": a value for each row; "mean": over the rows not ignored, NaN if there are none; "sum".
+            Default: "mean".
+        label_smoothing: eps in [0, 1): the target keeps a share 1 - eps, and eps is spread evenly over the target and
+            the negatives S, as ``torch.nn.functional.cross_entropy`` does over all C classes. (fast-reid spreads it
+            over the C - 1 others: eps C / (C - 1) here.) Not with ``weight``, multi-hot targets, or ``Labels`` without
+            weights. Default: 0.
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
+
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 logits.
+            Differentiable once, by the logits, whose dtype their gradient has. A row with a NaN logit is NaN, in the
+            loss and in its whole gradient row.
+
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other.
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 1000), torch.tensor([1, 999])
+        >>> fl.nllr_loss(logits, target)  # log(C - 1)
+        tensor(6.9068)
     """
     options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(NLLR(), logits, target, options)
@@ -127,15 +193,57 @@ def crl_loss(
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """Competing ratio loss, -log p_y + beta * log(alpha + 1 - p_y). Zhang et al., arXiv 1907.13349, 1912.11642.
+    """Competing ratio loss, -log p_y + beta * log(alpha + 1 - p_y).
 
-    Its least value is beta * log(alpha), at p_y = 1.
+    Zhang et al., arXiv 1907.13349 and 1912.11642. p_y = sigmoid(d), with d = z_y - log sum over S of exp(z_j), S the
+    negatives: all classes but the target, or the k hardest. Its least value is beta * log(alpha), at p_y = 1.
 
     Args:
-        alpha: finite, >= 0; default 1.5, the authors'. Below 1 the loss can be negative; alpha = 0, beta = 1 is NLLR.
-        beta: finite, >= 0; default 1, the authors'. beta = 0 is cross-entropy.
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype; or :class:`fused_losses.Labels` with
+            weights: soft labels, mixup. (A matrix of all classes' probabilities is refused.)
+        alpha: finite, >= 0; below 1 the loss can be negative; alpha = 0 with beta = 1 is NLLR. Default: 1.5, the
+            authors'.
+        beta: finite, >= 0; 0 is cross-entropy. Default: 1, the authors'.
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        weight: (C,), floating, without gradient: row i counts weight[target[i]] times, and the mean divides by the sum
+            of these. Class indices only. Default: None, every row counts once.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        reduction: "none": a value for each row; "mean": over the rows not ignored, NaN if there are none; "sum".
+            Default: "mean".
+        label_smoothing: eps in [0, 1): the target keeps a share 1 - eps, and eps is spread evenly over the target and
+            the negatives S, as ``torch.nn.functional.cross_entropy`` does over all C classes. (fast-reid spreads it
+            over the C - 1 others: eps C / (C - 1) here.) Not with ``weight``, multi-hot targets, or ``Labels`` without
+            weights. Default: 0.
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
 
-    Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for alpha or beta out of range.
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 logits.
+            Differentiable once, by the logits, whose dtype their gradient has. A row with a NaN logit is NaN, in the
+            loss and in its whole gradient row.
+
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other.
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 1000), torch.tensor([1, 999])
+        >>> fl.crl_loss(logits, target, beta=0.0) == fl.cross_entropy(logits, target)
+        tensor(True)
     """
     options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(CRL(alpha, beta), logits, target, options)
@@ -155,18 +263,58 @@ def lr_loss(
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """Vanilla logistic regression, one-vs-rest: softplus(-z_y) + sum over the negatives of softplus(z_j).
+    """Vanilla logistic regression, one-vs-rest: softplus(-z_y) + sum over S of softplus(z_j).
 
-    The sum over classes of ``binary_cross_entropy_with_logits``: it starts at C * log 2, so it wants a smaller learning
-    rate than cross-entropy. The baseline of Dong, Zhu, Gong, AAAI 2019, arXiv 1811.08400.
+    The baseline of Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400. S are the
+    negatives: all classes but the positives, or the k hardest. Over all of them it is the sum over classes of
+    ``binary_cross_entropy_with_logits``: it starts at C * log 2, so it wants a smaller learning rate than
+    cross-entropy.
 
     Args:
-        target: class indices (N,), or multi-hot (N, C): 0 and 1 of any dtype, any number of positives per row. With
-            ``shard``, multi-hot targets are this rank's columns too.
-        weight, ignore_index: index targets only.
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype; multi-hot (N, C), told apart by its rank: 0
+            and 1 of any dtype, any number of positives per row, with ``shard`` this rank's columns; or
+            :class:`fused_losses.Labels`.
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        weight: (C,), floating, without gradient: row i counts weight[target[i]] times, and the mean divides by the sum
+            of these. Class indices only. Default: None, every row counts once.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        reduction: "none": a value for each row; "mean": over the rows not ignored, NaN if there are none; "sum".
+            Default: "mean".
+        label_smoothing: eps in [0, 1): the target keeps a share 1 - eps, and eps is spread evenly over the target and
+            the negatives S, as ``torch.nn.functional.cross_entropy`` does over all C classes. (fast-reid spreads it
+            over the C - 1 others: eps C / (C - 1) here.) Not with ``weight``, multi-hot targets, or ``Labels`` without
+            weights. Default: 0.
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
 
-    Other arguments, defaults and errors as in :func:`cross_entropy`; ValueError for a multi-hot entry other than
-    0 and 1 (checked as class indices are).
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 logits.
+            Differentiable once, by the logits, whose dtype their gradient has. A row with a NaN logit is NaN, in the
+            loss and in its whole gradient row.
+
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other; a multi-hot
+            entry other than 0 and 1 (looked at as class indices are).
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 1000), torch.tensor([1, 999])
+        >>> fl.lr_loss(logits, target)  # C log 2
+        tensor(693.1472)
     """
     options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(LR(), logits, target, options)
@@ -188,15 +336,52 @@ def hs_lr_loss(
 ) -> Tensor:
     """Logistic regression with hard selection: softplus(-z_y) + alpha * mean of softplus(z_j) over the k hardest.
 
-    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 5. The gradient touches
-    k + 1 classes. With multi-hot targets the two terms are means over all positives and all chosen negatives of the
+    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 5. The gradient touches k
+    + 1 classes. With multi-hot targets the two terms are means over all positives and all chosen negatives of the
     batch, as in the authors' code; "none" then gives rows whose mean is that.
 
     Args:
-        k, ratio: one of them is required.
-        alpha: weight of the negatives, finite, >= 0; default 1 (ours: the authors' code has none).
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype; multi-hot (N, C), told apart by its rank: 0
+            and 1 of any dtype, any number of positives per row, with ``shard`` this rank's columns; or
+            :class:`fused_losses.Labels`.
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Either ``k`` or ``ratio`` is required.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+        alpha: weight of the negatives, finite, >= 0. Default: 1 (ours: the authors' code has none).
+        weight: (C,), floating, without gradient: row i counts weight[target[i]] times, and the mean divides by the sum
+            of these. Class indices only. Default: None, every row counts once.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        reduction: "none": a value for each row; "mean": over the rows not ignored, NaN if there are none; "sum".
+            Default: "mean".
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
 
-    Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 logits.
+            Differentiable once, by the logits, whose dtype their gradient has. A row with a NaN logit is NaN, in the
+            loss and in its whole gradient row.
+
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other; a multi-hot
+            entry other than 0 and 1 (looked at as class indices are).
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits = torch.zeros(2, 1000, requires_grad=True)
+        >>> fl.hs_lr_loss(logits, torch.tensor([1, 999]), k=9).backward()
+        >>> int(logits.grad.count_nonzero())  # the target and its k hardest negatives, in each row
+        20
     """
     options = Options(k, ratio, weight, ignore_index, reduction, 0.0, margin, check_targets, shard)
     return apply(HSLR(alpha), logits, target, options)
@@ -219,14 +404,55 @@ def ss_lr_loss(
 ) -> Tensor:
     """Logistic regression with soft selection: softplus(-z_y) + alpha * mean of sigma(z_j)^gamma * softplus(z_j).
 
-    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 6. The gradient flows
-    through the weight sigma^gamma too. Multi-hot targets are normalised as in :func:`hs_lr_loss`.
+    Dong, Zhu, Gong, Focus Rectification Logistic Regression, AAAI 2019, arXiv 1811.08400, Eq. 6. The mean is over the
+    negatives S: all classes but the positives, or the k hardest. The gradient flows through the weight sigma^gamma too.
+    With multi-hot targets the two terms are means over all positives and all negatives of the batch, as in the authors'
+    code; "none" then gives rows whose mean is that.
 
     Args:
-        alpha: weight of the negatives, finite, >= 0; default 1 (ours: the authors' code has none).
-        gamma: how sharply easy negatives fade, finite, >= 0; default 2 (ours); 0 weighs all alike.
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype; multi-hot (N, C), told apart by its rank: 0
+            and 1 of any dtype, any number of positives per row, with ``shard`` this rank's columns; or
+            :class:`fused_losses.Labels`.
+        alpha: weight of the negatives, finite, >= 0. Default: 1 (ours: the authors' code has none).
+        gamma: how sharply easy negatives fade, finite, >= 0; 0 weighs all alike. Default: 2 (ours: the authors' code
+            has none).
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        weight: (C,), floating, without gradient: row i counts weight[target[i]] times, and the mean divides by the sum
+            of these. Class indices only. Default: None, every row counts once.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        reduction: "none": a value for each row; "mean": over the rows not ignored, NaN if there are none; "sum".
+            Default: "mean".
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
 
-    Targets as in :func:`lr_loss`; other arguments, defaults and errors as in :func:`cross_entropy`.
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 logits.
+            Differentiable once, by the logits, whose dtype their gradient has. A row with a NaN logit is NaN, in the
+            loss and in its whole gradient row.
+
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other; a multi-hot
+            entry other than 0 and 1 (looked at as class indices are).
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 1000), torch.tensor([1, 999])
+        >>> fl.ss_lr_loss(logits, target, alpha=4.0)  # (1 + alpha / 2^gamma) log 2
+        tensor(1.3863)
     """
     options = Options(k, ratio, weight, ignore_index, reduction, 0.0, margin, check_targets, shard)
     return apply(SSLR(alpha, gamma), logits, target, options)
@@ -247,18 +473,59 @@ def softmax_loss(
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """A loss of your own: value(d), d the log-odds of the target among the target and S.
+    """A loss of your own: value(d), d the log-odds of the target among the target and the negatives S.
 
-    The logits are read and their gradient is written by the same kernels as for the losses here; ``value`` and its
-    slope cost N numbers. With p = sigmoid(d): ``-F.logsigmoid(d)`` is cross-entropy, ``-(1 - p)**2 * F.logsigmoid(d)``
-    the focal loss, ``(1 - p**0.7) / 0.7`` generalised cross-entropy.
+    d = z_y - log sum over S of exp(z_j), S all classes but the target, or the k hardest. The logits are read and their
+    gradient is written by the same kernels as for the losses here; ``value`` and its slope cost N numbers. With p =
+    sigmoid(d): ``-F.logsigmoid(d)`` is cross-entropy, ``-(1 - p)**2 * F.logsigmoid(d)`` the focal loss, ``(1 - p**0.7)
+    / 0.7`` generalised cross-entropy.
 
     Args:
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype; or :class:`fused_losses.Labels` with
+            weights: soft labels, mixup. (A matrix of all classes' probabilities is refused.)
         value: any differentiable PyTorch function from d (N,) to the values of the rows (N,), each of its own d. It is
             also called on ignored rows, at d = 0, and their values are dropped.
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        weight: (C,), floating, without gradient: row i counts weight[target[i]] times, and the mean divides by the sum
+            of these. Class indices only. Default: None, every row counts once.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        reduction: "none": a value for each row; "mean": over the rows not ignored, NaN if there are none; "sum".
+            Default: "mean".
+        label_smoothing: eps in [0, 1): the target keeps a share 1 - eps, and eps is spread evenly over the target and
+            the negatives S, as ``torch.nn.functional.cross_entropy`` does over all C classes. (fast-reid spreads it
+            over the C - 1 others: eps C / (C - 1) here.) Not with ``weight``, multi-hot targets, or ``Labels`` without
+            weights. Default: 0.
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
 
-    Other arguments, defaults and errors as in :func:`cross_entropy`; TypeError or ValueError for what ``value`` is or
-    returns.
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 logits.
+            Differentiable once, by the logits, whose dtype their gradient has. A row with a NaN logit is NaN, in the
+            loss and in its whole gradient row.
+
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype; a ``value`` that is no function.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other; what ``value``
+            returns is not (N,).
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 1000), torch.tensor([1, 999])
+        >>> fl.softmax_loss(logits, target, lambda d: (1 - torch.sigmoid(d)**0.7) / 0.7, k=9)  # p = 1 / 10
+        tensor(1.1435)
     """
     options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(OwnSoftmax(value), logits, target, options)

@@ -22,11 +22,17 @@ class Labels(NamedTuple):
     of weight w counts w softplus(-z) + (1 - w) softplus(z). A row without labels has no positives, and counts.
 
     The negatives S leave all labels of the row out, whatever their weight. A class that occurs twice counts once, with
-    the sum of its weights.
+    the sum of its weights. Nothing is checked here; the loss that gets them raises TypeError, ValueError or IndexError
+    for what does not fit its logits.
 
     Args:
-        index: integer, (N, P) classes, -1 in empty places; for one row (P,) beside logits (C,).
-        weight: floating, of index's shape, without gradient; read where there is a label. Default: none.
+        index: signed integer, (N, P) classes, -1 in empty places; for one row (P,) beside logits (C,).
+        weight: floating, of index's shape, without gradient; read where there is a label. Default: None.
+
+    Example:
+        >>> labels = fl.Labels(torch.tensor([[1, 7], [999, -1]]), torch.tensor([[0.75, 0.25], [1.0, 0.0]]))
+        >>> fl.cross_entropy(torch.zeros(2, 1000), labels)  # log C
+        tensor(6.9078)
     """
 
     index: Tensor  # type: ignore[assignment]  # a tuple's method of that name is not missed
@@ -37,8 +43,18 @@ class Labels(NamedTuple):
         """Labels a with weight lam and b with weight 1 - lam: mixup (arXiv 1710.09412), CutMix (arXiv 1905.04899).
 
         Args:
-            a, b: classes (N,) of the two mixed images.
+            a: integer, classes (N,) of the first of the two mixed images.
+            b: those of the second.
             lam: a number, or a tensor () or (N,).
+
+        Returns:
+            Labels: the labels of N rows.
+
+        Example:
+            >>> target = torch.tensor([1, 999])
+            >>> fl.Labels.mixup(target, target.flip(0), 0.75).index
+            tensor([[  1, 999],
+                    [999,   1]])
         """
         if isinstance(lam, Tensor):
             weight = torch.stack((lam, 1 - lam), dim=-1)
@@ -52,7 +68,24 @@ class Labels(NamedTuple):
     def from_lists(
         cls, classes: Sequence[Sequence[int]], weight: Sequence[Sequence[float]] | None = None, device=None
     ) -> "Labels":
-        """Labels from one list of classes per row, and their weights in lists of the same lengths."""
+        """Labels from one list of classes per row.
+
+        Args:
+            classes: a sequence of sequences of integers.
+            weight: sequences of numbers, of the same lengths. Default: None.
+            device: of the tensors. Default: None, PyTorch's.
+
+        Returns:
+            Labels: the labels of N rows.
+
+        Raises:
+            ValueError: a row with more or fewer weights than classes.
+
+        Example:
+            >>> fl.Labels.from_lists([[1, 7], [999]]).index
+            tensor([[  1,   7],
+                    [999,  -1]])
+        """
         most = max(1, max(map(len, classes), default=0))
         index = torch.tensor([[*row, *[-1] * (most - len(row))] for row in classes], dtype=torch.int64, device=device)
         index = index.view(len(classes), most)
@@ -70,9 +103,17 @@ class Labels(NamedTuple):
         Args:
             crow: integer (N + 1,).
             col: integer (labels of all rows,).
-            weight: floating, of col's shape.
-            most: the most labels that a row may have. Default: what the rows have, which on a GPU waits for the
-                device. Rows with more lose those behind.
+            weight: floating, of col's shape. Default: None.
+            most: the most labels that a row may have; rows with more lose those behind. Default: None, what the rows
+                have, which on a GPU waits for the device.
+
+        Returns:
+            Labels: the labels of N rows.
+
+        Example:
+            >>> fl.Labels.from_csr(torch.tensor([0, 2, 3]), torch.tensor([1, 7, 999])).index
+            tensor([[  1,   7],
+                    [999,  -1]])
         """
         starts, counts = crow[:-1], crow[1:] - crow[:-1]
         if most is None:
@@ -89,16 +130,39 @@ class Labels(NamedTuple):
 
     @classmethod
     def from_dense(cls, target: Tensor, most: int) -> "Labels":
-        """The labels of dense soft targets (N, C): the ``most`` largest of each row, those above 0.
+        """The labels of dense soft targets: the largest of each row, those above 0.
 
         Exact where no row has more: ``from_dense(target, 2)`` for timm's Mixup and CutMix without their
         label_smoothing, which the losses take instead.
+
+        Args:
+            target: floating (N, C).
+            most: how many labels a row may have, at most C.
+
+        Returns:
+            Labels: the labels of N rows.
+
+        Example:
+            >>> fl.Labels.from_dense(torch.tensor([[0.75, 0.0, 0.25], [0.0, 1.0, 0.0]]), 2).index[0]
+            tensor([0, 2])
         """
         weight, index = target.topk(most, dim=-1)
         return cls(index.masked_fill(weight <= 0, -1), weight)
 
     def to(self, *args, **kwargs) -> "Labels":
-        """Both tensors moved by ``Tensor.to``, for devices; a dtype is that of the weights."""
+        """Both tensors moved by ``Tensor.to``, for devices; a dtype is that of the weights.
+
+        Args:
+            args: those of ``Tensor.to``.
+            kwargs: those of ``Tensor.to``.
+
+        Returns:
+            Labels: the labels of N rows.
+
+        Example:
+            >>> fl.Labels.from_lists([[1], [7]]).to("cpu").index.device
+            device(type='cpu')
+        """
         weight = None if self.weight is None else self.weight.to(*args, **kwargs)
         device = torch.empty(0, device=self.index.device).to(*args, **kwargs).device
         return Labels(self.index.to(device), weight)

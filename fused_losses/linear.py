@@ -71,18 +71,29 @@ class LinearLossOptions:
     """How a linear loss is computed; never what it is.
 
     Args:
-        chunk_bytes: budget for the logits that exist at a time, at least one row of them (over the k hardest, with k
-            at most C / 24: one row of a block of classes; beside it the blocks' picks, up to C / 24 a row, 8 bytes
-            each), over which their gradient is written. Default: 4 MiB, on an accelerator 256 MiB; over more negatives
-            at least the weight's bytes.
+        chunk_bytes: budget for the logits that exist at a time, an integer >= 1; at least one row of them (over the k
+            hardest, with k at most C / 24: one row of a block of classes; beside it the blocks' picks, up to C / 24 a
+            row, 8 bytes each), over which their gradient is written. Default: None, which is 4 MiB, on an accelerator
+            256 MiB; over more negatives at least the weight's bytes.
         sparse_grad: the gradients of weight and bias are coalesced sparse COO tensors over the classes picked, as
             ``nn.Embedding(sparse=True)`` gives, for ``torch.optim.SparseAdam`` and for SGD (without momentum: for
-            sparse gradients PyTorch's buffer is a list that grows). Needs class-index targets and ``k`` (or ``ratio``)
-            below C - 1. On CUDA backward waits for their number: the one synchronisation here.
-            Not under ``torch.compile``, nor with weight decay or ``clip_grad_norm_``, which know no sparse gradients:
-            clip by the norm of ``weight.grad.coalesce().values()``. Nor inside of ``DistributedDataParallel``, which
-            takes them of ``nn.Embedding`` alone, or of ``fully_shard``: leave the classifier out of these, sharded by
-            classes with ``shard`` and ``gather_input``.
+            sparse gradients PyTorch's buffer is a list that grows). Needs class indices or ``Labels``, and ``k`` (or
+            ``ratio``) below C - 1. On CUDA backward waits for their number: the one synchronisation here. Not under
+            ``torch.compile``, nor with weight decay or ``clip_grad_norm_``, which know no sparse gradients: clip by the
+            norm of ``weight.grad.coalesce().values()``. Nor inside of ``DistributedDataParallel``, which takes them of
+            ``nn.Embedding`` alone, or of ``fully_shard``: leave the classifier out of these, sharded by classes with
+            ``shard`` and ``gather_input``. Default: False.
+
+    Raises:
+        TypeError: chunk_bytes that is no integer.
+        ValueError: chunk_bytes below 1.
+
+    Example:
+        >>> options = fl.LinearLossOptions(chunk_bytes=2**20, sparse_grad=True)
+        >>> head = fl.LinearLoss(8, 1000, loss=fl.HSLRLoss(k=10), options=options)
+        >>> head(torch.randn(1, 8), torch.tensor([7])).backward()
+        >>> head.weight.grad.coalesce().values().shape  # the target and the k hardest
+        torch.Size([11, 8])
     """
 
     chunk_bytes: int | None = None
@@ -120,36 +131,71 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Softmax cross-entropy of ``F.linear(input, linear_weight, linear_bias)``, whose logits are never held as a whole.
 
-    The same as the loss of the logits, with one pass over the weight per chunk of rows: see :class:`LinearLossOptions`
-    for the memory. Over the k hardest, with k a small share of C, backward reads N * (k + 1) rows of the weight and
-    computes no logits.
+    The signature follows ``torch.nn.functional.linear_cross_entropy``; the value and the gradients are those of
+    :func:`fused_losses.cross_entropy` of the logits, with one pass over the weight per chunk of rows: see
+    :class:`LinearLossOptions` for the memory. Over the k hardest, with k a small share of C, backward reads N * (k + 1)
+    rows of the weight and computes no logits.
 
     Args:
-        input: (N, D) or (D,), floating. Under autocast it is cast with the weight, as ``F.linear`` does.
+        input: (N, D) or (D,); float16, bfloat16, float32 or float64. Under autocast it is cast with the weight, as
+            ``F.linear`` does.
         linear_weight: (C, D), of input's dtype.
-        target: class indices (N,), any integer dtype; or :class:`fused_losses.Labels`.
-        linear_bias: (C,), of input's dtype; with ``normalize`` one for all classes, ().
-        normalize: cosine logits, scale * <input, w_j> / (|input| |w_j|). An angle of ``margin`` needs it.
-        scale: finite, > 0; the scale of cosine logits. A number, or a tensor () that may require a gradient. Default 1.
-        shard: the classes are sharded over ranks, as in :func:`fused_losses.cross_entropy`: linear_weight (and
-            linear_bias) are those of this rank's classes, or the ``DTensor`` of all that has them; input is the same on
-            every rank, whether it requires a gradient too, and so is that gradient.
-        gather_input: with ``shard``: input and class-index target are this rank's rows, any number of them, and the
-            loss is that of the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied
-            by the number of the shard's ranks: ``DistributedDataParallel``, which averages over the ranks the gradients
-            of the network in front, then gives that network what one process with all rows would. The gradient by
-            linear_weight is one process's already, so the classifier stays outside of it. The ranks' numbers of rows
-            are exchanged first, which on CUDA costs a synchronisation.
-        options: :class:`LinearLossOptions`.
+        target: class indices (N,), or () for one row, of any integer dtype; or :class:`fused_losses.Labels` with
+            weights: soft labels, mixup. (A matrix of all classes' probabilities is refused.)
+        linear_bias: (C,), of input's dtype; with ``normalize`` one for all classes, (). Default: None.
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        weight: (C,), floating, without gradient: row i counts weight[target[i]] times, and the mean divides by the sum
+            of these. Class indices only. Default: None, every row counts once.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        reduction: "none": a value for each row; "mean": over the rows not ignored, NaN if there are none; "sum".
+            Default: "mean".
+        label_smoothing: eps in [0, 1): the target keeps a share 1 - eps, and eps is spread evenly over the target and
+            the negatives S, as ``torch.nn.functional.cross_entropy`` does over all C classes. (fast-reid spreads it
+            over the C - 1 others: eps C / (C - 1) here.) Not with ``weight``, multi-hot targets, or ``Labels`` without
+            weights. Default: 0.
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        normalize: cosine logits, ``scale * <input, w_j> / (|input| |w_j|)``, without a normalised copy of the weight.
+            An angle of ``margin`` needs it. Default: False.
+        scale: finite, > 0; the scale of cosine logits. A number, or a tensor () that may require a gradient. Default:
+            1.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            linear_weight (and linear_bias) are those of this rank's classes, or the ``DTensor`` of all that has them;
+            input is the same on every rank, whether it requires a gradient too, and so is that gradient; all options
+            are the same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same
+            order. Default: None.
+        gather_input: with ``shard``: input and target are this rank's rows, any number of them, and the loss is that of
+            the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied by the number of
+            the shard's ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the network
+            in front, then gives that network what one process with all rows would. The gradient by linear_weight is one
+            process's already, so the classifier stays outside of it. The ranks' numbers of rows are exchanged first,
+            which on CUDA costs a synchronisation. No multi-hot targets. Default: False.
+        options: how it is computed: :class:`fused_losses.LinearLossOptions`. Default: None, theirs.
 
-    Other arguments, defaults and errors as in :func:`fused_losses.cross_entropy`. Differentiable once, by input,
-    linear_weight and linear_bias. A row with a NaN logit is NaN in the loss and in its gradient by input; over the
-    k hardest the weight's gradient is then NaN at the row's target, and elsewhere may be.
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 input.
+            Differentiable once, by input, linear_weight, linear_bias and scale. A row with a NaN logit is NaN in the
+            loss and in its gradient by input; over the k hardest the weight's gradient is then NaN at the row's target,
+            and elsewhere may be.
 
     Raises:
-        ValueError: also for shapes of the layer that do not fit, a scale out of range or without ``normalize``, and for
-            ``sparse_grad`` where the gradient is not sparse.
-        RuntimeError: also for input and weight of different dtypes.
+        TypeError: input, target, the layer or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other; a scale without
+            ``normalize``; ``sparse_grad`` where the gradient is not sparse.
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices, input and weight of different dtypes; a call inside of
+            ``torch.func``; a second derivative; a sharded or sparse classifier inside of ``DistributedDataParallel``.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8), torch.zeros(1000, 8)
+        >>> fl.linear_cross_entropy(x, weight, torch.tensor([1, 999]))  # of logits that are all zero: log C
+        tensor(6.9078)
     """
     loss_options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     layer = _Layer(linear_bias, normalize, scale, gather_input, options)
@@ -197,20 +243,55 @@ def linear_loss(
 ) -> Tensor | tuple[Tensor, RowStatistics]:
     """Any loss of ``F.linear(input, linear_weight, linear_bias)``, whose logits are never held as a whole.
 
-    ``linear_loss(x, w, y, loss=fl.HSLRLoss(k=100))``. The function twin of :class:`LinearLoss`.
+    The function twin of :class:`LinearLoss`. The value and the gradients are those of the loss of the logits; the
+    memory is that of :func:`linear_cross_entropy`.
 
     Args:
-        target: class indices (N,), or what else the loss takes.
-        loss: one of the loss modules of this package, used with its options.
+        input: (N, D) or (D,); float16, bfloat16, float32 or float64. Under autocast it is cast with the weight, as
+            ``F.linear`` does.
+        linear_weight: (C, D), of input's dtype.
+        target: class indices (N,), or () for one row, of any integer dtype; or what else the loss takes.
+        loss: one of the loss modules of this package, used with its options; a shard is the layer's.
+        linear_bias: (C,), of input's dtype; with ``normalize`` one for all classes, (). Default: None.
+        normalize: cosine logits, ``scale * <input, w_j> / (|input| |w_j|)``, without a normalised copy of the weight.
+            An angle of ``margin`` needs it. Default: False.
+        scale: finite, > 0; the scale of cosine logits. A number, or a tensor () that may require a gradient. Default:
+            1.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            linear_weight (and linear_bias) are those of this rank's classes, or the ``DTensor`` of all that has them;
+            input is the same on every rank, whether it requires a gradient too, and so is that gradient; all options
+            are the same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same
+            order. Default: None.
+        gather_input: with ``shard``: input and target are this rank's rows, any number of them, and the loss is that of
+            the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied by the number of
+            the shard's ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the network
+            in front, then gives that network what one process with all rows would. The gradient by linear_weight is one
+            process's already, so the classifier stays outside of it. The ranks' numbers of rows are exchanged first,
+            which on CUDA costs a synchronisation. No multi-hot targets. Default: False.
+        options: how it is computed: :class:`fused_losses.LinearLossOptions`. Default: None, theirs.
         return_statistics: also give :class:`fused_losses.RowStatistics`, without gradients: training accuracy from
-            logits that never exist. With ``gather_input`` they are those of the rows of all ranks. Class-index targets
-            only; for a loss of the logistic family ``log_odds`` is None.
+            logits that never exist. With ``gather_input`` they are those of the rows of all ranks. Class indices only;
+            for a loss of the logistic family ``log_odds`` is None. Default: False.
 
-    Layer arguments, defaults and errors as in :func:`linear_cross_entropy`; loss options as in the module of the loss.
+    Returns:
+        Tensor: (), or (N,) with ``reduction="none"``; () for one row. Float32, float64 for float64 input.
+            Differentiable once, by input, linear_weight, linear_bias and scale. A row with a NaN logit is NaN in the
+            loss and in its gradient by input; over the k hardest the weight's gradient is then NaN at the row's target,
+            and elsewhere may be. With ``return_statistics`` a tuple of it and the :class:`fused_losses.RowStatistics`.
 
     Raises:
-        TypeError: a loss that is no loss module of this package.
-        ValueError: a loss with a shard of its own.
+        TypeError: a loss that is no loss module of this package; input, target, the layer or an option of a wrong type
+            or dtype.
+        ValueError: a loss with a shard of its own; shapes that do not fit; an option out of its range, or two that
+            exclude each other; a scale without ``normalize``; ``sparse_grad`` where the gradient is not sparse.
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices, input and weight of different dtypes; a call inside of
+            ``torch.func``; a second derivative; a sharded or sparse classifier inside of ``DistributedDataParallel``.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8), torch.zeros(1000, 8)
+        >>> fl.linear_loss(x, weight, torch.tensor([1, 999]), loss=fl.HSLRLoss(k=10))  # (1 + alpha) log 2
+        tensor(1.3863)
     """
     _check_loss(loss)
     layer = _Layer(linear_bias, normalize, scale, gather_input, options)
@@ -223,27 +304,62 @@ def linear_loss(
 class LinearLoss(nn.Module):
     """A classifier that owns its weight and its loss: ``LinearLoss(D, C, loss=HSLRLoss(ratio=0.01))(input, target)``.
 
-    Args:
-        in_features: D.
-        num_classes: C.
-        loss: one of the loss modules of this package, used with its options. Default: ``CrossEntropyLoss()``.
-        bias: whether the layer has a bias. Default: False.
-        normalize, shard, gather_input, options: as in :func:`linear_cross_entropy`.
-        scale: finite, > 0: that of cosine logits; or "learned": the parameter ``log_scale`` is its logarithm, which
-            starts at log(1 / 0.07), as CLIP's (arXiv 2103.00020). Default 1.
-        logit_bias: with ``normalize``, a parameter ``bias`` () that all logits have. It starts at -log(C - 1), where
-            every class has the probability 1 / C in the losses of the logistic family: these start badly on bare
-            cosines. The softmax family does not feel it over all classes. Default: False.
-        device, dtype: of the weight, as in ``nn.Linear``.
+    Called as ``head(input, target)``, it is :func:`linear_loss` with its own weight and bias: input (N, D) or (D,),
+    target what the loss takes, a Tensor () or (N,) as the loss reduces. ``head(input, target, return_statistics=True)``
+    also gives :class:`fused_losses.RowStatistics`. :meth:`topk`, :meth:`predict` and :meth:`logits` serve,
+    :meth:`grown` and :meth:`selected` change the classes.
 
     ``weight`` (C, D) and ``bias`` (C,) bear the names and the initialisation of ``nn.Linear``: state dicts of the two
     are interchangeable (a class-weight buffer of the loss aside). With ``shard`` they hold this rank's classes, and
     start from the same numbers for the same seed however the classes are sharded; on the CPU from those of one process.
-    They are then ``DTensor``s of all classes, (C, D) and (C,), replicated for () (:meth:`ClassShard.dtensor`), which
-    PyTorch's optimizers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint`` know; in lists of their own, without
-    the network's plain tensors. With ``sparse_grad``, and for borders that :meth:`ClassShard.split` would not make,
-    they are plain tensors of this rank's classes, which the state dict names. ``load_state_dict`` takes the rows of
-    all classes, of which every rank keeps its own (to ``weight.data = ...`` a ``DTensor`` is deaf).
+    They are then ``DTensor`` parameters of all classes, (C, D) and (C,), replicated for ()
+    (:meth:`ClassShard.dtensor`), which PyTorch's optimizers, ``clip_grad_norm_`` and ``torch.distributed.checkpoint``
+    know; in lists of their own, without the network's plain tensors. With ``sparse_grad``, and for borders that
+    :meth:`ClassShard.split` would not make, they are plain tensors of this rank's classes, which the state dict names.
+    ``load_state_dict`` takes the rows of all classes, of which every rank keeps its own (to ``weight.data = ...`` a
+    ``DTensor`` is deaf).
+
+    Args:
+        in_features: D, the length of an embedding.
+        num_classes: C, of all ranks together.
+        loss: one of the loss modules of this package, used with its options; a shard is the layer's. Default: None,
+            ``CrossEntropyLoss()``.
+        bias: whether the layer has a bias (C,). Default: False.
+        normalize: cosine logits, ``scale * <input, w_j> / (|input| |w_j|)``, without a normalised copy of the weight.
+            An angle of ``margin`` needs it. Default: False.
+        scale: finite, > 0: that of cosine logits; or "learned": the parameter ``log_scale`` is its logarithm, which
+            starts at log(1 / 0.07), as CLIP's (arXiv 2103.00020). Default: 1.
+        logit_bias: with ``normalize``, a parameter ``bias`` () that all logits have. It starts at -log(C - 1), where
+            every class has the probability 1 / C in the losses of the logistic family: these start badly on bare
+            cosines. The softmax family does not feel it over all classes. Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            input is the same on every rank, whether it requires a gradient too, and so is that gradient; all options
+            are the same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same
+            order. Default: None.
+        gather_input: with ``shard``: input and target are this rank's rows, any number of them, and the loss is that of
+            the rows of all ranks, in the order of the ranks. The gradient by input is then multiplied by the number of
+            the shard's ranks: ``DistributedDataParallel``, which averages over the ranks the gradients of the network
+            in front, then gives that network what one process with all rows would. The gradient by linear_weight is one
+            process's already, so the classifier stays outside of it. The ranks' numbers of rows are exchanged first,
+            which on CUDA costs a synchronisation. No multi-hot targets. Default: False.
+        options: how it is computed: :class:`fused_losses.LinearLossOptions`. Default: None, theirs.
+        device: of the weight, as in ``nn.Linear``. Default: None, PyTorch's.
+        dtype: of the weight, as in ``nn.Linear``. Default: None, PyTorch's.
+
+    Raises:
+        TypeError: a loss that is no loss module of this package; an option of a wrong type.
+        ValueError: an option out of its range, or two that exclude each other; a scale or logit_bias without
+            ``normalize``; a bias with it; a shard of another number of classes; a loss with a shard of its own.
+        RuntimeError: a sharded classifier inside of ``DistributedDataParallel``, ``fully_shard`` or
+            ``FullyShardedDataParallel``, which would mix the classes of the ranks. The errors of a call are those of
+            :func:`linear_loss`.
+
+    Example:
+        >>> arcface = fl.CrossEntropyLoss(k=100, margin=fl.Margin(angle=0.5))  # over the 100 hardest
+        >>> head = fl.LinearLoss(8, 1000, loss=arcface, normalize=True, scale=64.0)
+        >>> head(torch.randn(2, 8), torch.tensor([1, 999])).backward()
+        >>> head.weight.grad.shape
+        torch.Size([1000, 8])
     """
 
     scale: Any  # a number, or "learned"
@@ -312,6 +428,8 @@ class LinearLoss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Draws weight and bias anew, as ``nn.Linear`` does; a learned scale and ``logit_bias`` start anew."""
+
         def draw(parameter: Tensor, uniform: Callable[[Tensor], Tensor]) -> None:
             if self.shard is None:
                 uniform(parameter)
@@ -330,7 +448,24 @@ class LinearLoss(nn.Module):
     def forward(
         self, input: Tensor, target: Tensor | Labels | None = None, return_statistics: bool = False
     ) -> Tensor | tuple[Tensor, RowStatistics]:
-        """The loss; with ``return_statistics`` also :class:`fused_losses.RowStatistics`, as in :func:`linear_loss`."""
+        """The loss of these rows.
+
+        Args:
+            input: (N, D) or (D,); float16, bfloat16, float32 or float64. Under autocast it is cast with the weight, as
+                ``F.linear`` does.
+            target: class indices (N,), or () for one row, of any integer dtype; or what else the loss takes.
+            return_statistics: also give :class:`fused_losses.RowStatistics`, without gradients: training accuracy from
+                logits that never exist. With ``gather_input`` they are those of the rows of all ranks. Class indices
+                only; for a loss of the logistic family ``log_odds`` is None. Default: False.
+
+        Returns:
+            Tensor: as the loss reduces, (), or (N,); with ``return_statistics`` a tuple of it and the
+                :class:`fused_losses.RowStatistics`.
+
+        Raises:
+            TypeError: no target; also as :func:`linear_loss`, like all other errors.
+            RuntimeError: ``sparse_grad`` under ``fully_shard``; also as :func:`linear_loss`.
+        """
         if target is None:
             raise TypeError("LinearLoss gives a loss and got no target; for classes call topk(), for logits logits()")
         if self.options is not None and self.options.sparse_grad and hasattr(self, "set_requires_gradient_sync"):
@@ -339,6 +474,22 @@ class LinearLoss(nn.Module):
         options = self.loss.options._replace(shard=self.shard)
         result, statistics = apply(self.loss.loss, options, input, self.weight, target, layer, return_statistics)
         return result if statistics is None else (result, statistics)
+
+    if TYPE_CHECKING:  # nn.Module's takes and gives anything
+
+        @overload
+        def __call__(
+            self, input: Tensor, target: Tensor | Labels, return_statistics: Literal[False] = False
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self, input: Tensor, target: Tensor | Labels, return_statistics: Literal[True]
+        ) -> tuple[Tensor, RowStatistics]: ...
+
+        def __call__(
+            self, input: Tensor, target: Tensor | Labels, return_statistics: bool = False
+        ) -> Tensor | tuple[Tensor, RowStatistics]: ...
 
     def _scale(self) -> float | Tensor:
         if self.log_scale is None:
@@ -355,13 +506,25 @@ class LinearLoss(nn.Module):
     def grown(self, num_classes: int, optimizer: torch.optim.Optimizer | None = None) -> LinearLoss:
         """The same classifier with more classes behind the old ones: their rows are kept, the new ones are drawn.
 
-        With a shard, every rank calls it, and the classes are split anew (:meth:`ClassShard.split`). A class-weight
-        buffer does not grow: ValueError, as for fewer classes than now. After ``fully_shard`` every rank calls it too,
-        and the new classifier is whole, to be sharded anew.
+        With a shard, every rank calls it, and the classes are split anew (:meth:`ClassShard.split`). After
+        ``fully_shard`` every rank calls it too, and the new classifier is whole, to be sharded anew.
 
         Args:
+            num_classes: of the new classifier, at least those of this one.
             optimizer: takes the new parameters in the place of the old ones; of its state, the rows of old classes are
-                kept, and those of new ones are 0. Not after ``fully_shard``.
+                kept, and those of new ones are 0. Not after ``fully_shard``. Default: None.
+
+        Returns:
+            LinearLoss: a new one; this one stays as it is.
+
+        Raises:
+            ValueError: fewer classes than now; a loss with class weights, which do not grow.
+
+        Example:
+            >>> head = fl.LinearLoss(8, 1000)
+            >>> more = head.grown(1200)
+            >>> torch.equal(more.weight[:1000], head.weight)
+            True
         """
         if num_classes < self.num_classes:
             raise ValueError(f"cannot grow from {self.num_classes} to {num_classes} classes")
@@ -372,11 +535,25 @@ class LinearLoss(nn.Module):
     def selected(self, classes: Tensor, optimizer: torch.optim.Optimizer | None = None) -> LinearLoss:
         """The same classifier of these classes alone, in this order: class i is ``classes[i]`` of this one.
 
-        With a shard, every rank calls it with the same classes. IndexError for a class out of range; otherwise as
-        :meth:`grown`.
+        With a shard, every rank calls it with the same classes; otherwise as :meth:`grown`.
 
         Args:
             classes: int64 (at least one,), distinct.
+            optimizer: takes the new parameters in the place of the old ones; of its state, the rows of old classes are
+                kept, and those of new ones are 0. Not after ``fully_shard``. Default: None.
+
+        Returns:
+            LinearLoss: a new one; this one stays as it is.
+
+        Raises:
+            IndexError: a class out of range.
+            ValueError: classes of another dtype or shape, or one twice; a loss with class weights.
+
+        Example:
+            >>> head = fl.LinearLoss(8, 1000)
+            >>> few = head.selected(torch.tensor([999, 1]))
+            >>> torch.equal(few.weight, head.weight[[999, 1]])
+            True
         """
         if classes.dim() != 1 or classes.dtype != torch.int64 or classes.numel() == 0:
             raise ValueError(f"expected int64 classes (at least one,), got {classes.dtype}, {tuple(classes.shape)}")
@@ -420,7 +597,22 @@ class LinearLoss(nn.Module):
         return made
 
     def logits(self, input: Tensor) -> Tensor:
-        """(N, C) logits of (N, D) input, for evaluation; of this rank's classes, if they are sharded."""
+        """The logits, for evaluation; of this rank's classes, if they are sharded.
+
+        Args:
+            input: (N, D), of the weight's dtype.
+
+        Returns:
+            Tensor: (N, C), of input's dtype, differentiable.
+
+        Raises:
+            TypeError: after ``fully_shard``, unless it is registered as a forward method.
+
+        Example:
+            >>> head = fl.LinearLoss(8, 1000, normalize=True, scale=16.0)
+            >>> head.logits(torch.randn(2, 8)).shape
+            torch.Size([2, 1000])
+        """
         weight, bias = self._layer()
         if is_dtensor(weight):
             raise TypeError(
@@ -436,15 +628,29 @@ class LinearLoss(nn.Module):
         return torch.cat(logits, dim=1)
 
     def topk(self, input: Tensor, k: int) -> TopK:
-        """The k classes with the largest logits, values and indices (N, k), largest first: exact nearest identities.
+        """The k classes with the largest logits: exact nearest identities.
 
-        The lowest class comes first among equals. No more logits at a time than ``options.chunk_bytes``; no margin, no
-        smoothing, no gradient. With a shard a collective, which gives every rank the same answer among all classes:
-        input is the same on every rank, also with ``gather_input``.
+        No more logits at a time than ``options.chunk_bytes``; no margin, no smoothing, no gradient. With a shard a
+        collective, which gives every rank the same answer among all classes: input is the same on every rank, also with
+        ``gather_input``.
 
         Args:
-            input: (N, D) or (D,), floating.
+            input: (N, D) or (D,), of the weight's dtype.
             k: from 1 to C.
+
+        Returns:
+            TopK: values and indices (int64), (N, k) each, the largest first, the lowest class first among equals; (k,)
+                for one row.
+
+        Raises:
+            TypeError: a k that is no integer; input that is not floating.
+            ValueError: k out of range; shapes that do not fit.
+
+        Example:
+            >>> head = fl.LinearLoss(8, 1000)
+            >>> values, identities = head.topk(torch.randn(2, 8), 5)
+            >>> identities.shape
+            torch.Size([2, 5])
         """
         k = as_integer("k", k)
         if not 1 <= k <= self.num_classes:
@@ -463,13 +669,38 @@ class LinearLoss(nn.Module):
         return found if input.dim() == 2 else TopK(*(part.squeeze(0) for part in found))
 
     def predict(self, input: Tensor) -> Tensor:
-        """The class with the largest logit, (N,): ``topk(input, 1)``."""
+        """The class with the largest logit: ``topk(input, 1)``.
+
+        Args:
+            input: (N, D) or (D,), of the weight's dtype.
+
+        Returns:
+            Tensor: int64 (N,); () for one row.
+
+        Raises:
+            ValueError: shapes that do not fit.
+
+        Example:
+            >>> head = fl.LinearLoss(8, 1000, normalize=True)
+            >>> head.predict(head.embeddings()[[3, 999]])  # a class is nearest to itself
+            tensor([  3, 999])
+        """
         return self.topk(input, 1).indices.squeeze(-1)
 
     @torch.no_grad()
     def embeddings(self) -> Tensor:
-        """The classes' vectors as a search index wants them, (C, D), of this rank's classes if they are sharded: of
-        length 1 with ``normalize``, where the logits are scale times the inner product with a vector of length 1."""
+        """The classes' vectors as a search index wants them, of this rank's classes if they are sharded.
+
+        Of length 1 with ``normalize``, where the logits are scale times the inner product with a vector of length 1.
+
+        Returns:
+            Tensor: (C, D), of the weight's dtype; a copy, without gradient.
+
+        Example:
+            >>> head = fl.LinearLoss(8, 1000, normalize=True)
+            >>> head.embeddings().norm(dim=1).sub(1).abs().max() < 1e-6
+            tensor(True)
+        """
         weight, _ = self._layer()
         return _direction(weight, 1.0).to(weight.dtype) if self.normalize else weight.clone()
 

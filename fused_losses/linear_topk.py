@@ -12,10 +12,21 @@ from .shard import ClassShard, gather
 
 
 class TopK(NamedTuple):
-    """What ``torch.topk`` gives of the logits: (N, k) each, the largest first."""
+    """What :meth:`fused_losses.LinearLoss.topk` gives, as ``torch.topk`` does: the largest logits and their classes.
+
+    Args:
+        values: the logits, (N, k), the largest first, of the dtype in which the layer computes.
+        indices: int64 (N, k), the classes, counted over all shards; the lowest first among equals.
+
+    Example:
+        >>> head = fl.LinearLoss(8, 1000)
+        >>> found = head.topk(torch.randn(2, 8), 5)
+        >>> found.indices.dtype, found.values.shape
+        (torch.int64, torch.Size([2, 5]))
+    """
 
     values: Tensor
-    indices: Tensor  # int64, the classes of all shards
+    indices: Tensor
 
 
 @torch.no_grad()

@@ -26,20 +26,26 @@ class Margin:
     AM-softmax (Wang et al., arXiv 1801.09414 and 1801.05599), both are the combined margin of ArcFace's Eq. 4. Tensors
     give every row its own: ElasticFace, AdaFace, whose negative angles stop at theta + angle = 0.
 
-    Args:
-        angle: radians, from -pi to pi; a number, or a tensor (N,) without gradient. Default 0. Where theta + angle
-            exceeds pi it is cos(theta) - angle * sin(angle) instead of cos(theta + angle): for angles up to 2.33 that
-            goes on falling.
-        cosine: a finite number, or a tensor (N,) without gradient. Default 0.
-        scale: what the cosines were multiplied by, finite, > 0. Default: that of the linear layer with
-            ``normalize=True``. From logits an angle needs it (1 for plain cosines); without an angle it is 1.
+    ``|z / scale|`` is clamped to 1. The slope psi' divides by sin(theta) or 2^-11, whichever is larger: it is at most
+    ``1 + 2048 * |sin(angle)|``.
 
-    |z / scale| is clamped to 1. The slope psi' divides by sin(theta) or 2^-11, whichever is larger: it is at most
-    1 + 2048 * |sin(angle)|.
+    Args:
+        angle: radians, from -pi to pi; a number, or a floating tensor (N,) without gradient. Where theta + angle
+            exceeds pi it is cos(theta) - angle * sin(angle) instead of cos(theta + angle): for angles up to 2.33 that
+            goes on falling. Default: 0.
+        cosine: a finite number, or a floating tensor (N,) without gradient. Default: 0.
+        scale: what the cosines were multiplied by, finite, > 0. From logits an angle needs it (1 for plain cosines); a
+            linear layer with ``normalize=True`` gives its own. Default: None, which is 1 without an angle.
 
     Raises:
         TypeError: angle, cosine or scale of another kind.
         ValueError: a number out of its range, a tensor that is not (N,) or requires a gradient.
+
+    Example:
+        >>> cosface = fl.CrossEntropyLoss(margin=fl.Margin(cosine=0.35, scale=64.0))
+        >>> cosines = F.normalize(torch.randn(2, 8)) @ F.normalize(torch.randn(1000, 8)).T
+        >>> cosface(64.0 * cosines, torch.tensor([1, 999])).shape
+        torch.Size([])
     """
 
     angle: float | Tensor = 0.0

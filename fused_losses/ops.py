@@ -307,35 +307,75 @@ _extension_failure = _load_extension()
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def _version(package: str) -> str:
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
+
+
+__version__ = _version("fused_losses") or "0+unknown"  # the sources, which nobody has installed
+
+REFERENCE = "reference (plain PyTorch)"
+
+
+def _cure_of_triton() -> str:
+    return 'pip install "triton>=3.6"' if platform.system() == "Linux" else "it is made for Linux alone"
+
+
+def _cpu_server() -> str:
+    if not _extension_failure:
+        return f"C++ kernels, {torch.ops.fused_losses._cpu_isa('')}, {torch.get_num_threads()} threads"
+    return (
+        f"{REFERENCE}: {_extension_failure}; in the sources, FUSED_LOSSES_BUILD_EXT=1 pip install "
+        "--no-build-isolation --no-deps . builds it or says what is missing"
+    )
 
 
 def _cuda_server() -> str:
+    if not torch.backends.cuda.is_built():
+        return "none: this torch is built without CUDA; https://pytorch.org/get-started has those with it"
     if not torch.cuda.is_available():
-        return "no device here"
+        return "none: torch sees no device; look at the driver (nvidia-smi) and at CUDA_VISIBLE_DEVICES"
     backend, why = _import_triton_backend()
     if backend is not None:
         why = backend.unserved(torch.device("cuda", torch.cuda.current_device()), torch.float32, 1000)
-    return f"reference (plain PyTorch): {why}" if why else "Triton kernels"
+    if why and "Triton" in why:
+        why = f"{why}; {_cure_of_triton()}"
+    return f"{REFERENCE}: {why}" if why else "Triton kernels"
 
 
-def show_config() -> None:
-    """Prints the versions in use and which backend serves which device, with the reason where it is the reference."""
-    reference_because = "reference (plain PyTorch): {}".format
-    if _extension_failure:
-        cpu = reference_because(_extension_failure)
-    else:
-        cpu = f"C++ kernels, {torch.ops.fused_losses._cpu_isa('')}, {torch.get_num_threads()} threads"
-    print(
-        f"fused_losses {_version('fused_losses')}\n"
+def _sharding() -> str:
+    if not torch.distributed.is_available():
+        return "none: this torch is built without torch.distributed; those of https://pytorch.org/get-started have it"
+    there = {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
+    return ", ".join(f"{name} {'yes' if available else 'no'}" for name, available in there.items())
+
+
+def show_config() -> str:
+    """Prints what is in use: versions, which backend serves which device, and what is there to shard classes with.
+
+    Where plain PyTorch serves, or something is missing, the line says why, and what to do about it. A report of a bug
+    wants this text.
+
+    Returns:
+        str: what was printed.
+
+    Example:
+        >>> text = fl.show_config()
+        fused_losses ...
+        >>> "CPU" in text
+        True
+    """
+    text = (
+        f"fused_losses {__version__}\n"
         f"  python     {platform.python_version()}, {platform.system()} {platform.machine()}\n"
         f"  torch      {torch.__version__}\n"
-        f"  triton     {_version('triton')}\n"
-        f"  CPU        {cpu}\n"
+        f"  triton     {_version('triton') or f'not installed; GPUs alone need it: {_cure_of_triton()}'}\n"
+        f"  CPU        {_cpu_server()}\n"
         f"  CUDA       {_cuda_server()}\n"
-        f"  others     reference (plain PyTorch)"
+        f"  others     {REFERENCE}\n"
+        f"  sharding   {_sharding()}"
     )
+    print(text)
+    return text

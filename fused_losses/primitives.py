@@ -28,12 +28,45 @@ def log_odds(
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> Tensor:
-    """d = z_y - log sum over S of exp(z_j): the log-odds of the target among the target and S, (N,).
+    """d = z_y - log sum over S of exp(z_j): the log-odds of the target among the target and the negatives S.
 
-    sigmoid(d) is the target's probability. Every loss of the softmax family is a function of d. Float32 (float64 for
-    float64 logits), 0 in ignored rows, differentiable by the logits.
+    sigmoid(d) is the target's probability. Every loss of the softmax family is a function of d
+    (:func:`fused_losses.softmax_loss`).
 
-    Arguments, defaults and errors as in :func:`fused_losses.cross_entropy`; class indices only.
+    Args:
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype.
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        margin: :class:`fused_losses.Margin` on the target's logit, or on those of all ``Labels``. Default: None.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
+
+    Returns:
+        Tensor: (N,), () for one row; float32, float64 for float64 logits; 0 in ignored rows. Differentiable once, by
+            the logits.
+
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other.
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits, target = torch.randn(4, 1000), torch.tensor([1, 7, 7, 999])
+        >>> p = torch.sigmoid(fl.log_odds(logits, target))
+        >>> torch.allclose(p, logits.softmax(1)[range(4), target])
+        True
     """
     options = Options(
         k=k, ratio=ratio, ignore_index=ignore_index, margin=margin, check_targets=check_targets, shard=shard
@@ -56,12 +89,39 @@ def row_statistics(
 ) -> RowStatistics:
     """What the softmax losses know of each row, from one pass over the logits.
 
+    Args:
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype.
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
+
     Returns:
         RowStatistics: ``log_odds`` as :func:`log_odds`; ``target_logit``; ``hardest_logit``, the largest among the
-        negatives; ``correct``, whether the first exceeds the second. (N,) each; the first two differentiable by the
-        logits.
+            negatives; ``correct``, whether the target's exceeds it. (N,) each, () for one row; the first two
+            differentiable once, by the logits.
 
-    Arguments, defaults and errors as in :func:`fused_losses.cross_entropy`; class indices only.
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other.
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 4.0]])
+        >>> fl.row_statistics(logits, torch.tensor([1, 2])).correct
+        tensor([ True, False])
     """
     options = Options(k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard)
     statistics, _ = _statistics(LogOdds(), logits, target, options)
@@ -79,18 +139,48 @@ def logistic_sums(
     check_targets: bool = False,
     shard: ClassShard | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the losses of the logistic family know of each row: pos and neg, (N,) each.
+    """What the losses of the logistic family know of each row: pos and neg.
 
-    pos = sum over the positives of softplus(-z_p); neg = sum over S of softplus(z_j), with ``gamma`` of
-    sigma(z_j)^gamma softplus(z_j). Float32 (float64 for float64 logits), 0 in ignored rows, differentiable by the
-    logits.
+    pos = sum over the positives of softplus(-z_p); neg = sum over the negatives S of softplus(z_j), with ``gamma`` of
+    sigma(z_j)^gamma softplus(z_j).
 
     Args:
-        target: class indices (N,), multi-hot (N, C), or :class:`fused_losses.Labels`, as in
-            :func:`fused_losses.lr_loss`.
-        gamma: how sharply easy negatives fade, finite, >= 0. Default: they all count alike.
+        logits: (N, C), or (C,) with the target of one row; float16, bfloat16, float32 or float64; any strides; never
+            modified.
+        target: class indices (N,), or () for one row, of any integer dtype; multi-hot (N, C), told apart by its rank: 0
+            and 1 of any dtype, any number of positives per row, with ``shard`` this rank's columns; or
+            :class:`fused_losses.Labels`.
+        gamma: how sharply easy negatives fade, finite, >= 0. Default: None, they all count alike.
+        k: keep only the k negatives with the largest logits (all, if there are fewer), an integer >= 1; equal logits at
+            the edge: lowest class index first. Default: None, all negatives.
+        ratio: the same as a share of all classes, in (0, 1]: k = max(1, floor(ratio * C)). Not together with ``k``.
+            Default: None.
+        ignore_index: rows with this target count nothing and get a zero gradient. Class indices only. None: every row
+            counts. Default: -100.
+        check_targets: raise IndexError for a class out of range on every device. On the CPU that is always checked;
+            elsewhere it costs a device synchronisation, and without it the loss and the gradient of such a row are NaN.
+            Default: False.
+        shard: the classes are sharded over the ranks of ``torch.distributed``: :class:`fused_losses.ClassShard`. Then
+            logits are this rank's columns, C is their number over all ranks, target, weight and all options are the
+            same on every rank, and so is the loss. A collective: every rank of the group calls it, in the same order.
+            Default: None.
 
-    Other arguments, defaults and errors as in :func:`fused_losses.cross_entropy`.
+    Returns:
+        tuple[Tensor, Tensor]: pos and neg, (N,) each, () for one row; float32, float64 for float64 logits; 0 in ignored
+            rows. Differentiable once, by the logits.
+
+    Raises:
+        TypeError: logits, target or an option of a wrong type or dtype.
+        ValueError: shapes that do not fit; an option out of its range, or two that exclude each other; a multi-hot
+            entry other than 0 and 1 (looked at as class indices are).
+        IndexError: a class index outside [0, C); see ``check_targets``.
+        RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
+
+    Example:
+        >>> logits, target = torch.zeros(2, 1000), torch.tensor([1, 999])
+        >>> pos, neg = fl.logistic_sums(logits, target, k=10)
+        >>> pos + neg / 10  # HS-LR with alpha 1
+        tensor([1.3863, 1.3863])
     """
     options = Options(k=k, ratio=ratio, ignore_index=ignore_index, check_targets=check_targets, shard=shard)
     loss = LR() if gamma is None else SSLR(gamma=gamma)

@@ -24,19 +24,26 @@ class ClassShard:
     """This rank's classes, [start, stop) of num_classes.
 
     Made on every rank of the group at the same time: the ranks tell each other their ranges, which must follow each
-    other in the order of the ranks, from 0 to num_classes without gap or overlap. Uneven and empty ranges are fine.
+    other in the order of the ranks, from 0 to num_classes without gap or overlap. Uneven and empty ranges are fine;
+    :meth:`split` makes even ones.
 
     Args:
-        start, stop: 0 <= start <= stop <= num_classes.
+        start: the first class of this rank, 0 <= start <= stop.
+        stop: the class behind its last, stop <= num_classes.
         num_classes: the classes of all ranks together, fewer than 2^31.
-        group: a ``torch.distributed`` process group. Default: the default group.
+        group: a ``torch.distributed`` process group. Default: None, the default group.
         check_ranks: at the first call of a loss with this shard, compare what the ranks gave it, in one exchange that
-            waits for the device. Default: True. What differs later is not seen.
+            waits for the device. What differs later is not seen. Default: True.
 
     Raises:
-        ValueError: ranges that do not tile [0, num_classes); on every rank alike.
-        ValueError: this rank is not one of the group.
+        ValueError: ranges that do not tile [0, num_classes), on every rank alike; this rank is not one of the group.
         RuntimeError: ``torch.distributed`` is not initialised.
+
+    Example:
+        >>> shard = fl.ClassShard(0, 1000, 1000)  # of one rank, which has all classes
+        >>> logits, target = torch.zeros(2, len(shard)), torch.tensor([1, 999])
+        >>> fl.cross_entropy(logits, target, shard=shard)
+        tensor(6.9078)
     """
 
     start: int
@@ -65,7 +72,25 @@ class ClassShard:
     def split(
         cls, num_classes: int, group: "dist.ProcessGroup | None" = None, *, check_ranks: bool = True
     ) -> "ClassShard":
-        """Shards as ``torch.chunk`` makes them: ceil(num_classes / ranks) classes each, what is left on the last."""
+        """Shards as ``torch.chunk`` makes them: ceil(num_classes / ranks) classes each, what is left on the last.
+
+        Args:
+            num_classes: the classes of all ranks together, fewer than 2^31.
+            group: a ``torch.distributed`` process group. Default: None, the default group.
+            check_ranks: as in :class:`ClassShard`. Default: True.
+
+        Returns:
+            ClassShard: this rank's.
+
+        Raises:
+            ValueError: this rank is not one of the group.
+            RuntimeError: ``torch.distributed`` is not initialised.
+
+        Example:
+            >>> shard = fl.ClassShard.split(1000)
+            >>> shard.start, shard.stop, shard.world_size
+            (0, 1000, 1)
+        """
         _check_member(group)
         edges = _edges_of_chunks(num_classes, dist.get_world_size(group))
         rank = dist.get_rank(group)
@@ -103,15 +128,25 @@ class ClassShard:
         return self.edges == _edges_of_chunks(self.num_classes, self.world_size)
 
     def dtensor(self, mine: Tensor) -> "DTensor":
-        """mine, this rank's rows of a tensor (classes, ...), as the ``DTensor`` of all ranks' rows, in the same memory;
-        a tensor (), the same on every rank, as one that is replicated.
+        """This rank's rows of a tensor (classes, ...) as the ``DTensor`` of all ranks' rows, in the same memory.
 
         That is what :class:`LinearLoss` has for parameters where it can, and what ``torch.distributed.checkpoint``
         saves, and loads in place on any number of ranks; it would take the plain tensors of the ranks for copies of
         one.
 
+        Args:
+            mine: (classes of this rank, ...), or (), the same on every rank, which is replicated.
+
+        Returns:
+            DTensor: (classes of all ranks, ...), sharded by its first dimension; or ().
+
         Raises:
             ValueError: shards that :meth:`split` would not make, on every rank alike; ``DTensor`` knows no others.
+
+        Example:
+            >>> shard = fl.ClassShard.split(1000)
+            >>> shard.dtensor(torch.zeros(len(shard), 8)).shape
+            torch.Size([1000, 8])
         """
         from torch.distributed.tensor import DTensor, Replicate, Shard
 

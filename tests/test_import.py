@@ -1,15 +1,19 @@
 """Importing the package: quiet, quick, without Triton and without a driver; and what it offers."""
 
+import importlib.metadata
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fused_losses as fl
+from fused_losses import ops
 
 PUBLIC = {
     "cross_entropy",
@@ -24,6 +28,7 @@ PUBLIC = {
     "LRLoss",
     "HSLRLoss",
     "SSLRLoss",
+    "RowLoss",
     "show_config",
 }
 
@@ -58,6 +63,7 @@ def test_public_names():
     offered = {name for name in vars(fl) if not name.startswith("_")}
     modules = {name for name in offered if isinstance(getattr(fl, name), type(sys))}
     assert offered - modules == set(fl.__all__)
+    assert dir(fl) == sorted([*fl.__all__, "__version__"])
 
 
 def test_import_and_use_are_quiet_without_a_driver():
@@ -94,10 +100,21 @@ def test_import_is_quick():
     assert set(new) == own | {"fused_losses", "fused_losses.gpu", "fused_losses.gpu.layout"}
 
 
+def test_version_is_that_of_the_metadata():
+    assert fl.__version__ == importlib.metadata.version("fused_losses")
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """What show_config says, by the first word of the line."""
+    return {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines()}
+
+
 def test_show_config_tells_what_serves_what(capsys):
-    fl.show_config()
+    said = fl.show_config()
     text = capsys.readouterr().out
+    assert text == said + "\n"
     assert torch.__version__ in text
+    assert fl.__version__ in text.splitlines()[0]
     for word in ("fused_losses", "torch", "triton", "CPU", "CUDA"):
         assert word in text
     # a backend for each, or the reference and why
@@ -114,8 +131,49 @@ def test_show_config_without_triton():
         "    return real(name)\n"
         "m.version = version\nimport fused_losses\nfused_losses.show_config()"
     )
-    line = next(line for line in run(code).stdout.splitlines() if "triton" in line.lower())
-    assert re.search(r"not (installed|found|importable)", line), line
+    line = lines_of(run(code).stdout)["triton"]
+    assert line.startswith("not installed")
+    assert 'pip install "triton>=3.6"' in line or "Linux alone" in line
+
+
+@pytest.mark.parametrize("why", ["the C++ extension was not built", "the C++ extension does not load: symbol"])
+def test_show_config_names_the_cure_where_the_extension_is_missing(monkeypatch, why):
+    monkeypatch.setattr(ops, "_extension_failure", why)
+    line = lines_of(fl.show_config())["CPU"]
+    assert line.startswith(f"reference (plain PyTorch): {why}; ")
+    assert "FUSED_LOSSES_BUILD_EXT=1 pip install" in line
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_show_config_says_why_there_is_no_device(monkeypatch, built):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = lines_of(fl.show_config())["CUDA"]
+    assert line.startswith("none: torch sees no device" if built else "none: this torch is built without CUDA")
+    assert ("nvidia-smi" if built else "https://pytorch.org") in line
+
+
+@pytest.mark.parametrize("why", ["Triton is not usable (No module named 'triton')", "Tesla V100 is older", ""])
+def test_show_config_says_why_a_device_is_not_served(monkeypatch, why):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ops, "_import_triton_backend", lambda: (SimpleNamespace(unserved=lambda *_: why), ""))
+    line = lines_of(fl.show_config())["CUDA"]
+    assert line.startswith(f"reference (plain PyTorch): {why}" if why else "Triton kernels")
+    assert ("triton>=3.6" in line or "Linux alone" in line) == ("Triton is" in why)
+
+
+def test_show_config_tells_what_there_is_to_shard_with(monkeypatch):
+    for gloo, nccl in itertools.product((True, False), repeat=2):
+        monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda there=gloo: there)
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda there=nccl: there)
+        said = f"gloo {'yes' if gloo else 'no'}, nccl {'yes' if nccl else 'no'}"
+        assert lines_of(fl.show_config())["sharding"] == said
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    line = lines_of(fl.show_config())["sharding"]
+    assert line.startswith("none: ")
+    assert "https://pytorch.org" in line
 
 
 @pytest.mark.parametrize("module", ["functional", "modules", "autograd", "ops", "reference", "losses"])
