@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples vision-examples test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench lint format clean
+.PHONY: help demo examples vision-examples test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench docs lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,7 +51,7 @@ machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without
 
 test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
-	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench/test_machine_code.py --ignore=tests/test_examples.py $(ARGS)
+	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench/test_machine_code.py --ignore=tests/test_examples.py --ignore=tests/test_documentation.py $(ARGS)
 
 # What pyproject.toml promises, with what pip makes of it: the oldest torch, or another, under any Python; and a build of
 # the C++ extension against that torch.
@@ -63,7 +63,7 @@ test-torch: ## the tests with another torch and Python: make test-torch TORCH=2.
 	cd $(ELSEWHERE)/src && ../bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" "setuptools>=77" && \
 		FUSED_LOSSES_BUILD_EXT=1 ../bin/python -m pip install --disable-pip-version-check --no-build-isolation \
 		--editable ".[test,bench]"
-	cd $(ELSEWHERE)/src && ../bin/python -m pytest --ignore=tests/bench $(ARGS)  # the benches promise Python 3.11 only
+	cd $(ELSEWHERE)/src && ../bin/python -m pytest --ignore=tests/bench --ignore=tests/test_documentation.py $(ARGS)  # they promise Python 3.11 only
 	cd $(ELSEWHERE)/src && ../bin/python -m pytest tests/gpu $(ARGS)
 
 # -O1: with sanitizers, -O3 takes the compiler ten times as long
@@ -87,6 +87,10 @@ bench: $(INSTALLED) ## time every loss against plain PyTorch (pytest-benchmark),
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 $(BIN)/python -m pytest bench/speed --benchmark-json=out/bench.json \
 		--benchmark-group-by=group --benchmark-columns=median,iqr,rounds --benchmark-sort=name -q $(ARGS)
 	$(BIN)/python -m bench.speed.chart out/bench.json out/bench.png
+
+docs: $(INSTALLED) ## build the site of docs/, out/docs/index.html
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs out/docs $(ARGS)
+	@echo out/docs/index.html
 
 lint: $(INSTALLED) ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
     python -m bench.speed.linear              the tables
     python -m bench.speed.linear --check      and exit 1 if a bar of the tables is missed
+    python -m bench.speed.linear --write      and keep them in bench/results/linear.json
 
 Times are medians of steps that take turns in one process, so that a busy machine slows all alike; a ratio is the median
 of the peer over ours, the slower one if two of ours are judged. Memory is what a step takes at its peak beyond input,
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 
 import fused_losses as fl
 
+RESULTS = Path(__file__).parents[1] / "results" / "linear.json"
 MIB = 2**20
 SLOW = 1.0  # seconds
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
@@ -150,31 +153,34 @@ CASES = {
 }  # fmt: skip
 
 
-def run(step: Step, x: Tensor, w: Tensor, target: Tensor) -> float:
+Clock = Callable[[], float]  # time.perf_counter, or time.process_time where others use the machine too
+
+
+def run(step: Step, x: Tensor, w: Tensor, target: Tensor, clock: Clock = time.perf_counter) -> float:
     """Seconds of a full step with fresh gradients."""
     x.grad = w.grad = None
-    started = time.perf_counter()
+    started = clock()
     loss = step(x, w, target)
     loss.backward()
     if x.device.type != "cpu":
         torch.accelerator.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def times(case: Case, device: str, rounds: int) -> dict[str, float]:
+def times(case: Case, device: str, rounds: int, clock: Clock = time.perf_counter) -> dict[str, float]:
     """Median milliseconds of each step, of two for a slow one; a matmul alone is the floor."""
     x, w, target = case.tensors(device)
     logits = torch.empty(case.rows, case.classes, device=device)
 
     def matmul() -> float:
-        started = time.perf_counter()
+        started = clock()
         torch.mm(x.detach(), w.detach().t(), out=logits)
         if device != "cpu":
             torch.accelerator.synchronize()
-        return time.perf_counter() - started
+        return clock() - started
 
     runs = {"one matmul": matmul}
-    runs |= {name: lambda step=step: run(step, x, w, target) for name, step in case.steps(device).items()}
+    runs |= {name: lambda step=step: run(step, x, w, target, clock) for name, step in case.steps(device).items()}
     taken = {name: [] for name in runs}
     warm_up = {name: go() for name, go in runs.items()}
     for round_number in range(rounds):
@@ -271,12 +277,20 @@ class Bars:
         return f"{bar}: {'yes' if ok else 'NO'}"
 
 
-def report(case: Case, device: str, threads: int, rounds: int, bars: Bars) -> list[list[str]]:
-    milliseconds = times(case, device, rounds)
-    memory = {
-        name: in_a_process("--memory", json.dumps(asdict(case)), name, device=device, threads=threads)["bytes"]
-        for name in case.steps(device)
-    }
+def measured(
+    case: Case, device: str, threads: int, rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, dict[str, float]]:
+    """Of each step the milliseconds, and the peak bytes of all but the matmul."""
+    found = {name: {"ms": round(ms, 2)} for name, ms in times(case, device, rounds, clock).items()}
+    for name in case.steps(device):
+        arguments = ("--memory", json.dumps(asdict(case)), name)
+        found[name]["bytes"] = in_a_process(*arguments, device=device, threads=threads)["bytes"]
+    return found
+
+
+def report(case: Case, found: dict[str, dict[str, float]], bars: Bars) -> list[list[str]]:
+    milliseconds = {name: of["ms"] for name, of in found.items()}
+    memory = {name: of["bytes"] for name, of in found.items() if "bytes" in of}
     ours = max(milliseconds[name] for name in case.ours)
     rows = []
     for name, ms in milliseconds.items():
@@ -296,6 +310,26 @@ def report(case: Case, device: str, threads: int, rounds: int, bars: Bars) -> li
         used = [f"{memory[name] / MIB:.0f}", f"{memory[name] / case.logits_bytes:.0%}"] if name in memory else ["", ""]
         rows.append([name, f"{ms:.1f}", "" if name in case.ours else f"{ratio:.2f} x", *used, ", ".join(judged)])
     return rows
+
+
+def recorded_table(record: dict) -> str:
+    """Of what --write kept, for docs/linear.md: a column for each case, times in units of ours, the slower one."""
+    from bench.evidence.tables import table
+
+    header, columns = ["forward + backward, fp32"], []
+    for name, found in record["cases"].items():
+        case = CASES[name]
+        header.append(
+            f"{case.rows} x {case.features} x {case.classes:,}" + ("" if case.k is None else f", k = {case.k}")
+        )
+        ours = max(found[step]["ms"] for step in case.ours)
+        columns.append({
+            step: f"{of['ms'] / ours:.2f}" + (f", {of['bytes'] / MIB:.0f} MiB" if "bytes" in of else "")
+            for step, of in found.items()
+        })  # fmt: skip
+    steps = sorted(dict.fromkeys(step for column in columns for step in column), key=lambda step: step[:4] != "ours")
+    steps.append(steps.pop(steps.index("one matmul")))
+    return table(header, [[step, *(column.get(step, "") for column in columns)] for step in steps])
 
 
 def report_million(device: str, threads: int, bars: Bars) -> list[list[str]]:
@@ -323,6 +357,11 @@ def main(argv: list[str] | None = None) -> None:
         "--cases", nargs="+", choices=[*CASES, "million"], metavar="NAME", help=f"of {', '.join(CASES)}, million"
     )
     parser.add_argument("--check", action="store_true", help="exit 1 if a bar is missed")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="count the processor's time, with --threads 1, on a busy machine"
+    )
+    parser.add_argument("--write", action="store_true", help=f"keep the times and bytes in {RESULTS.name}")
+    parser.add_argument("--recorded", action="store_true", help="print what was kept as the table of docs/linear.md")
     parser.add_argument("--keep-memory", action="store_true", help="take the times with a malloc that keeps its blocks")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "STEP"), help=argparse.SUPPRESS)
     parser.add_argument("--million", action="store_true", help=argparse.SUPPRESS)
@@ -330,6 +369,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
 
+    if options.recorded:
+        print(recorded_table(json.loads(RESULTS.read_text())))
+        return
     if options.memory:
         case, step_name = options.memory
         print(json.dumps({"bytes": step_memory(Case(**json.loads(case)), step_name, options.device)}))
@@ -340,7 +382,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from bench.evidence.tables import table  # the measured processes are spared its imports
 
-    bars = Bars()
+    clock = time.process_time if options.processor_time else time.perf_counter
+    bars, kept = Bars(), {}
     chosen = options.cases or [*CASES, "million"]
     fl.show_config()
     for name in chosen:
@@ -353,7 +396,13 @@ def main(argv: list[str] | None = None) -> None:
         shape = f"{case.rows} rows, {case.features} features, {case.classes} classes"
         print(f"\n{case.name}: {shape}, fp32, forward + backward\n")
         header = ["step", "ms", "to ours", "peak, MiB", "of all logits", "bars"]
-        print(table(header, report(case, options.device, options.threads, options.rounds, bars)), flush=True)
+        kept[name] = measured(case, options.device, options.threads, options.rounds, clock)
+        print(table(header, report(case, kept[name], bars)), flush=True)
+    if options.write:
+        head = {"command": " ".join(["python -m bench.speed.linear", *map(shlex.quote, argv or sys.argv[1:])])}
+        head |= {"threads": options.threads, "torch": torch.__version__}
+        RESULTS.write_text(json.dumps(head | {"cases": kept}, indent=1) + "\n")
+        print(f"recorded: {RESULTS}")
     print("\n" + ("\n".join(f"MISSED {what}" for what in bars.missed) or "every bar is held"))
     if options.check and bars.missed:
         raise SystemExit(1)

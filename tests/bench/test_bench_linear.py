@@ -30,10 +30,33 @@ def no_processes(monkeypatch):
 @pytest.mark.usefixtures("no_processes")
 def test_report_judges_its_bars():
     bars = Bars()
-    rows = linear.report(TINY, "cpu", threads=1, rounds=1, bars=bars)
+    rows = linear.report(TINY, linear.measured(TINY, "cpu", threads=1, rounds=1), bars)
     assert [row[0] for row in rows] == ["one matmul", *TINY.steps("cpu")]
     assert len(bars.missed) == 1
     assert f"tiny, against {PYTORCH_HS_LR}" in bars.missed[0]
+
+
+def test_the_page_quotes_the_record():
+    record = json.loads(linear.RESULTS.read_text())
+    page = (linear.RESULTS.parents[2] / "docs" / "linear.md").read_text()
+    assert page.partition("<!-- linear -->\n")[2].partition("\n<!-- end -->")[0] == linear.recorded_table(record)
+    assert record["command"] in page
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_what_is_kept_is_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(linear, "CASES", {"tiny": TINY})
+    monkeypatch.setattr(linear, "RESULTS", tmp_path / "linear.json")
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    linear.main(["--cases", "tiny", "--rounds", "1", "--threads", "1", "--processor-time", "--write"])
+    record = json.loads((tmp_path / "linear.json").read_text())
+    assert record["command"].endswith("--cases tiny --rounds 1 --threads 1 --processor-time --write")
+    assert set(record["cases"]["tiny"]) == {"one matmul", *TINY.steps("cpu")}
+    capsys.readouterr()
+    linear.main(["--recorded"])
+    header, _, ours, *_ = [[cell.strip() for cell in row.split("|")] for row in capsys.readouterr().out.splitlines()]
+    assert header[2] == "4 x 8 x 400, k = 5"
+    assert ours[1:3] == ["ours, HS-LR", "1.00, 0 MiB"]
 
 
 def test_memory_of_a_step_that_holds_all_logits_is_seen():

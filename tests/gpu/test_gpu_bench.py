@@ -172,7 +172,7 @@ def test_report_of_several_gpus(tmp_path, capsys, report, drawn):
 
 
 def test_report_of_what_was_recorded(tmp_path, capsys, report, drawn):
-    """Every row in bench/results is in a table, and README quotes these tables."""
+    """Every row in bench/results is in a table, and docs/gpu.md quotes these tables."""
     report.main(["--charts", str(tmp_path)])
     printed = capsys.readouterr().out
     for path in report.RESULTS.rglob("family.json"):
@@ -185,9 +185,17 @@ def test_report_of_what_was_recorded(tmp_path, capsys, report, drawn):
                 assert f"{begin}{row['full graph']['median']:.3f} | " in printed
         assert f"All negatives, as called: {found['device']}, torch {found['torch']}" in printed
     assert drawn
-    readme = (report.RESULTS.parents[1] / "README.md").read_text().partition("## On a GPU")[2].partition("\n## ")[0]
-    quoted = [line for line in readme.splitlines() if line.startswith("|")]
+    page = (report.RESULTS.parents[1] / "docs" / "gpu.md").read_text()
+    quoted = [line for line in page.splitlines() if line.startswith("|")]
     assert len(quoted) > 10 and set(quoted) <= set(printed.splitlines())
+
+
+def test_the_page_quotes_the_report_of_the_cpu(tmp_path, capsys, report, drawn):
+    report.main(["--device", "cpu", "--charts", str(tmp_path)])
+    printed = capsys.readouterr().out.splitlines()
+    page = (report.RESULTS.parents[1] / "docs" / "speed.md").read_text()
+    quoted = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(quoted) > 10 and set(quoted) <= set(printed)
 
 
 def test_report_of_the_cpu(tmp_path, monkeypatch, capsys, report, drawn):
