@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples vision-examples test gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench docs lint format clean
+.PHONY: help demo examples vision-examples test test-suite test-kernels gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench docs lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,8 +38,12 @@ vision-examples: $(INSTALLED) ## run timm's and torchreid's (gigabytes where tor
 		-c examples/constraints.txt --editable ".[test,vision-examples]"  # the extension is there: one serves every torch
 	$(VISION)/bin/python -m pytest tests/test_examples.py -m torchvision $(ARGS)
 
-test: $(INSTALLED) ## run the tests, without the slow ones (all: ARGS="-m ''")
+test: test-suite test-kernels ## run the tests, without the slow ones (all: ARGS="-m ''")
+
+test-suite: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-kernels: $(INSTALLED) ## of these, the GPU kernels alone: in Triton's interpreter, and as compiled, on an emulator
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
 	$(BIN)/python -m pytest tests/emulator $(ARGS)
 
