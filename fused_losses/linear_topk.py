@@ -1,5 +1,6 @@
 """The classes with the largest logits of each row: the k hardest of rows without a label, in blocks of classes."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ class TopK(NamedTuple):
 
     Args:
         values: the logits, (N, k), the largest first, of the dtype in which the layer computes.
-        indices: int64 (N, k), the classes, counted over all shards; the lowest first among equals.
+        indices: int64 (N, k), the classes, counted over all shards; the lowest first among equals. A class of logit
+            -inf is not found: where fewer than k others are left, the last values are -inf and their indices C, which
+            is no class. In a row with a logit of NaN or +inf nothing is the largest: NaN, and C.
 
     Example:
         >>> head = fl.LinearLoss(8, 1000)
@@ -40,13 +43,16 @@ def topk_of_layer(
     spec = LossSpec("log_odds", [], None, k, None, 0, num_classes, True, True, 0.0, ())
     mine = spec if shard is None else offered(shard, spec)
     if weight.shape[0] == 0:
-        _, index, logit = nothing(input.shape[0], layer[0], unlabelled, mine)
+        seen, index, logit = nothing(input.shape[0], layer[0], unlabelled, mine)
     else:
-        _, index, logit = Picks.forward(layer, mine)
+        seen, index, logit = Picks.forward(layer, mine)
+    logit = logit.masked_fill(seen.isnan().any(1, keepdim=True), math.nan)
     index = torch.where(index < 0, num_classes, index + mine.first_class)
     if shard is None:
         index, logit = index[None], logit[None]
     else:
         index, logit = gather(shard, index, logit)
     index, logit = hardest_of_offers(index, logit, k)
-    return TopK(logit, index.long())
+    unknown = logit.isnan().any(1, keepdim=True)
+    nowhere = unknown | (logit == -math.inf)
+    return TopK(logit.masked_fill(unknown, math.nan), index.long().masked_fill(nowhere, num_classes))

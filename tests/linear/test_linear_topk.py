@@ -54,6 +54,33 @@ def test_one_row_and_errors():
         head.topk(torch.randn(2, FEATURES + 1), 3)
 
 
+@pytest.mark.parametrize("classes", [20, 10_000])
+def test_where_nothing_is_the_largest_no_class_is_named(classes):
+    head, x = head_of(classes, bias=True), torch.randn(3, FEATURES)
+    with torch.no_grad():
+        head.bias[4] = -torch.inf
+    expected = head.topk(x, 3)
+    x[1, 0] = torch.nan
+    found = head.topk(x, 3)
+    assert found.values[1].isnan().all() and (found.indices[1] == classes).all()
+    assert head.predict(x)[1] == classes
+    for row in (0, 2):
+        torch.testing.assert_close(found.values[row], expected.values[row])
+        assert torch.equal(found.indices[row], expected.indices[row])
+    with torch.no_grad():
+        head.bias[7] = torch.inf
+    assert head.topk(x, 3).values.isnan().all() and (head.topk(x, 3).indices == classes).all()
+
+
+def test_a_class_of_minus_infinity_is_not_found():
+    head, x = head_of(20, bias=True), torch.randn(2, FEATURES)
+    with torch.no_grad():
+        head.bias[4:] = -torch.inf
+    found = head.topk(x, 6)
+    assert torch.equal(found.indices[:, :4].sort().values, torch.arange(4).expand(2, 4))
+    assert (found.values[:, 4:] == -torch.inf).all() and (found.indices[:, 4:] == 20).all()
+
+
 def test_embeddings_are_an_index_of_the_cosines():
     head, x = head_of(50, normalize=True, scale=8.0), torch.randn(ROWS, FEATURES)
     torch.testing.assert_close(8 * torch.nn.functional.normalize(x) @ head.embeddings().t(), head.logits(x))
