@@ -52,10 +52,9 @@ def fit(
     """
     device = data.train.inputs.device
     torch.manual_seed(seed)
-    classifier = nn.Linear(data.features, data.num_classes)
-    nn.init.constant_(classifier.bias, -math.log(data.num_classes - 1) if settings["prior_bias"] else 0.0)
+    classifier = case.classifier(data.features, data.num_classes, settings)
     model = nn.Sequential(data.network(), classifier).to(device, data.train.inputs.dtype)
-    criterion = case.loss(**{name: settings[name] for name in case.space})
+    criterion = case.criterion(settings)
     body, head = model, criterion
     if linear:
         # made without memory or random numbers: its parameters are the model's own, which can so be evaluated
