@@ -116,8 +116,10 @@ def cases(data: Dataset) -> list[Case]:
         Case("CE, k hardest", fl.CrossEntropyLoss, {"k": k}),
         Case("CRL, k hardest", fl.CRLLoss, {**crl, "k": k}),
     ]
+    if data.num_classes // 10 > data.batch_size:
+        known.append(Case("CE, 10 % random", SampledCrossEntropy))
     if not data.open_set:
-        return [*known, Case("CE, 10 % random", SampledCrossEntropy)]
+        return known
     scale, margin, angle = LogRange(4.0, 64.0), LogRange(0.02, 0.5), LogRange(0.02, 0.6)
     return [
         *known,
