@@ -53,10 +53,12 @@ class Case:
         nn.init.constant_(classifier.bias, prior)
         return classifier
 
-    def criterion(self, settings: dict) -> nn.Module:
+    def criterion(self, settings: dict, linear: bool = False) -> nn.Module:
+        """linear: for an ``fl.LinearLoss``, which knows its scale itself."""
         options = {name: settings[name] for name in self.space}
         if self.margin or self.angle:
-            options["margin"] = fl.Margin(settings.get("angle", 0.0), settings.get("margin", 0.0), settings["scale"])
+            scale = None if linear else settings["scale"]
+            options["margin"] = fl.Margin(settings.get("angle", 0.0), settings.get("margin", 0.0), scale)
         return self.loss(**options)
 
     @property
