@@ -38,6 +38,7 @@ class Dataset:
     trials: int = 32  # settings tried per loss
     tuning_seeds: int = 5  # runs per setting tried
     learning_rates: tuple[float, float] = (1e-3, 1.0)  # the range that is searched
+    open_set: bool = False  # the test's classes are none of training's
 
     @property
     def multi_hot(self) -> bool:

@@ -11,7 +11,8 @@ COLOURS = {
     name: f"C{number}"
     for number, name in enumerate(
         ("CE", "NLLR", "CRL", "LR", "HS-LR", "SS-LR", "CE, k hardest", "CRL, k hardest", "LR, k hardest",
-         "SS-LR, k hardest")
+         "SS-LR, k hardest", "CE, smoothing", "CosFace", "ArcFace", "CosFace, k hardest", "ArcFace, k hardest",
+         "LR, cosines", "HS-LR, cosines", "SS-LR, cosines", "CE, 10 % random")
     )
 }  # fmt: skip
 

@@ -52,15 +52,20 @@ def fit(
     """
     device = data.train.inputs.device
     torch.manual_seed(seed)
-    classifier = nn.Linear(data.features, data.num_classes)
-    nn.init.constant_(classifier.bias, -math.log(data.num_classes - 1) if settings["prior_bias"] else 0.0)
+    classifier = case.classifier(data.features, data.num_classes, settings)
     model = nn.Sequential(data.network(), classifier).to(device, data.train.inputs.dtype)
-    criterion = case.loss(**{name: settings[name] for name in case.space})
+    criterion = case.criterion(settings, linear)
     body, head = model, criterion
     if linear:
         # made without memory or random numbers: its parameters are the model's own, which can so be evaluated
-        head = fl.LinearLoss(data.features, data.num_classes, loss=criterion, bias=True, shard=shard, device="meta")
-        body, head.weight, head.bias = model[0], *(own_classes(whole, shard) for whole in classifier.parameters())
+        head = fl.LinearLoss(
+            data.features, data.num_classes, loss=criterion, bias=case.scale is None, normalize=case.scale is not None,
+            scale=settings.get("scale", 1.0), logit_bias=case.scale is not None and case.feels_bias, shard=shard,
+            device="meta",
+        )  # fmt: skip
+        body = model[0]
+        for name, whole in classifier.named_parameters():
+            setattr(head, name, own_classes(whole, shard))
     parameters = model.parameters()
     if shard is not None:  # DTensors, which are no group with the network's
         parameters = [{"params": part.parameters()} for part in (body, head)]
@@ -117,4 +122,7 @@ def fit(
 
 
 def own_classes(whole: nn.Parameter, shard: fl.ClassShard | None) -> nn.Parameter:
-    return whole if shard is None else nn.Parameter(shard.dtensor(whole.detach()[shard.start : shard.stop].clone()))
+    if shard is None:
+        return whole
+    mine = whole.detach() if whole.dim() == 0 else whole.detach()[shard.start : shard.stop]
+    return nn.Parameter(shard.dtensor(mine.clone()))

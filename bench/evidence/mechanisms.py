@@ -5,13 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-import fused_losses as fl
+from bench.evidence.contenders import LOGISTIC
 from bench.evidence.data import Split
 
 EASY = 0.1  # a negative class is easy for a row if the model gives it less than this probability, sigma(z_j)
 ROWS = 256
 
-LOGISTIC = (fl.LRLoss, fl.HSLRLoss, fl.SSLRLoss)
 Probe = Callable[[nn.Module, nn.Module], dict[str, float]]  # model, criterion -> what is seen
 
 

@@ -1,6 +1,7 @@
 """The layers below the classifier: one small network per kind of work, the same for every loss."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -32,3 +33,17 @@ def embedding(features: int) -> nn.Sequential:
         layers += [nn.Conv2d(channels, wider, 3, 2, 1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
     layers += [nn.Flatten(), nn.Linear(128 * 4 * 4, features, bias=False), nn.BatchNorm1d(features)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+class CosineClassifier(nn.Linear):
+    """(rows, features) -> (rows, classes): scale times the cosine of the angle between a row and a class's vector, and
+    one bias for all classes, which starts at `bias`, or none."""
+
+    def __init__(self, features: int, num_classes: int, scale: float, bias: float | None):
+        super().__init__(features, num_classes)  # a bias is drawn: the network behind starts as beside every classifier
+        self.scale = scale
+        self.bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    def forward(self, input: Tensor) -> Tensor:
+        logits = self.scale * F.linear(F.normalize(input, dim=1), F.normalize(self.weight, dim=1))
+        return logits if self.bias is None else logits + self.bias

@@ -115,4 +115,5 @@ def omniglot(root: Path, hold_out: bool) -> Dataset:
         trials=16,
         tuning_seeds=1,
         learning_rates=(1e-4, 1.0),
+        open_set=True,
     )

@@ -23,5 +23,5 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 def spell(settings: dict) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in settings.items() if name != "prior_bias") + (
-        ", prior bias" if settings["prior_bias"] else ""
+        ", prior bias" if settings.get("prior_bias") else ""
     )

@@ -37,7 +37,7 @@ from bench.evidence.tuning import TUNING_SEEDS, tune
 DATA = {"digits": digits}
 FOLDERS = {"omniglot": omniglot, "corel5k": corel5k}  # these need --root
 MANY_CLASSES = (1_000, 10_000, 100_000)
-AMONG_MANY = ("CE", "CRL", "LR", "HS-LR", "SS-LR")  # the losses of --many-classes
+AMONG_MANY = ("CE", "CRL", "LR", "HS-LR", "SS-LR", "CE, k hardest", "CE, 10 % random")  # the losses of --many-classes
 
 
 def load(name: str, root: Path | None, hold_out: bool) -> Dataset:

@@ -5,7 +5,7 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from bench.evidence.contenders import Case, shared_space
+from bench.evidence.contenders import Case
 from bench.evidence.data import Dataset
 from bench.evidence.fit import fit
 
@@ -14,7 +14,7 @@ TUNING_SEEDS = (100, 101, 102, 103, 104)  # apart from the seeds 0, 1, ... of th
 
 def tune(data: Dataset, case: Case, trials: int, seeds: tuple[int, ...], epochs: int, progress: tqdm) -> dict:
     """The best of `trials` settings by the mean over `seeds` of the first metric on the validation split."""
-    space = shared_space(data) | case.space
+    space = case.searched(data)
     # Sobol points cover a space of one to four settings more evenly than as many random draws.
     points = torch.quasirandom.SobolEngine(len(space), scramble=True, seed=0).draw(trials).tolist()
     best = None
