@@ -7,7 +7,9 @@ floats, by counting elements >= a key. NaN compares false everywhere: it is neve
 What is searched and picked from is an ``Array``, a row or a list in scratch memory. A *view* says what stands at a
 position:
 
-    VIEW(info, array, positions, inside) -> (classes, whether the element can be picked)
+    VIEW(info, array, first, inside, NUMBER) -> bits of which of the NUMBER elements from each position on can be picked
+    HIDES(info, array, first, behind) -> whether anything from a position up to another cannot
+    CLASS(info, array, positions, inside) -> classes
 """
 
 from typing import NamedTuple
@@ -16,10 +18,27 @@ import triton
 import triton.language as tl
 
 from .labels import labels_above
-from .rows import is_positive, load_tile, rim_positions, tile_lanes
+from .rows import is_positive, rim_positions
+from .words import (
+    at_least,
+    bits_of,
+    count,
+    element_of,
+    float_of,
+    floats,
+    higher,
+    kept,
+    key_of,
+    load_words,
+    masked_key,
+    masks_of,
+    no_words,
+    number_of,
+    of_vector,
+    words_of,
+)
 
 _INF = tl.constexpr(float("inf"))
-_ALL = tl.constexpr(tl.PropagateNan.ALL)
 _LAST = tl.constexpr(2**31 - 1)  # behind every position
 
 
@@ -40,8 +59,10 @@ class Guess(NamedTuple):
 class Cut(NamedTuple):
     """The edge of a set of picks."""
 
-    edge: tl.tensor
-    last: tl.tensor  # the position up to which elements equal to it belong to the set
+    above: tl.tensor  # every element of at least this key, above that of -inf, belongs to the set,
+    value: tl.tensor  # and those that equal this
+    last: tl.tensor  # up to this position
+    ties: tl.tensor  # so many; 0 also where they are -inf
 
 
 class Winners(NamedTuple):
@@ -52,50 +73,28 @@ class Winners(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of what can be picked: maximum, NaN if there is a NaN else 0, sum, sum of squares; sums leave out -inf."""
+    """Of what can be picked: maximum, +inf if there is a NaN; NaN if there is a NaN else 0. Of a part of it: number,
+    sum, sum of squares, less what is -inf."""
 
     top: tl.tensor
     poison: tl.tensor
+    number: tl.tensor
     total: tl.tensor
     squares: tl.tensor
 
 
 @triton.jit
-def picked(x, positions, cut):
-    """Whether elements belong to a set: of those equal to the edge, the first ones."""
-    return (x > cut.edge) | ((x == cut.edge) & (positions <= cut.last))
+def picked(x, positions, cut, ELEMENT: tl.constexpr):
+    """Whether elements belong to a set."""
+    return (x >= float_of(cut.above, ELEMENT)) | ((x == cut.value) & (positions <= cut.last))
 
 
-# --- ordered keys -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def key_of(x, ELEMENT: tl.constexpr):
-    """Integer (int32) of a float rounded to ELEMENT, in the order of the floats, the same for -0 and +0."""
-    if ELEMENT.primitive_bitwidth == 16:
-        bits = x.to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32)
-        key = bits ^ ((bits >> 31) & 0x7FFF)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(key == -1, 0, key)
-
-
-@triton.jit
-def float_of(key, ELEMENT: tl.constexpr):
-    """Inverse of key_of, in fp32."""
-    bits = key ^ ((key >> 31) & (0x7FFF if ELEMENT.primitive_bitwidth == 16 else 0x7FFFFFFF))
-    if tl.bfloat16 == ELEMENT:  # by hand: Triton's interpreter turns its subnormals to 0
-        return (bits << 16).to(tl.float32, bitcast=True)
-    if tl.float16 == ELEMENT:
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return bits.to(tl.float32, bitcast=True)
-
+# --- search -----------------------------------------------------------------------------------------------------------
 
 @triton.jit
 def search(
-    COUNT: tl.constexpr, source, bracket, wanted, enough, guess, ELEMENT: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    COUNT: tl.constexpr, source, bracket, wanted, enough, guess, ELEMENT: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Narrows a bracket with count(low) >= wanted > count(high) until count(low) <= enough or low and high are
     neighbours.
@@ -108,7 +107,7 @@ def search(
     """
     low, high, count_low, count_high = bracket.low, bracket.high, bracket.count_low, bracket.count_high
     first = guess.first
-    masked = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
+    masked = masked_key(ELEMENT)
     aim = tl.log2((wanted + enough).to(tl.float32) * 0.5)
     log_low = tl.log2(count_low.to(tl.float32))
     log_high = tl.full((), -1.0, tl.float32)  # as if half an element
@@ -128,117 +127,176 @@ def search(
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
         first = tl.full((), float("nan"), tl.float32)
 
-        count = COUNT(source, float_of(middle, ELEMENT), ROWS, LANES)
-        log_count = tl.log2(tl.maximum(count.to(tl.float32), 0.5))
-        many = count >= wanted
+        number = COUNT(source, middle, VECTOR, ROWS, LANES, FAST)
+        log_number = tl.log2(tl.maximum(number.to(tl.float32), 0.5))
+        many = number >= wanted
         halved = many == (middle >= centre)
         stalled = tl.where(bisect | halved, 0, stalled + 1)
         low = tl.where(many, middle, low)
-        count_low = tl.where(many, count, count_low)
-        log_low = tl.where(many, log_count, log_low)
+        count_low = tl.where(many, number, count_low)
+        log_low = tl.where(many, log_number, log_low)
         high = tl.where(many, high, middle)
-        count_high = tl.where(many, count_high, count)
-        log_high = tl.where(many, log_high, log_count)
+        count_high = tl.where(many, count_high, number)
+        log_high = tl.where(many, log_high, log_number)
     return Bracket(low, high, count_low, count_high)
-
 
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def count_walked(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of an array in memory, less one excluded value; source is (array, rim, excluded)."""
-    array, rim, excluded = source
-    return _count_walked(array, rim, t, ROWS, LANES) - (excluded >= t).to(tl.int32)
+def count_walked(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    """Elements of at least a key, above that of -inf, of an array in memory, less one excluded value; source is (array,
+    rim, excluded)."""
+    row, rim, excluded = source
+    t = float_of(key, row.ptr.dtype.element_ty)
+    number = _count_walked(row, key, VECTOR, ROWS, LANES, FAST)
+    return number + tl.sum((rim >= t).to(tl.int32), axis=0) - (excluded >= t).to(tl.int32)
 
 
 @triton.jit
-def count_walked_labels(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
+def count_walked_labels(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
     """The same, less the labels of a row; source is (row, rim, target)."""
     row, rim, target = source
-    return _count_walked(row, rim, t, ROWS, LANES) - labels_above(target, row, t)
+    t = float_of(key, row.ptr.dtype.element_ty)
+    number = _count_walked(row, key, VECTOR, ROWS, LANES, FAST)
+    return number + tl.sum((rim >= t).to(tl.int32), axis=0) - labels_above(target, row, t)
 
 
 @triton.jit
-def _count_walked(array, rim, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    counts = tl.zeros((LANES,), tl.int32)
-    for tile in range(tl.cdiv(array.body, ROWS * LANES)):
-        counts += tl.sum((load_tile(array, tile, ROWS, LANES) >= t).to(tl.int32), axis=0)
-    return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
-
-
-@triton.jit
-def count_walked_multi_hot(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of a row in memory that are not positives; source is (row, rim, target)."""
+def count_walked_multi_hot(
+    source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """The same, less the positives of a row; source is (row, rim without positives, target)."""
     row, rim, target = source
-    counts = tl.zeros((LANES,), tl.int32)
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
+    counts = tl.zeros((LANES // VECTOR,), tl.int32)
     for tile in range(tl.cdiv(row.body, ROWS * LANES)):
-        positions = tile * (ROWS * LANES) + tile_lanes(ROWS, LANES)
-        above = load_tile(row, tile, ROWS, LANES) >= t
-        counts += tl.sum((above & ~is_positive(target, positions, positions < row.body)).to(tl.int32), axis=0)
-    return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
+        words, first, inside = load_words(row, tile, ROWS * LANES // VECTOR, VECTOR, FAST)
+        negative = masks_of(multi_hot_view(target, row, first, inside, VECTOR), VECTOR, ELEMENT, FAST)
+        counts += count(at_least(words, key, ELEMENT, FAST) & negative, LANES // VECTOR, ELEMENT, FAST)
+    return tl.sum(counts, axis=0) + tl.sum((rim >= float_of(key, ELEMENT)).to(tl.int32), axis=0)
 
 
 @triton.jit
-def count_winners(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of the winning blocks of a row and of its rim, less one excluded value.
+def count_listed(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    """The same of a list in memory that is padded with -inf; source is the array."""
+    return _count_walked(source, key, VECTOR, ROWS, LANES, FAST)
+
+
+@triton.jit
+def _count_walked(array, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
+    counts = tl.zeros((LANES // VECTOR,), tl.int32)
+    for tile in range(tl.cdiv(array.body, ROWS * LANES)):
+        words, _, _ = load_words(array, tile, ROWS * LANES // VECTOR, VECTOR, FAST)
+        counts += count(at_least(words, key, ELEMENT, FAST), LANES // VECTOR, ELEMENT, FAST)
+    return tl.sum(counts, axis=0)
+
+
+@triton.jit
+def count_winners(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    """The same of the winning blocks of a row and of its rim, less one excluded value.
 
     source is (row, winners, elements per block (constexpr), rim, excluded).
     """
     row, winners, WIDTH, rim, excluded = source
-    return _count_winners(row, winners, WIDTH, rim, t, LANES) - (excluded >= t).to(tl.int32)
+    t = float_of(key, row.ptr.dtype.element_ty)
+    return _count_winners(row, winners, WIDTH, rim, key, t, VECTOR, LANES, FAST) - (excluded >= t).to(tl.int32)
 
 
 @triton.jit
-def count_winners_labels(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
+def count_winners_labels(
+    source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
     """The same, less the labels of the row; source is (row, winners, elements per block, rim, target)."""
     row, winners, WIDTH, rim, target = source
-    return _count_winners(row, winners, WIDTH, rim, t, LANES) - labels_above(target, row, t)
+    t = float_of(key, row.ptr.dtype.element_ty)
+    return _count_winners(row, winners, WIDTH, rim, key, t, VECTOR, LANES, FAST) - labels_above(target, row, t)
 
 
 @triton.jit
-def _count_winners(row, winners, WIDTH: tl.constexpr, rim, t, LANES: tl.constexpr):
-    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
+def _count_winners(
+    row, winners, WIDTH: tl.constexpr, rim, key, t, VECTOR: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
     GROUPS: tl.constexpr = LANES // VECTOR
     counts = tl.zeros((GROUPS,), tl.int32)
     for tile in range(tl.cdiv(winners.number * (WIDTH // VECTOR), GROUPS)):
-        x, _, _ = load_winners(row, winners, tile, WIDTH, GROUPS)
-        counts += tl.sum((x >= t).to(tl.int32), axis=1)
+        words, _, _ = load_winners(row, winners, tile, WIDTH, GROUPS, FAST)
+        counts += count(at_least(words, key, ELEMENT, FAST), GROUPS, ELEMENT, FAST)
     return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
 
 
 @triton.jit
-def count_held(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of a row in registers; source is (x (ROWS, LANES), rim)."""
-    x, rim = source
-    return tl.sum(tl.sum((x >= t).to(tl.int32), axis=0), axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
+def count_held(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    """The same of a row in registers; source is (words, rim, the row)."""
+    words, rim, row = source
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
+    counts = count(at_least(words, key, ELEMENT, FAST), words.shape[0] // ROWS, ELEMENT, FAST)
+    return tl.sum(counts, axis=0) + tl.sum((rim >= float_of(key, ELEMENT)).to(tl.int32), axis=0)
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def index_view(target, row, positions, inside):
+def _all_bits(inside, NUMBER: tl.constexpr):
+    return tl.where(inside, (1 << NUMBER) - 1, 0)
+
+
+@triton.jit
+def index_view(target, row, first, inside, NUMBER: tl.constexpr):
     """A row whose positive is one class, or not there."""
-    return row.head + positions, inside & (row.head + positions != target.column)
+    place = target.column - row.head - first
+    hidden = tl.where((place >= 0) & (place < NUMBER), 1 << (place & 31), 0)
+    return _all_bits(inside, NUMBER) & ~hidden
 
 
 @triton.jit
-def multi_hot_view(target, row, positions, inside):
-    return row.head + positions, inside & ~is_positive(target, positions, inside)
+def index_hides(target, row, first, behind):
+    position = target.column - row.head
+    return (target.column >= 0) & (position >= first) & (position < behind)
 
 
 @triton.jit
-def plain_view(info, array, positions, inside):
+def multi_hot_view(target, row, first, inside, NUMBER: tl.constexpr):
+    lane = tl.arange(0, NUMBER)[None, :]
+    positive = is_positive(target, first[:, None] + lane, inside[:, None] & (lane >= 0))
+    return _all_bits(inside, NUMBER) & tl.sum(tl.where(positive, 0, 1 << lane), axis=1)
+
+
+@triton.jit
+def hides(target, row, first, behind):
+    return True
+
+
+@triton.jit
+def row_class(target, row, positions, inside):
+    return row.head + positions
+
+
+@triton.jit
+def plain_view(info, array, first, inside, NUMBER: tl.constexpr):
     """An array whose elements have no class."""
-    return positions, inside
+    return _all_bits(inside, NUMBER)
 
 
 @triton.jit
-def list_view(info, array, positions, inside):
+def list_view(info, array, first, inside, NUMBER: tl.constexpr):
     """A list of elements in scratch memory; info is (address of the class of element 0, number of elements)."""
-    listed = inside & (positions < info[1])
-    return tl.load(info[0] + positions, mask=listed, other=-1), listed
+    listed = tl.minimum(tl.maximum(info[1] - first, 0), NUMBER)
+    return tl.where(inside, (1 << listed) - 1, 0)
+
+
+@triton.jit
+def list_hides(info, array, first, behind):
+    """What is behind the last is -inf."""
+    return False
+
+
+@triton.jit
+def list_class(info, array, positions, inside):
+    return tl.load(info[0] + positions, mask=inside, other=-1)
 
 
 @triton.jit
@@ -249,36 +307,39 @@ def open_rim(array):
 
 
 @triton.jit
-def load_groups(array, tile, GROUPS: tl.constexpr):
-    """-> (elements in fp32, -inf behind the body; positions, in order; inside) of a tile of vectors, (GROUPS,
-    VECTOR)"""
-    VECTOR: tl.constexpr = 128 // array.ptr.dtype.element_ty.primitive_bitwidth
-    lanes = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    offset = tile * (GROUPS * VECTOR)
-    inside = lanes < array.body - offset
-    x = tl.load(array.ptr + offset + lanes, mask=inside, other=-_INF).to(tl.float32)
-    return x, offset + lanes, inside
-
-
-@triton.jit
-def load_winners(row, winners, tile, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """The same for the winning blocks of WIDTH elements, in the order of their list, -inf behind the last."""
+def load_winners(row, winners, tile, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FAST: tl.constexpr):
+    """``load_words`` for the winning blocks of WIDTH elements, in the order of their list, -inf behind the last."""
     VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
     PIECES: tl.constexpr = WIDTH // VECTOR
     group = tile * GROUPS + tl.arange(0, GROUPS)
-    block = tl.load(winners.ptr + group // PIECES, mask=group < winners.number * PIECES, other=0)
-    positions = (block * WIDTH + group % PIECES * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-    inside = (group < winners.number * PIECES)[:, None] & (positions < row.body)
-    return tl.load(row.ptr + positions, mask=inside, other=-_INF).to(tl.float32), positions, inside
+    inside = group < winners.number * PIECES
+    block = tl.load(winners.ptr + group // PIECES, mask=inside, other=0)
+    first = block * WIDTH + group % PIECES * VECTOR
+    inside = inside & (first < row.body)
+    return words_of(row.ptr + first, inside, VECTOR, FAST), first, inside
 
 
 @triton.jit
-def rank(chosen):
-    """-> (number of chosen elements before each, in row-major order, (GROUPS, VECTOR); number of all)"""
-    ones = chosen.to(tl.int32)
-    in_group = tl.sum(ones, axis=1)
-    before = tl.cumsum(in_group, axis=0) - in_group
-    return before[:, None] + tl.cumsum(ones, axis=1) - ones, tl.sum(in_group, axis=0)
+def equal(words, value, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """Bits of the elements that equal a value."""
+    x = floats(words, ELEMENT, FAST)
+    return tl.sum(tl.where(x == value, (1 << tl.arange(0, x.shape[1]))[None, :], 0), axis=1)
+
+
+@triton.jit
+def chosen_bits(words, start, first, allowed, cut, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """Bits of the elements that belong to a set, of those allowed. start: the position of the first vector."""
+    bits = bits_of(at_least(words, cut.above, ELEMENT, FAST), ELEMENT, FAST)
+    if start <= cut.last:
+        up_to = tl.minimum(tl.maximum(cut.last - first, -1), 30) + 1
+        bits |= equal(words, cut.value, ELEMENT, FAST) & ((1 << up_to) - 1)
+    return bits & allowed
+
+
+@triton.jit
+def rank(number):
+    """-> (the sum of the numbers before each; of all)"""
+    return tl.cumsum(number, axis=0) - number, tl.sum(number, axis=0)
 
 
 @triton.jit
@@ -289,80 +350,130 @@ def rank_rim(chosen):
 
 
 @triton.jit
-def nth_tie(array, VIEW: tl.constexpr, info, tie, nth, GROUPS: tl.constexpr):
+def nth_tie(
+    array, VIEW: tl.constexpr, info, tie, nth, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
     """Position of element number nth, from 0, of those that equal ``tie`` and can be picked."""
     rim, rim_position, rim_inside = open_rim(array)
-    rim_tied = (rim == tie) & VIEW(info, array, rim_position, rim_inside)[1]
+    rim_tied = (rim == tie) & (VIEW(info, array, rim_position, rim_inside, 1) != 0)
     in_head = tl.sum((rim_tied & (rim_position < 0)).to(tl.int32), axis=0)
 
     seen = in_head
     last_tile = nth * 0
     before_last = in_head
-    for tile in range(tl.cdiv(array.body, GROUPS * (rim.shape[0] // 2))):
-        x, positions, inside = load_groups(array, tile, GROUPS)
-        tied = (x == tie) & VIEW(info, array, positions, inside)[1]
+    for tile in range(tl.cdiv(array.body, ROWS * LANES)):
+        number = number_of(_ties(array, VIEW, info, tie, tile, VECTOR, ROWS, LANES, FAST), FAST)
         last_tile = tl.where(seen <= nth, tile, last_tile)
         before_last = tl.where(seen <= nth, seen, before_last)
-        seen += tl.sum(tl.sum(tied.to(tl.int32), axis=1), axis=0)
+        seen += tl.sum(number, axis=0)
 
-    x, positions, inside = load_groups(array, last_tile, GROUPS)
-    tied = (x == tie) & VIEW(info, array, positions, inside)[1]
-    ranks, _ = rank(tied)
-    in_body = tl.sum(tl.sum(tl.where(tied & (ranks == nth - before_last), positions, 0), axis=1), axis=0)
+    bits = _ties(array, VIEW, info, tie, last_tile, VECTOR, ROWS, LANES, FAST)
+    number = number_of(bits, FAST)
+    before = nth - before_last - (tl.cumsum(number, axis=0) - number)
+    here = (before >= 0) & (before < number)
+    # Of one vector its number, which of its elements are ties, and how many of these come before.
+    found = tl.sum(tl.where(here, tl.arange(0, ROWS * LANES // VECTOR) << 11 | bits << 3 | before, 0), axis=0)
+    ties = (found >> 3) & 0xFF
+    for _ in range(found & 7):
+        ties &= ties - 1
+    in_vector = number_of(((ties & -ties) - 1) & 0xFF, FAST)
+    in_body = last_tile * (ROWS * LANES) + (found >> 11) * VECTOR + in_vector
     rim_nth = tl.where(nth < in_head, nth, nth - (seen - in_head))
     in_rim = tl.sum(tl.where(rim_tied & (rank_rim(rim_tied) == rim_nth), rim_position, 0), axis=0)
     return tl.where((nth < in_head) | (nth >= seen), in_rim, in_body)
 
 
 @triton.jit
-def cut_at(array, VIEW: tl.constexpr, info, bracket, wanted, enough, GROUPS: tl.constexpr):
+def _ties(
+    array, VIEW: tl.constexpr, info, tie, tile, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    words, first, inside = load_words(array, tile, ROWS * LANES // VECTOR, VECTOR, FAST)
+    return equal(words, tie, array.ptr.dtype.element_ty, FAST) & VIEW(info, array, first, inside, VECTOR)
+
+
+@triton.jit
+def cut_at(
+    array, VIEW: tl.constexpr, info, bracket, wanted, enough, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """The Cut from what ``search`` returned: ``enough`` elements at most, the first ``wanted`` if that needs ties."""
-    edge = float_of(bracket.low, array.ptr.dtype.element_ty)
-    last = wanted * 0 + _LAST
+    ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
+    masked = masked_key(ELEMENT)
+    edge = float_of(bracket.low, ELEMENT)
+    above = tl.maximum(bracket.low, masked + 1)
+    last = tl.where(bracket.low == masked, _LAST, -_LAST)
+    ties = wanted * 0
     if bracket.count_low > enough:
-        last = nth_tie(array, VIEW, info, edge, wanted - bracket.count_high - 1, GROUPS)
-    return Cut(edge, last)
+        above = bracket.high
+        ties = wanted - bracket.count_high
+        last = nth_tie(array, VIEW, info, edge, ties - 1, VECTOR, ROWS, LANES, FAST)
+    return Cut(above, edge, last, ties)
 
 
 @triton.jit
-def survey(array, VIEW: tl.constexpr, info, rim, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The Moments of an array in memory."""
-    highest = tl.full((ROWS, LANES), -_INF, tl.float32)
-    sums = tl.zeros((LANES,), tl.float32)
-    squares = tl.zeros((LANES,), tl.float32)
-    for tile in range(tl.cdiv(array.body, ROWS * LANES)):
-        x = load_tile(array, tile, ROWS, LANES)
-        positions = tile * (ROWS * LANES) + tile_lanes(ROWS, LANES)
-        x = tl.where(VIEW(info, array, positions, positions < array.body)[1], x, -_INF)
-        highest = tl.maximum(highest, x, propagate_nan=_ALL)
-        finite = tl.where(x > -_INF, x, 0.0)
-        sums += tl.sum(finite, axis=0)
-        squares += tl.sum(finite * finite, axis=0)
-    return _moments(highest, rim, sums, squares)
+def survey(
+    array, VIEW: tl.constexpr, HIDES: tl.constexpr, info, rim, ROWS: tl.constexpr, LANES: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """The Moments of an array in memory; rim: what can be picked of it, or None."""
+    ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
+    TILE: tl.constexpr = ROWS * LANES
+    highest = no_words(TILE // VECTOR, ELEMENT, FAST)
+    sums = tl.zeros((TILE // VECTOR,), tl.float32)
+    squares = sums
+    for tile in range(tl.cdiv(array.body, TILE)):
+        words, first, inside = load_words(array, tile, TILE // VECTOR, VECTOR, FAST)
+        if HIDES(info, array, tile * TILE, tile * TILE + TILE):
+            allowed = VIEW(info, array, first, inside, VECTOR)
+            words = kept(words, masks_of(allowed, VECTOR, ELEMENT, FAST), ELEMENT, FAST)
+        highest = higher(highest, of_vector(words, higher, ELEMENT, FAST), ELEMENT, FAST)
+        x = _sample(words, ELEMENT, FAST)
+        sums += tl.sum(x, axis=1)
+        squares += tl.sum(x * x, axis=1)
+    return _moments(highest, rim, array.body, sums, squares, ELEMENT, FAST)
 
 
 @triton.jit
-def survey_held(x, rim):
-    """The same of a row in registers, (ROWS, LANES)."""
-    finite = tl.where(x > -_INF, x, 0.0)
-    return _moments(x, rim, tl.sum(finite, axis=0), tl.sum(finite * finite, axis=0))
+def survey_held(words, rim, body, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """The same of a row in registers."""
+    x = _sample(words, ELEMENT, FAST)
+    highest = of_vector(words, higher, ELEMENT, FAST)
+    return _moments(highest, rim, body, tl.sum(x, axis=1), tl.sum(x * x, axis=1), ELEMENT, FAST)
 
 
 @triton.jit
-def _moments(highest, rim, sums, squares):
-    nans = tl.sum(tl.sum((highest != highest).to(tl.int32), axis=0), axis=0) + tl.sum((rim != rim).to(tl.int32), axis=0)
-    top = tl.max(tl.max(tl.where(highest == highest, highest, -_INF), axis=0), axis=0)
-    top = tl.maximum(top, tl.max(tl.where(rim == rim, rim, -_INF), axis=0))
-    finite = tl.where(rim > -_INF, rim, 0.0)
-    total = tl.sum(sums, axis=0) + tl.sum(finite, axis=0)
-    total_of_squares = tl.sum(squares, axis=0) + tl.sum(finite * finite, axis=0)
-    return Moments(top, tl.where(nans > 0, float("nan"), 0.0), total, total_of_squares)
+def _sample(words, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """Of each four elements one, in fp32, 0 where that is -inf or NaN: enough for a guess."""
+    GROUPS: tl.constexpr = words.shape[0]
+    left, _ = tl.split(tl.reshape(words, (GROUPS, words.shape[1] // 2, 2)))
+    left, _ = tl.split(tl.reshape(left, (GROUPS, left.shape[1] // 2, 2)))
+    x = floats(left, ELEMENT, FAST)
+    return tl.where(x > -_INF, x, 0.0)
 
 
 @triton.jit
-def guess(moments, number, quantile, reach):
+def _moments(highest, rim, body, sums, squares, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    top = tl.max(_key_or_last(element_of(highest, higher, ELEMENT, FAST)), axis=0)
+    if rim is not None:
+        top = tl.maximum(top, tl.max(_key_or_last(rim), axis=0))
+    poisoned = top == _LAST
+    top = tl.where(poisoned, _INF, float_of(top, tl.float32))
+    return Moments(top, tl.where(poisoned, float("nan"), 0.0), body // 4, tl.sum(sums, axis=0), tl.sum(squares, axis=0))
+
+
+@triton.jit
+def _key_or_last(x):
+    """In the order of the floats, NaN last: integers, whose maximum is one instruction for a warp."""
+    return tl.where(x == x, key_of(x, tl.float32), _LAST)
+
+
+@triton.jit
+def guess(moments, quantile, reach):
     """Where a normal distribution with these moments has its upper quantile."""
-    number = tl.maximum(number, 1).to(tl.float32)
+    number = tl.maximum(moments.number, 1).to(tl.float32)
     mean = moments.total / number
     deviation = tl.sqrt(tl.maximum(moments.squares / number - mean * mean, 0.0))
     return Guess(mean + deviation * quantile, deviation * reach)
