@@ -1,7 +1,9 @@
 """What is written of the picks of a row: all of them in the compact form, the edge in the threshold form.
 
-EMIT(picks, array, VIEW, HIDES, CLASS, info, cut, SUM, SMOOTH, p, q, FAST, SPARSE, VECTOR, ROWS, LANES) -> (sum of phi
-    or of shares over the picks, sum of SMOOTH, or 0 where that is None)
+EMIT(picks, array, VIEW, HIDES, CLASS, info, bracket, SUM, SMOOTH, p, q, FAST, ROW, VECTOR, ROWS, LANES)
+    -> (sum of phi or of shares over the picks; sum of SMOOTH, or 0 where that is None)
+
+ROW: the array is a row, with a rim, of which few elements are picks; else a list, of which many are.
 """
 
 from typing import NamedTuple
@@ -9,19 +11,33 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .select import chosen_bits, open_rim, picked, rank, rank_rim
+from .select import (
+    chosen_bits,
+    cut_at,
+    edge_of,
+    no_ties,
+    open_rim,
+    picked,
+    place_of_tie,
+    rank,
+    rank_rim,
+    rim_ties,
+    see_ties,
+)
 from .sums import add, fold, sum_of
 from .words import (
     at_least,
     columns,
     count,
     element_of,
+    equal,
     float_of,
     floats,
     kept,
     kept_or_nan,
     load_words,
     lower,
+    masked_key,
     masks_of,
     number_of,
     of_vector,
@@ -45,25 +61,9 @@ class Picks(NamedTuple):
 
 
 @triton.jit
-def _of_one(x, p, q, SUM: tl.constexpr, FAST: tl.constexpr):
-    """The sum over as many elements as x has, each alone."""
-    return tl.sum(SUM(x[None, :], p, q, FAST, 1), axis=0)
-
-
-@triton.jit
-def _smoothed(s, rest, rim, rim_picked, SMOOTH: tl.constexpr, p, q):
-    """The sum of SMOOTH over the picks from that of the body."""
-    if SMOOTH is None:
-        total = 0.0
-    else:
-        total = sum_of(s, rest) + tl.sum(tl.where(rim_picked, SMOOTH(rim, p, q), 0.0), axis=0)
-    return total
-
-
-@triton.jit
 def emit_compact(
-    picks, array, VIEW: tl.constexpr, HIDES: tl.constexpr, CLASS: tl.constexpr, info, cut, SUM: tl.constexpr,
-    SMOOTH: tl.constexpr, p, q, FAST: tl.constexpr, SPARSE: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    picks, array, VIEW: tl.constexpr, HIDES: tl.constexpr, CLASS: tl.constexpr, info, bracket, SUM: tl.constexpr,
+    SMOOTH: tl.constexpr, p, q, FAST: tl.constexpr, ROW: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes the picks, (k,), in order of their classes, and returns the sums over them.
@@ -72,12 +72,15 @@ def emit_compact(
     """
     ELEMENT: tl.constexpr = picks.logit_ptr.dtype.element_ty
     GROUPS: tl.constexpr = LANES // VECTOR
-    rim, rim_position, rim_inside = open_rim(array)
-    rim_picked = (VIEW(info, array, rim_position, rim_inside, 1) != 0) & picked(rim, rim_position, cut, ELEMENT)
-    in_tail = rim_position >= 0
+    cut = cut_at(array, VIEW, ROW, info, bracket, picks.wanted, picks.wanted, VECTOR, ROWS, LANES, FAST)
     sums = tl.zeros((GROUPS,), tl.float32)
     rest, s, s_rest = sums, sums, sums
-    in_head = tl.sum((rim_picked & ~in_tail).to(tl.int32), axis=0)
+    in_head = picks.wanted * 0
+    if ROW:
+        rim, rim_position, rim_inside = open_rim(array)
+        rim_picked = (VIEW(info, array, rim_position, rim_inside, 1) != 0) & picked(rim, rim_position, cut, ELEMENT)
+        in_tail = rim_position >= 0
+        in_head = tl.sum((rim_picked & ~in_tail).to(tl.int32), axis=0)
     taken = in_head
     for tile in range(tl.cdiv(array.body, LANES)):
         words, first, inside = load_words(array, tile, GROUPS, VECTOR, FAST)
@@ -86,7 +89,7 @@ def emit_compact(
         before, of_all = rank(number)
         slot = taken + before
         taken += of_all
-        if SPARSE:  # a turn for each pick of the thread that has most
+        if ROW:  # a turn for each pick of the thread that has most
             for _ in range(tl.max(number, axis=0)):
                 some = bits != 0
                 position = first + number_of(((bits & -bits) - 1) & 0xFF, FAST)
@@ -115,24 +118,31 @@ def emit_compact(
                 tl.store(picks.logit_ptr + slot, values[i], mask=room)
                 slot += (bits >> i) & 1
 
-    rim_slots = rank_rim(rim_picked) + tl.where(in_tail, taken - in_head, 0)
-    room = rim_picked & (rim_slots < picks.wanted)
-    tl.store(picks.index_ptr + rim_slots, CLASS(info, array, rim_position, room), mask=room)
-    tl.store(picks.logit_ptr + rim_slots, rim.to(ELEMENT), mask=room)
-    taken += tl.sum((rim_picked & in_tail).to(tl.int32), axis=0)
+    total = sum_of(sums, rest)
+    smoothed = 0.0
+    if SMOOTH is not None:
+        smoothed = sum_of(s, s_rest)
+    if ROW:
+        rim_slots = rank_rim(rim_picked) + tl.where(in_tail, taken - in_head, 0)
+        room = rim_picked & (rim_slots < picks.wanted)
+        tl.store(picks.index_ptr + rim_slots, CLASS(info, array, rim_position, room), mask=room)
+        tl.store(picks.logit_ptr + rim_slots, rim.to(ELEMENT), mask=room)
+        taken += tl.sum((rim_picked & in_tail).to(tl.int32), axis=0)
+        total += tl.sum(SUM(tl.where(rim_picked, rim, -_INF)[None, :], p, q, FAST, 1), axis=0)
+        if SMOOTH is not None:
+            smoothed += tl.sum(tl.where(rim_picked, SMOOTH(rim, p, q), 0.0), axis=0)
     for start in range(tl.minimum(taken, picks.wanted), picks.slots, GROUPS):  # empty slots
         slot = start + tl.arange(0, GROUPS)
         tl.store(picks.index_ptr + slot, -1, mask=slot < picks.slots)
         nothing = tl.full((GROUPS,), -_INF, tl.float32).to(ELEMENT)
         tl.store(picks.logit_ptr + slot, nothing, mask=slot < picks.slots)
-    total = sum_of(sums, rest) + _of_one(tl.where(rim_picked, rim, -_INF), p, q, SUM, FAST)
-    return total, _smoothed(s, s_rest, rim, rim_picked, SMOOTH, p, q)
+    return total, smoothed
 
 
 @triton.jit
 def emit_threshold(
-    picks, array, VIEW: tl.constexpr, HIDES: tl.constexpr, CLASS: tl.constexpr, info, cut, SUM: tl.constexpr,
-    SMOOTH: tl.constexpr, p, q, FAST: tl.constexpr, SPARSE: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    picks, array, VIEW: tl.constexpr, HIDES: tl.constexpr, CLASS: tl.constexpr, info, bracket, SUM: tl.constexpr,
+    SMOOTH: tl.constexpr, p, q, FAST: tl.constexpr, ROW: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes the edge, the last pick in the order of picking, (1,), and returns the sums over the picks.
@@ -142,6 +152,8 @@ def emit_threshold(
     ELEMENT: tl.constexpr = picks.logit_ptr.dtype.element_ty
     TILE: tl.constexpr = ROWS * LANES
     GROUPS: tl.constexpr = TILE // VECTOR
+    cut = edge_of(bracket, picks.wanted, picks.wanted, ELEMENT)
+    value = float_of(cut.tie, ELEMENT)
     rim, rim_position, rim_inside = open_rim(array)
     rim_allowed = VIEW(info, array, rim_position, rim_inside, 1) != 0
     rim_above = rim_allowed & (rim >= float_of(cut.above, ELEMENT))
@@ -150,28 +162,35 @@ def emit_threshold(
     counts = tl.zeros((LANES // VECTOR,), tl.int32)
     lowest = tl.full((GROUPS,), _INF, tl.float32)  # of every thread's vectors, and its last tile
     lowest_tile = tl.full((GROUPS,), -1, tl.int32)
+    _tied, _position, in_head = rim_ties(array, VIEW, info, value)
+    ties = no_ties(in_head)
     for tile in range(tl.cdiv(array.body, TILE)):
         words, first, inside = load_words(array, tile, GROUPS, VECTOR, FAST)
         masks = at_least(words, cut.above, ELEMENT, FAST)
-        if HIDES(info, array, tile * TILE, tile * TILE + TILE):
+        hidden = HIDES(info, array, tile * TILE, tile * TILE + TILE) | (cut.tie == masked_key(ELEMENT))
+        if hidden:
             masks &= masks_of(VIEW(info, array, first, inside, VECTOR), VECTOR, ELEMENT, FAST)
         z = tl.reshape(floats(kept(words, masks, ELEMENT, FAST), ELEMENT, FAST), (ROWS, LANES))
         sums, rest = add(sums, rest, SUM(z, p, q, FAST, VECTOR))
         if SMOOTH is not None:
             s, s_rest = add(s, s_rest, fold(tl.where(z > -_INF, SMOOTH(z, p, q), 0.0), VECTOR))
             counts += count(masks, LANES // VECTOR, ELEMENT, FAST)
+        if (cut.ties > 0) | (cut.last >= 0):
+            equals = equal(words, cut.tie, masks, ELEMENT, FAST)
+            if hidden:
+                equals &= masks_of(VIEW(info, array, first, inside, VECTOR), VECTOR, ELEMENT, FAST)
+            number = tl.sum(count(equals, LANES // VECTOR, ELEMENT, FAST), axis=0)
+            ties = see_ties(ties, tile, number, cut.ties - 1)
+            masks |= equals
         if cut.ties == 0:
-            if cut.last >= 0:
-                allowed = VIEW(info, array, first, inside, VECTOR)
-                bits = chosen_bits(words, tile * TILE, first, allowed, cut, ELEMENT, FAST)
-                masks = masks_of(bits, VECTOR, ELEMENT, FAST)
             lowest_here = of_vector(kept_or_nan(words, masks, ELEMENT, FAST), lower, ELEMENT, FAST)
             lowest_here = element_of(lowest_here, lower, ELEMENT, FAST)
             lowest_tile = tl.where(lowest_here <= lowest, tile, lowest_tile)
             lowest = tl.where(lowest_here <= lowest, lowest_here, lowest)
 
-    position = cut.last
-    if cut.ties == 0:
+    if cut.ties > 0:
+        position = place_of_tie(array, VIEW, ROW, info, cut, ties, cut.ties - 1, VECTOR, ROWS, LANES, FAST)
+    else:
         rim_picked = rim_allowed & picked(rim, rim_position, cut, ELEMENT)
         rim_lowest = tl.where(rim_picked, rim, _INF)
         bottom = tl.minimum(tl.min(lowest, axis=0), tl.min(rim_lowest, axis=0))
@@ -187,11 +206,13 @@ def emit_threshold(
     tl.store(picks.index_ptr, edge_class)
     tl.store(picks.logit_ptr, tl.load(picks.row_ptr + edge_class, mask=edge_class >= 0, other=-_INF))
 
-    total = sum_of(sums, rest) + _of_one(tl.where(rim_above, rim, -_INF), p, q, SUM, FAST)
-    tie = tl.full((1,), 0.0, tl.float32) + cut.value
-    total += tl.where(cut.ties > 0, cut.ties.to(tl.float32) * _of_one(tie, p, q, SUM, FAST), 0.0)
-    smoothed = _smoothed(s, s_rest, rim, rim_above, SMOOTH, p, q)
+    VACANT: tl.constexpr = rim.shape[0] // 2 - 1  # the lane behind the longest head
+    of_ties = (tl.arange(0, rim.shape[0]) == VACANT) & (cut.ties > 0)
+    of_rim = SUM(tl.where(of_ties, value, tl.where(rim_above, rim, -_INF))[None, :], p, q, FAST, 1)
+    total = sum_of(sums, rest) + tl.sum(tl.where(of_ties, cut.ties.to(tl.float32) * of_rim, of_rim), axis=0)
+    smoothed = 0.0
     if SMOOTH is not None:
+        smoothed = sum_of(s, s_rest) + tl.sum(tl.where(rim_above, SMOOTH(rim, p, q), 0.0), axis=0)
         ties = picks.wanted - tl.sum(counts, axis=0) - tl.sum(rim_above.to(tl.int32), axis=0)
-        smoothed += tl.where(ties > 0, ties.to(tl.float32) * SMOOTH(cut.value, p, q), 0.0)
+        smoothed += tl.where(ties > 0, ties.to(tl.float32) * SMOOTH(value, p, q), 0.0)
     return total, smoothed

@@ -149,7 +149,9 @@ def _forward(spec: LossSpec, kind: str, finished: bool, how: Plan, on: Device, i
     functions |= device.limited_registers(on.nvidia and not spills)
     maxima = Kernel(picks.maxima_kernel, how.tile.warps, FAST=on.nvidia, **shape, WIDTH=how.width)
     if how.width == 0:
-        rows = Kernel(picks.row_kernel, how.tile.warps, **functions, **(_HELD if how.held else _WALKED[kind]))
+        summed = 1 if how.held else min(2, how.tile.rows)
+        of_row = _HELD if how.held else _WALKED[kind]
+        rows = Kernel(picks.row_kernel, how.tile.warps, **functions, **of_row, SUMMED=summed)
     else:
         read = picks.maxima_written if how.parts > 1 else picks.write_maxima
         blocks = {"READ": read, "COUNT": _BLOCKS[kind], "WIDTH": how.width, "LISTED": how.listed}
@@ -207,8 +209,8 @@ def _scratch(logits: Tensor, how: Plan, tile: int, k: int, most_labels: int) -> 
 
 
 @functools.lru_cache
-def _backward(spec: LossSpec, kind: str, walk: Walk) -> tuple[Kernel, float, float]:
-    functions, a, b = of_negatives(spec)
+def _backward(spec: LossSpec, kind: str, walk: Walk, itemsize: int) -> tuple[Kernel, float, float]:
+    functions, a, b = of_negatives(spec, itemsize)
     if spec.compact:
         kernel, of_kind = scatter.scatter_kernel, _SCATTERED[kind]
     else:
@@ -239,7 +241,7 @@ def backward(
         return dlogits
 
     walk = device.walk_of(pick_logit, num_classes)
-    kernel, a, b = _backward(spec, device.kind_of(target, spec), walk)
+    kernel, a, b = _backward(spec, device.kind_of(target, spec), walk, dlogits.element_size())
     labels = *z, num_classes, *device.labels_beside(z, target, spec), a, b
     grid = num_rows, walk.parts
     if spec.compact:

@@ -34,7 +34,6 @@ from .select import (
     chosen_bits,
     count_listed,
     cut_at,
-    equal,
     guess,
     list_class,
     list_hides,
@@ -55,6 +54,7 @@ from .words import (
     bits_of,
     columns,
     element_of,
+    equal,
     float_of,
     higher,
     kept,
@@ -150,7 +150,7 @@ def hold(
     words, first, inside = load_words(row, 0, ROWS * LANES // VECTOR, VECTOR, FAST)
     negative = masks_of(VIEW(target, row, first, inside, VECTOR), VECTOR, ELEMENT, FAST)
     words = kept(words, negative, ELEMENT, FAST)
-    return (words, rim, row), survey_held(words, rim, row.body, ELEMENT, FAST)
+    return (words, rim, row), survey_held(words, rim, row.body, LANES // VECTOR, ELEMENT, FAST)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -163,9 +163,9 @@ def row_kernel(
     TARGET: tl.constexpr, POSITIVES: tl.constexpr, VIEW: tl.constexpr, HIDES: tl.constexpr, OPEN: tl.constexpr,
     COUNT: tl.constexpr, EMIT: tl.constexpr, SUM: tl.constexpr, SMOOTH: tl.constexpr, PARAMETERS: tl.constexpr,
     SEEN: tl.constexpr, LOGIT: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr,
-    SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row."""
+    """One program, one row. SUMMED: rows of a tile whose picks are summed at a time."""
     ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty
     number = tl.program_id(0).to(tl.int64)
     labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
@@ -183,10 +183,10 @@ def row_kernel(
     bracket = Bracket(masked_key(ELEMENT), key_of(moments.top, ELEMENT) + 1, negatives, wanted * 0)
     first = guess(moments, quantile, reach)
     bracket = search(COUNT, source, bracket, wanted, wanted, first, ELEMENT, VECTOR, ROWS, LANES, FAST)
-    cut = cut_at(row, VIEW, target, bracket, wanted, wanted, VECTOR, ROWS, LANES, FAST)
     at, beside = PARAMETERS(moments.top, a, b)
     total, s = EMIT(
-        picks, row, VIEW, HIDES, row_class, target, cut, SUM, SMOOTH, at, beside, FAST, True, VECTOR, ROWS, LANES
+        picks, row, VIEW, HIDES, row_class, target, bracket, SUM, SMOOTH, at, beside, FAST, True, VECTOR, SUMMED,
+        LANES,
     )  # fmt: skip
     seen = SEEN(moments.top, total, s, at_positives, moments.poison, positives)
     outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
@@ -239,7 +239,8 @@ def write_maxima(maxima_ptr, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FAS
             pieces = tl.reshape(maxima, (BLOCKS, PIECES))
             nans = tl.max((pieces != pieces).to(tl.int32), axis=1)
             maxima = tl.where(nans > 0, float("nan"), tl.max(pieces, axis=1))
-        tl.store(maxima_ptr + tile * BLOCKS + tl.arange(0, BLOCKS), maxima.to(maxima_ptr.dtype.element_ty))
+        place = tl.max_contiguous(tile * BLOCKS + tl.arange(0, BLOCKS), 1)  # stored by the threads that have them
+        tl.store(maxima_ptr + place, maxima.to(maxima_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -267,7 +268,7 @@ def winning_blocks(
     bracket = search(
         count_listed, maxima, bracket, needed, scratch.max_blocks, first, ELEMENT, VECTOR, 1, LANES, FAST
     )  # fmt: skip
-    cut = cut_at(maxima, plain_view, (0,), bracket, needed, scratch.max_blocks, VECTOR, 1, LANES, FAST)
+    cut = cut_at(maxima, plain_view, False, (0,), bracket, needed, scratch.max_blocks, VECTOR, 1, LANES, FAST)
     winners = Winners(scratch.blocks_ptr, _list_blocks(scratch, maxima, cut, LANES // VECTOR, FAST))
     return winners, bracket.low, poison + moments.poison
 
@@ -369,10 +370,11 @@ def _list_candidates(
     tops = tl.full((GROUPS,), -_INF, tl.float32)
     for tile in range(tl.cdiv(winners.number * PIECES, GROUPS)):
         words, first, inside = load_winners(row, winners, tile, WIDTH, GROUPS, FAST)
-        masks = at_least(words, tl.maximum(low, masked + 1), ELEMENT, FAST) & ~at_least(words, behind, ELEMENT, FAST)
-        bits = bits_of(masks, ELEMENT, FAST)
+        above = at_least(words, tl.maximum(low, masked + 1), ELEMENT, FAST)
+        masks = above & ~at_least(words, behind, ELEMENT, FAST)
         if low == masked:
-            bits |= equal(words, -_INF, ELEMENT, FAST)
+            masks |= equal(words, low, above, ELEMENT, FAST)
+        bits = bits_of(masks, ELEMENT, FAST)
         bits &= VIEW(target, row, first, inside, VECTOR)
         in_list = kept(words, masks_of(bits, VECTOR, ELEMENT, FAST), ELEMENT, FAST)
         highest = element_of(of_vector(in_list, higher, ELEMENT, FAST), higher, ELEMENT, FAST)
@@ -459,10 +461,9 @@ def blocks_kernel(
     bracket = search(
         count_listed, array, bracket, wanted, wanted, Guess(nothing, nothing), ELEMENT, LISTED, 1, TAKEN, FAST
     )  # fmt: skip
-    cut = cut_at(array, list_view, info, bracket, wanted, wanted, LISTED, 1, TAKEN, FAST)
     at, beside = PARAMETERS(top, a, b)
     total, s = EMIT(
-        picks, array, list_view, list_hides, list_class, info, cut, SUM, SMOOTH, at, beside, FAST, False, LISTED, 1,
+        picks, array, list_view, list_hides, list_class, info, bracket, SUM, SMOOTH, at, beside, FAST, False, LISTED, 1,
         TAKEN,
     )  # fmt: skip
     seen = SEEN(top, total, s, at_positives, poison, positives)

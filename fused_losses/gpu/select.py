@@ -17,6 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .formulas import log2
 from .labels import labels_above
 from .rows import is_positive, rim_positions
 from .words import (
@@ -24,6 +25,7 @@ from .words import (
     bits_of,
     count,
     element_of,
+    equal,
     float_of,
     floats,
     higher,
@@ -34,7 +36,7 @@ from .words import (
     masks_of,
     no_words,
     number_of,
-    of_vector,
+    of_thread,
     words_of,
 )
 
@@ -60,9 +62,9 @@ class Cut(NamedTuple):
     """The edge of a set of picks."""
 
     above: tl.tensor  # every element of at least this key, above that of -inf, belongs to the set,
-    value: tl.tensor  # and those that equal this
+    tie: tl.tensor  # and those with this key
     last: tl.tensor  # up to this position
-    ties: tl.tensor  # so many; 0 also where they are -inf
+    ties: tl.tensor  # so many, of more; 0: none, or all that there are
 
 
 class Winners(NamedTuple):
@@ -86,10 +88,11 @@ class Moments(NamedTuple):
 @triton.jit
 def picked(x, positions, cut, ELEMENT: tl.constexpr):
     """Whether elements belong to a set."""
-    return (x >= float_of(cut.above, ELEMENT)) | ((x == cut.value) & (positions <= cut.last))
+    return (x >= float_of(cut.above, ELEMENT)) | ((x == float_of(cut.tie, ELEMENT)) & (positions <= cut.last))
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
+
 
 @triton.jit
 def search(
@@ -108,8 +111,8 @@ def search(
     low, high, count_low, count_high = bracket.low, bracket.high, bracket.count_low, bracket.count_high
     first = guess.first
     masked = masked_key(ELEMENT)
-    aim = tl.log2((wanted + enough).to(tl.float32) * 0.5)
-    log_low = tl.log2(count_low.to(tl.float32))
+    aim = log2((wanted + enough).to(tl.float32) * 0.5, FAST)
+    log_low = log2(count_low.to(tl.float32), FAST)
     log_high = tl.full((), -1.0, tl.float32)  # as if half an element
     stalled = wanted * 0
     while (count_low > enough) & (low + 1 < high):  # the difference of two fp32 keys need not fit 32 bits
@@ -128,7 +131,7 @@ def search(
         first = tl.full((), float("nan"), tl.float32)
 
         number = COUNT(source, middle, VECTOR, ROWS, LANES, FAST)
-        log_number = tl.log2(tl.maximum(number.to(tl.float32), 0.5))
+        log_number = log2(tl.maximum(number.to(tl.float32), 0.5), FAST)
         many = number >= wanted
         halved = many == (middle >= centre)
         stalled = tl.where(bisect | halved, 0, stalled + 1)
@@ -139,6 +142,7 @@ def search(
         count_high = tl.where(many, count_high, number)
         log_high = tl.where(many, log_high, log_number)
     return Bracket(low, high, count_low, count_high)
+
 
 # --- counts -----------------------------------------------------------------------------------------------------------
 
@@ -320,19 +324,13 @@ def load_winners(row, winners, tile, WIDTH: tl.constexpr, GROUPS: tl.constexpr, 
 
 
 @triton.jit
-def equal(words, value, ELEMENT: tl.constexpr, FAST: tl.constexpr):
-    """Bits of the elements that equal a value."""
-    x = floats(words, ELEMENT, FAST)
-    return tl.sum(tl.where(x == value, (1 << tl.arange(0, x.shape[1]))[None, :], 0), axis=1)
-
-
-@triton.jit
 def chosen_bits(words, start, first, allowed, cut, ELEMENT: tl.constexpr, FAST: tl.constexpr):
     """Bits of the elements that belong to a set, of those allowed. start: the position of the first vector."""
-    bits = bits_of(at_least(words, cut.above, ELEMENT, FAST), ELEMENT, FAST)
+    above = at_least(words, cut.above, ELEMENT, FAST)
+    bits = bits_of(above, ELEMENT, FAST)
     if start <= cut.last:
         up_to = tl.minimum(tl.maximum(cut.last - first, -1), 30) + 1
-        bits |= equal(words, cut.value, ELEMENT, FAST) & ((1 << up_to) - 1)
+        bits |= bits_of(equal(words, cut.tie, above, ELEMENT, FAST), ELEMENT, FAST) & ((1 << up_to) - 1)
     return bits & allowed
 
 
@@ -349,67 +347,103 @@ def rank_rim(chosen):
     return tl.cumsum(ones, axis=0) - ones
 
 
+class Ties(NamedTuple):
+    """What a walk has seen of the elements that equal a value: their number, and the tile that the nth is in, or the
+    last one, with their number before that."""
+
+    seen: tl.tensor
+    tile: tl.tensor
+    before: tl.tensor
+
+
 @triton.jit
-def nth_tie(
-    array, VIEW: tl.constexpr, info, tie, nth, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+def no_ties(in_head):
+    """in_head: those in front of the first tile."""
+    return Ties(in_head, in_head * 0, in_head)
+
+
+@triton.jit
+def see_ties(ties, tile, number, nth):
+    ahead = ties.seen <= nth
+    tile = tl.where(ahead, tile, ties.tile)
+    return Ties(ties.seen + number, tile, tl.where(ahead, ties.seen, ties.before))
+
+
+@triton.jit
+def rim_ties(array, VIEW: tl.constexpr, info, value):
+    """-> (which lanes of the rim equal a value and can be picked; their positions; their number in front)"""
+    rim, position, inside = open_rim(array)
+    tied = (rim == value) & (VIEW(info, array, position, inside, 1) != 0)
+    return tied, position, tl.sum((tied & (position < 0)).to(tl.int32), axis=0)
+
+
+@triton.jit
+def tie_bits(
+    array, VIEW: tl.constexpr, info, cut, tile, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Position of element number nth, from 0, of those that equal ``tie`` and can be picked."""
-    rim, rim_position, rim_inside = open_rim(array)
-    rim_tied = (rim == tie) & (VIEW(info, array, rim_position, rim_inside, 1) != 0)
-    in_head = tl.sum((rim_tied & (rim_position < 0)).to(tl.int32), axis=0)
+    """Bits of the elements of a tile that equal the edge and can be picked."""
+    ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
+    words, first, inside = load_words(array, tile, ROWS * LANES // VECTOR, VECTOR, FAST)
+    above = at_least(words, cut.above, ELEMENT, FAST)
+    bits = bits_of(equal(words, cut.tie, above, ELEMENT, FAST), ELEMENT, FAST)
+    return bits & VIEW(info, array, first, inside, VECTOR)
 
-    seen = in_head
-    last_tile = nth * 0
-    before_last = in_head
-    for tile in range(tl.cdiv(array.body, ROWS * LANES)):
-        number = number_of(_ties(array, VIEW, info, tie, tile, VECTOR, ROWS, LANES, FAST), FAST)
-        last_tile = tl.where(seen <= nth, tile, last_tile)
-        before_last = tl.where(seen <= nth, seen, before_last)
-        seen += tl.sum(number, axis=0)
 
-    bits = _ties(array, VIEW, info, tie, last_tile, VECTOR, ROWS, LANES, FAST)
+@triton.jit
+def place_of_tie(
+    array, VIEW: tl.constexpr, RIM: tl.constexpr, info, cut, ties, nth, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Position of element number nth, from 0, of those that equal the edge."""
+    bits = tie_bits(array, VIEW, info, cut, ties.tile, VECTOR, ROWS, LANES, FAST)
     number = number_of(bits, FAST)
-    before = nth - before_last - (tl.cumsum(number, axis=0) - number)
+    before = nth - ties.before - (tl.cumsum(number, axis=0) - number)
     here = (before >= 0) & (before < number)
     # Of one vector its number, which of its elements are ties, and how many of these come before.
     found = tl.sum(tl.where(here, tl.arange(0, ROWS * LANES // VECTOR) << 11 | bits << 3 | before, 0), axis=0)
-    ties = (found >> 3) & 0xFF
+    left = (found >> 3) & 0xFF
     for _ in range(found & 7):
-        ties &= ties - 1
-    in_vector = number_of(((ties & -ties) - 1) & 0xFF, FAST)
-    in_body = last_tile * (ROWS * LANES) + (found >> 11) * VECTOR + in_vector
-    rim_nth = tl.where(nth < in_head, nth, nth - (seen - in_head))
-    in_rim = tl.sum(tl.where(rim_tied & (rank_rim(rim_tied) == rim_nth), rim_position, 0), axis=0)
-    return tl.where((nth < in_head) | (nth >= seen), in_rim, in_body)
+        left &= left - 1
+    in_vector = number_of(((left & -left) - 1) & 0xFF, FAST)
+    position = ties.tile * (ROWS * LANES) + (found >> 11) * VECTOR + in_vector
+    if RIM:
+        rim_tied, rim_position, in_head = rim_ties(array, VIEW, info, float_of(cut.tie, array.ptr.dtype.element_ty))
+        rim_nth = tl.where(nth < in_head, nth, nth - (ties.seen - in_head))
+        in_rim = tl.sum(tl.where(rim_tied & (rank_rim(rim_tied) == rim_nth), rim_position, 0), axis=0)
+        position = tl.where((nth < in_head) | (nth >= ties.seen), in_rim, position)
+    return position
 
 
 @triton.jit
-def _ties(
-    array, VIEW: tl.constexpr, info, tie, tile, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    FAST: tl.constexpr,
-):  # fmt: skip
-    words, first, inside = load_words(array, tile, ROWS * LANES // VECTOR, VECTOR, FAST)
-    return equal(words, tie, array.ptr.dtype.element_ty, FAST) & VIEW(info, array, first, inside, VECTOR)
+def edge_of(bracket, wanted, enough, ELEMENT: tl.constexpr):
+    """The Cut from what ``search`` returned, ``enough`` elements at most, the first ``wanted`` if that needs ties; of
+    these the last is not yet known."""
+    masked = masked_key(ELEMENT)
+    cut = bracket.count_low > enough
+    above = tl.where(cut, bracket.high, tl.maximum(bracket.low, masked + 1))
+    last = tl.where((bracket.low == masked) & ~cut, _LAST, -_LAST)
+    return Cut(above, bracket.low, last, tl.where(cut, wanted - bracket.count_high, 0))
 
 
 @triton.jit
 def cut_at(
-    array, VIEW: tl.constexpr, info, bracket, wanted, enough, VECTOR: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, FAST: tl.constexpr,
+    array, VIEW: tl.constexpr, RIM: tl.constexpr, info, bracket, wanted, enough, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The Cut from what ``search`` returned: ``enough`` elements at most, the first ``wanted`` if that needs ties."""
-    ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
-    masked = masked_key(ELEMENT)
-    edge = float_of(bracket.low, ELEMENT)
-    above = tl.maximum(bracket.low, masked + 1)
-    last = tl.where(bracket.low == masked, _LAST, -_LAST)
-    ties = wanted * 0
-    if bracket.count_low > enough:
-        above = bracket.high
-        ties = wanted - bracket.count_high
-        last = nth_tie(array, VIEW, info, edge, ties - 1, VECTOR, ROWS, LANES, FAST)
-    return Cut(above, edge, last, ties)
+    """The same, with the last tie."""
+    cut = edge_of(bracket, wanted, enough, array.ptr.dtype.element_ty)
+    last = cut.last
+    if cut.ties > 0:
+        in_head = cut.ties * 0
+        if RIM:
+            _tied, _position, in_head = rim_ties(array, VIEW, info, float_of(cut.tie, array.ptr.dtype.element_ty))
+        ties = no_ties(in_head)
+        for tile in range(tl.cdiv(array.body, ROWS * LANES)):
+            number = number_of(tie_bits(array, VIEW, info, cut, tile, VECTOR, ROWS, LANES, FAST), FAST)
+            ties = see_ties(ties, tile, tl.sum(number, axis=0), cut.ties - 1)
+        last = place_of_tie(array, VIEW, RIM, info, cut, ties, cut.ties - 1, VECTOR, ROWS, LANES, FAST)
+    return Cut(cut.above, cut.tie, last, cut.ties)
 
 
 @triton.jit
@@ -421,7 +455,7 @@ def survey(
     ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
     VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     TILE: tl.constexpr = ROWS * LANES
-    highest = no_words(TILE // VECTOR, ELEMENT, FAST)
+    highest = no_words(LANES // VECTOR, ELEMENT, FAST)
     sums = tl.zeros((TILE // VECTOR,), tl.float32)
     squares = sums
     for tile in range(tl.cdiv(array.body, TILE)):
@@ -429,7 +463,8 @@ def survey(
         if HIDES(info, array, tile * TILE, tile * TILE + TILE):
             allowed = VIEW(info, array, first, inside, VECTOR)
             words = kept(words, masks_of(allowed, VECTOR, ELEMENT, FAST), ELEMENT, FAST)
-        highest = higher(highest, of_vector(words, higher, ELEMENT, FAST), ELEMENT, FAST)
+        highest_here = of_thread(words, higher, LANES // VECTOR, ELEMENT, FAST)
+        highest = higher(highest, highest_here, ELEMENT, FAST)
         x = _sample(words, ELEMENT, FAST)
         sums += tl.sum(x, axis=1)
         squares += tl.sum(x * x, axis=1)
@@ -437,10 +472,10 @@ def survey(
 
 
 @triton.jit
-def survey_held(words, rim, body, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+def survey_held(words, rim, body, THREADS: tl.constexpr, ELEMENT: tl.constexpr, FAST: tl.constexpr):
     """The same of a row in registers."""
     x = _sample(words, ELEMENT, FAST)
-    highest = of_vector(words, higher, ELEMENT, FAST)
+    highest = of_thread(words, higher, THREADS, ELEMENT, FAST)
     return _moments(highest, rim, body, tl.sum(x, axis=1), tl.sum(x * x, axis=1), ELEMENT, FAST)
 
 

@@ -125,6 +125,19 @@ def at_least(words, key, ELEMENT: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def equal(words, key, above, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """Masks of the elements that have a key, that of -inf or another; above: masks of those with a higher one."""
+    if FAST and ELEMENT.primitive_bitwidth == 16:
+        masked = masked_key(ELEMENT)
+        lowest = _pair(tl.where(key == masked, masked + 1, masked), ELEMENT)
+        no_lower = higher(words, words * 0 + lowest, ELEMENT, FAST)  # -inf as the lowest that a comparison can ask for
+        masks = at_least(no_lower, tl.maximum(key, masked + 1), ELEMENT, FAST) & ~above
+    else:
+        masks = tl.where(words == float_of(key, ELEMENT), -1, 0)
+    return masks
+
+
+@triton.jit
 def _signs(pairs):
     """Each half of a pair, its sign in all its bits."""
     return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0xBB99;", "=r,r", [pairs], tl.int32, True, 1)
@@ -252,7 +265,10 @@ def of_vector(words, COMBINE: tl.constexpr, ELEMENT: tl.constexpr, FAST: tl.cons
     """
     GROUPS: tl.constexpr = words.shape[0]
     WORDS: tl.constexpr = words.shape[1]
-    if WORDS == 8:
+    if WORDS >= 16:
+        left, right = tl.split(tl.reshape(words, (GROUPS, 8, 2)))
+        words = COMBINE(left, right, ELEMENT, FAST)
+    if WORDS >= 8:
         left, right = tl.split(tl.reshape(words, (GROUPS, 4, 2)))
         words = COMBINE(left, right, ELEMENT, FAST)
     if WORDS >= 4:
@@ -262,6 +278,13 @@ def of_vector(words, COMBINE: tl.constexpr, ELEMENT: tl.constexpr, FAST: tl.cons
         left, right = tl.split(words)
         words = COMBINE(left, right, ELEMENT, FAST)
     return tl.reshape(words, (GROUPS,))
+
+
+@triton.jit
+def of_thread(words, COMBINE: tl.constexpr, THREADS: tl.constexpr, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """The same of all vectors of each thread, (THREADS,)"""
+    words = of_vector(words, COMBINE, ELEMENT, FAST)
+    return of_vector(tl.trans(tl.reshape(words, (words.shape[0] // THREADS, THREADS))), COMBINE, ELEMENT, FAST)
 
 
 @triton.jit

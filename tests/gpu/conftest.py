@@ -92,6 +92,7 @@ def _number_of(bits):
 # The inline-assembly instructions of the kernels, as the interpreter's builder would return them.
 INSTRUCTIONS = {
     "rcp.approx.ftz.f32": lambda x: 1 / x.data,
+    "lg2.approx.ftz.f32": lambda x: np.log2(x.data),
     "popc.b32": _number_of,
     "prmt.b32": _signs,
     **{f"fma.rn.{pair}": of for pair, of in _of_both(lambda a, b, c: a * b + c).items()},
