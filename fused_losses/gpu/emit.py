@@ -34,7 +34,6 @@ from .words import (
     float_of,
     floats,
     kept,
-    kept_or_nan,
     load_words,
     lower,
     masked_key,
@@ -183,10 +182,11 @@ def emit_threshold(
             ties = see_ties(ties, tile, number, cut.ties - 1)
             masks |= equals
         if cut.ties == 0:
-            lowest_here = of_vector(kept_or_nan(words, masks, ELEMENT, FAST), lower, ELEMENT, FAST)
-            lowest_here = element_of(lowest_here, lower, ELEMENT, FAST)
-            lowest_tile = tl.where(lowest_here <= lowest, tile, lowest_tile)
-            lowest = tl.where(lowest_here <= lowest, lowest_here, lowest)
+            kept_here = kept(words, masks, ELEMENT, FAST, _INF)
+            lowest_here = element_of(of_vector(kept_here, lower, ELEMENT, FAST), lower, ELEMENT, FAST)
+            lower_here = (lowest_here <= lowest) & (tl.sum(masks, axis=1) != 0)
+            lowest_tile = tl.where(lower_here, tile, lowest_tile)
+            lowest = tl.where(lower_here, lowest_here, lowest)
 
     if cut.ties > 0:
         position = place_of_tie(array, VIEW, ROW, info, cut, ties, cut.ties - 1, VECTOR, ROWS, LANES, FAST)

@@ -144,13 +144,13 @@ def _signs(pairs):
 
 
 @triton.jit
-def kept(words, masks, ELEMENT: tl.constexpr, FAST: tl.constexpr):
-    """The elements under the masks, -inf elsewhere."""
+def kept(words, masks, ELEMENT: tl.constexpr, FAST: tl.constexpr, ELSE: tl.constexpr = -_INF):
+    """The elements under the masks, -inf or ELSE elsewhere."""
     if FAST and ELEMENT.primitive_bitwidth == 16:
-        nothing = _pair(masked_key(ELEMENT), ELEMENT)
-        words = nothing ^ ((words ^ nothing) & masks)
+        other = _pair(key_of(tl.full((), ELSE, tl.float32), ELEMENT), ELEMENT)
+        words = other ^ ((words ^ other) & masks)
     else:
-        words = tl.where(masks != 0, words, -_INF)
+        words = tl.where(masks != 0, words, ELSE)
     return words
 
 
@@ -184,16 +184,6 @@ def masks_of(bits, VECTOR: tl.constexpr, ELEMENT: tl.constexpr, FAST: tl.constex
     else:
         masks = -((bits[:, None] >> tl.arange(0, VECTOR)[None, :]) & 1)
     return masks
-
-
-@triton.jit
-def kept_or_nan(words, masks, ELEMENT: tl.constexpr, FAST: tl.constexpr):
-    """The elements under the masks, NaN elsewhere."""
-    if FAST and ELEMENT.primitive_bitwidth == 16:
-        words = words | ~masks
-    else:
-        words = tl.where(masks != 0, words, float("nan"))
-    return words
 
 
 @triton.jit
@@ -245,7 +235,7 @@ def higher(x, y, ELEMENT: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def lower(x, y, ELEMENT: tl.constexpr, FAST: tl.constexpr):
-    """Of each two elements the smaller, NaN if both are."""
+    """Of each two elements the smaller; none is NaN."""
     if FAST and ELEMENT.primitive_bitwidth == 16:
         if tl.bfloat16 == ELEMENT:
             found = tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], tl.int32, True, 1)
