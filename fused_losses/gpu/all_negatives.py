@@ -303,8 +303,10 @@ def forward(
 
 
 @functools.lru_cache
-def _backward(spec: LossSpec, kind: str, walk: Walk) -> tuple[Kernel, float, float]:
-    functions, a, b = of_negatives(spec)
+def _backward(spec: LossSpec, kind: str, walk: Walk, itemsize: int) -> tuple[Kernel, float, float]:
+    functions, a, b = of_negatives(spec, itemsize)
+    if (spec.loss, kind, itemsize) == ("ss_lr", "index", 2):
+        functions |= device.limited_registers(walk.fast, 64)
     kernel = Kernel(
         backward_kernel, walk.warps, TARGET=_TARGETS[kind], WRITE=_WRITES[kind], **functions, **walk.constants()
     )
@@ -319,7 +321,7 @@ def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec, in
     if num_rows == 0:
         return dlogits
     walk = device.walk_of(logits, num_classes)
-    kernel, a, b = _backward(spec, device.kind_of(target, spec), walk)
+    kernel, a, b = _backward(spec, device.kind_of(target, spec), walk, dlogits.element_size())
     labels = device.labels_beside(z, target, spec)
     device.launch(kernel, (num_rows, walk.parts), dz.base, dz.stride, *upstream, *z, num_classes, *labels, a, b)
     return dlogits

@@ -29,6 +29,10 @@ _LOG1P = tl.constexpr(
         1.0,
     )
 )
+# The same with a relative error of 6e-5, for what is stored in 16 bits.
+_ROUGH_LOG1P = tl.constexpr(
+    (0.041347309947013855, -0.15742723643779755, 0.30630096793174744, -0.4969778060913086, 0.9999432563781738)
+)
 _LOG2E = tl.constexpr(1.4426950216293335)  # fp32
 _LN2 = tl.constexpr(0.6931471824645996)  # fp32, and what is missing to 1 / _LOG2E
 _LN2_LOW = tl.constexpr(1 / 1.4426950216293335 - 0.6931471824645996)
@@ -51,6 +55,14 @@ def reciprocal(x, FAST: tl.constexpr):
     if FAST:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     return 1.0 / x
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    """FAST: relative error 2^-22 from 2 on, absolute below; 0 counts what is below 2^-126."""
+    if FAST:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
 
 
 @triton.jit
@@ -190,6 +202,19 @@ def ss_lr_square_phi_slope(z, gamma, b, FAST: tl.constexpr):
     return _soft_selection_slope(z, 2.0, FAST, _square)
 
 
+@triton.jit
+def ss_lr_square_phi_slope_16(z, gamma, b, FAST: tl.constexpr):
+    """The same for a gradient of 16 bits."""
+    e = exp(-tl.abs(z), FAST)
+    larger = reciprocal(1.0 + e, FAST)
+    sigma = tl.where(z < 0.0, e * larger, larger)
+    ratio = tl.full(e.shape, _ROUGH_LOG1P[0], tl.float32)
+    for i in tl.static_range(1, 5):
+        ratio = ratio * e + _ROUGH_LOG1P[i]
+    finite_softplus = tl.minimum(tl.maximum(z, 0.0), _LARGEST) + ratio * e
+    return sigma * sigma * (sigma + (2.0 - 2.0 * sigma) * finite_softplus)
+
+
 # Sums over a tile, f(z, a, b, FAST, VECTOR): of phi over what each thread holds, (ROWS, LANES) -> (LANES // VECTOR,).
 
 
@@ -197,7 +222,7 @@ def ss_lr_square_phi_slope(z, gamma, b, FAST: tl.constexpr):
 def sum_of_softplus(z, FAST: tl.constexpr, VECTOR: tl.constexpr):
     """The logarithms are taken once for all: of the product of the 1 + e^-|z|, at most 2 each."""
     p = fold_product(exp(-tl.abs(z), FAST), VECTOR)
-    of_product = tl.where(p < 1.0, log1p_of_unit(p), tl.log(1.0 + p))
+    of_product = tl.where(p < 1.0, log1p_of_unit(p), log2(1.0 + p, FAST) * _LN2)
     return fold(tl.maximum(z, 0.0), VECTOR) + of_product
 
 
@@ -244,6 +269,12 @@ def _name(loss: str, params: Sequence[float]) -> str:
 
 def formulas(loss: str, params: Sequence[float]) -> Formula:
     return Formula(*_FORMULAS[_name(loss, params)], *(*params, 0.0, 0.0)[:2])
+
+
+def slope_of_phi(loss: str, params: Sequence[float], itemsize: int) -> triton.JITFunction:
+    """Of a logistic loss, for a gradient whose elements have so many bytes."""
+    name = _name(loss, params)
+    return ss_lr_square_phi_slope_16 if (name, itemsize) == ("ss_lr, square", 2) else _FORMULAS[name][1]
 
 
 def sum_of_phi(loss: str, params: Sequence[float]) -> triton.JITFunction:

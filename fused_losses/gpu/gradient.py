@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..losses import LossSpec
 from . import logistic, softmax
-from .formulas import formulas, sigmoid
+from .formulas import formulas, sigmoid, slope_of_phi
 from .labels import CHUNK, column_of_label
 from .rows import is_positive, part_of, rim_positions, store_tile
 
@@ -152,12 +152,13 @@ def upstream(grad: Tensor, coefficients: Tensor, statistics: Tensor) -> tuple:
     return grad, grad.stride(0) if grad.dim() == 1 else 0, coefficients.contiguous(), statistics.contiguous()
 
 
-def of_negatives(spec: LossSpec) -> tuple[dict[str, object], float, float]:
+def of_negatives(spec: LossSpec, itemsize: int) -> tuple[dict[str, object], float, float]:
     """SCALE, PARAMETERS and NEGATIVE, a and b. For the softmax family these are the same, whatever the loss."""
     scale = scale_of_row
     if spec.labels:
         scale = scale_of_labels_smoothed if spec.label_smoothing else scale_of_labels
     if spec.family == "softmax":
         return {"SCALE": scale, "PARAMETERS": softmax.of_row, "NEGATIVE": softmax.share}, 0.0, 0.0
-    _, phi_slope, a, b = formulas(spec.loss, spec.params)
-    return {"SCALE": scale, "PARAMETERS": logistic.hyper_parameters_of_row, "NEGATIVE": phi_slope}, a, b
+    _, _, a, b = formulas(spec.loss, spec.params)
+    slope = slope_of_phi(spec.loss, spec.params, itemsize)
+    return {"SCALE": scale, "PARAMETERS": logistic.hyper_parameters_of_row, "NEGATIVE": slope}, a, b

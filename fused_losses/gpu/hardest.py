@@ -19,7 +19,7 @@ from torch import Tensor
 from ..losses import LossSpec
 from . import device, emit, finish, logistic, picks, scatter, select, softmax
 from .device import Device, Kernel, Tile, Walk
-from .formulas import formulas
+from .formulas import formulas, sum_of_phi
 from .gradient import index_positive, multi_hot_positive, of_negatives
 from .labels import label_target, labels_here, labels_view
 from .rows import index_target, multi_hot_target
@@ -27,19 +27,18 @@ from .rows import index_target, multi_hot_target
 _HELD_CLASSES = 2048  # of a row in the registers of one warp
 _FEWEST_CANDIDATES = 64
 
+_ONE_CLASS = {"VIEW": select.index_view, "HIDES": select.index_hides}
 # By what the targets are. One label per row is left out as a class index is.
 _TARGETS = {
-    "index": {"TARGET": index_target, "POSITIVES": picks.index_positives, "VIEW": select.index_view},
-    "multi_hot": {"TARGET": multi_hot_target, "POSITIVES": picks.multi_hot_positives, "VIEW": select.multi_hot_view},
-    "label": {"TARGET": label_target, "POSITIVES": picks.index_positives, "VIEW": select.index_view},
-    "labels": {"TARGET": label_target, "POSITIVES": labels_here, "VIEW": labels_view},
-}
-_HELD = {
-    "index": {"OPEN": picks.hold, "COUNT": select.count_held},
-    "multi_hot": {"OPEN": picks.hold, "COUNT": select.count_held},
-    "label": {"OPEN": picks.hold, "COUNT": select.count_held},
-    "labels": {"OPEN": picks.hold_labels, "COUNT": select.count_held},
-}
+    "index": {"TARGET": index_target, "POSITIVES": picks.index_positives, **_ONE_CLASS},
+    "multi_hot": {
+        "TARGET": multi_hot_target, "POSITIVES": picks.multi_hot_positives, "VIEW": select.multi_hot_view,
+        "HIDES": select.hides,
+    },
+    "label": {"TARGET": label_target, "POSITIVES": picks.index_positives, **_ONE_CLASS},
+    "labels": {"TARGET": label_target, "POSITIVES": labels_here, "VIEW": labels_view, "HIDES": select.hides},
+}  # fmt: skip
+_HELD = {"OPEN": picks.hold, "COUNT": select.count_held}
 _WALKED = {
     "index": {"OPEN": picks.walk_index, "COUNT": select.count_walked},
     "multi_hot": {"OPEN": picks.walk_multi_hot, "COUNT": select.count_walked_multi_hot},
@@ -68,26 +67,32 @@ class Plan:
     """How a forward pass finds the picks of a row."""
 
     tile: Tile  # where elements are read or counted
-    emitted: int  # rows of it where elements are ranked
     held: bool = False  # the row is one tile and stays in registers
     width: int = 0  # logits per block; 0: no blocks, the row is searched as a whole
+    listed: int = 0  # candidates that a thread takes at a time
     parts: int = 1  # programs that share the reading of a row
 
 
-_LONG = Plan(Tile(8, 4), 1)
+_LONG = Plan(Tile(8, 4))
 
 
 def plan(on: Device, num_rows: int, num_classes: int, k: int, itemsize: int, multi_hot: bool) -> Plan:
     if num_classes <= _HELD_CLASSES:
         lanes = Tile(1, 1).lanes(on, itemsize)
-        return Plan(Tile(1, max(1, triton.next_power_of_2(num_classes) // lanes)), 1, held=True)
+        return Plan(Tile(1, max(1, triton.next_power_of_2(num_classes) // lanes)), held=True)
     width = block_width(num_classes, k)
     if multi_hot or width == 0:
         return _LONG
     tiles = num_classes // _LONG.tile.classes(on, itemsize)
     few = 2 * num_rows <= on.multiprocessors
     parts = min(triton.cdiv(2 * on.multiprocessors, num_rows), tiles // 2) if few else 1
-    return replace(_LONG, width=width, parts=max(1, parts))
+    each = triton.next_power_of_2(triton.cdiv(capacity_of(k), _LONG.tile.threads(on)))
+    return replace(_LONG, width=width, listed=min(max(2, each), 16 // itemsize), parts=max(1, parts))
+
+
+def capacity_of(k: int) -> int:
+    """Room for candidates, which are few more than k unless equal logits abound."""
+    return max(2 * k, _FEWEST_CANDIDATES)
 
 
 def block_width(num_classes: int, k: int) -> int:
@@ -127,27 +132,30 @@ class Forward(NamedTuple):
 @functools.lru_cache
 def _forward(spec: LossSpec, kind: str, finished: bool, how: Plan, on: Device, itemsize: int) -> Forward:
     if spec.family == "softmax":
-        term, parameters, a, b, smooth = softmax.share, softmax.below_top, 0.0, 0.0, softmax.below
+        of_tile, parameters, a, b, smooth = softmax.sum_of_shares, softmax.below_top, 0.0, 0.0, softmax.below
     else:
-        term, _, a, b = formulas(spec.loss, spec.params)
-        parameters, smooth = logistic.hyper_parameters, logistic.itself
+        _, _, a, b = formulas(spec.loss, spec.params)
+        of_tile, parameters, smooth = sum_of_phi(spec.loss, spec.params), logistic.hyper_parameters, logistic.itself
     ending = finish.ending(spec, kind == "multi_hot", finished)
     functions = {
-        "EMIT": emit.emit_compact if spec.compact else emit.emit_threshold, "TERM": term,
+        "EMIT": emit.emit_compact if spec.compact else emit.emit_threshold, "SUM": of_tile,
         "SMOOTH": smooth if spec.label_smoothing else None, "PARAMETERS": parameters,
         "SEEN": picks.seen_of_labels if spec.labels else picks.seen_with_positives,
         "LOGIT": _LOGITS[spec.family] if spec.labels else None, **ending.functions, **_TARGETS[kind],
     }  # fmt: skip
     shape = {"ROWS": how.tile.rows, "LANES": how.tile.lanes(on, itemsize)}
-    functions |= {"FAST": on.nvidia, **shape, "GROUPS": how.emitted * how.tile.threads(on)}
+    functions |= {"FAST": on.nvidia, **shape}
     spills = how.held and kind == "multi_hot"  # at 128 registers, in its loops, as some compilers do it
     functions |= device.limited_registers(on.nvidia and not spills)
-    maxima = Kernel(picks.maxima_kernel, how.tile.warps, **shape, WIDTH=how.width)
+    maxima = Kernel(picks.maxima_kernel, how.tile.warps, FAST=on.nvidia, **shape, WIDTH=how.width)
     if how.width == 0:
-        rows = Kernel(picks.row_kernel, how.tile.warps, **functions, **(_HELD if how.held else _WALKED)[kind])
+        summed = 1 if how.held else min(2, how.tile.rows)
+        of_row = _HELD if how.held else _WALKED[kind]
+        rows = Kernel(picks.row_kernel, how.tile.warps, **functions, **of_row, SUMMED=summed)
     else:
         read = picks.maxima_written if how.parts > 1 else picks.write_maxima
-        rows = Kernel(picks.blocks_kernel, how.tile.warps, **functions, READ=read, COUNT=_BLOCKS[kind], WIDTH=how.width)
+        blocks = {"READ": read, "COUNT": _BLOCKS[kind], "WIDTH": how.width, "LISTED": how.listed}
+        rows = Kernel(picks.blocks_kernel, how.tile.warps, **functions, **blocks)
     return Forward(rows, maxima, a, b, ending.p, ending.q)
 
 
@@ -183,14 +191,14 @@ def _scratch(logits: Tensor, how: Plan, tile: int, k: int, most_labels: int) -> 
     """Memory for block maxima and candidates' logits, winning blocks and candidates' classes; how many blocks and
     candidates.
 
-    The search for winners may stop when there are an eighth too many. Candidates are few more than k unless equal
-    logits abound.
+    The search for winners may stop when there are an eighth too many.
     """
     num_rows, num_classes = logits.shape
     vector = 16 // logits.element_size()
+    assert tile // how.width % vector == 0, "the maxima of a tile fill vectors"
     row_maxima = triton.cdiv(num_classes, tile) * (tile // how.width)
     max_blocks = k + most_labels + (k + most_labels) // 8
-    capacity = max(2 * k, _FEWEST_CANDIDATES)
+    capacity = capacity_of(k)
     room = capacity // vector * vector + vector
     scratch = logits.new_empty((num_rows * (row_maxima + room),))
     index = scratch.new_empty((num_rows * (max_blocks + capacity),), dtype=torch.int32)
@@ -201,8 +209,8 @@ def _scratch(logits: Tensor, how: Plan, tile: int, k: int, most_labels: int) -> 
 
 
 @functools.lru_cache
-def _backward(spec: LossSpec, kind: str, walk: Walk) -> tuple[Kernel, float, float]:
-    functions, a, b = of_negatives(spec)
+def _backward(spec: LossSpec, kind: str, walk: Walk, itemsize: int) -> tuple[Kernel, float, float]:
+    functions, a, b = of_negatives(spec, itemsize)
     if spec.compact:
         kernel, of_kind = scatter.scatter_kernel, _SCATTERED[kind]
     else:
@@ -233,7 +241,7 @@ def backward(
         return dlogits
 
     walk = device.walk_of(pick_logit, num_classes)
-    kernel, a, b = _backward(spec, device.kind_of(target, spec), walk)
+    kernel, a, b = _backward(spec, device.kind_of(target, spec), walk, dlogits.element_size())
     labels = *z, num_classes, *device.labels_beside(z, target, spec), a, b
     grid = num_rows, walk.parts
     if spec.compact:

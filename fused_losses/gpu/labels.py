@@ -133,9 +133,13 @@ def walk_around_labels(
 
 
 @triton.jit
-def labels_view(target, row, positions, inside):
+def labels_view(target, row, first, inside, NUMBER: tl.constexpr):
     """A view (see ``select``) of a row without its labels."""
-    return row.head + positions, without_labels(target, row, positions, inside)
+    bits = tl.where(inside, (1 << NUMBER) - 1, 0)
+    for place in range(target.number):
+        lane = column_of_label(target, place) - row.head - first
+        bits = bits & ~tl.where((lane >= 0) & (lane < NUMBER), 1 << (lane & 31), 0)
+    return bits
 
 
 @triton.jit

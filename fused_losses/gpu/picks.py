@@ -11,10 +11,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .emit import Picks, rank_columns, store_columns
+from .emit import Picks
 from .finish import Outputs, end_row
 from .formulas import softplus
-from .labels import column_of_label, hide, with_label_logits
+from .labels import with_label_logits
 from .rows import (
     SIZES,
     Array,
@@ -31,26 +31,42 @@ from .select import (
     Bracket,
     Guess,
     Winners,
-    count_walked,
+    chosen_bits,
+    count_listed,
     cut_at,
-    float_of,
     guess,
-    key_of,
+    list_class,
+    list_hides,
     list_view,
-    load_groups,
     load_winners,
     open_rim,
-    picked,
     plain_view,
+    rank,
     rank_rim,
+    row_class,
     search,
     survey,
     survey_held,
 )
 from .sums import add, fold, sum_of
+from .words import (
+    at_least,
+    bits_of,
+    columns,
+    element_of,
+    equal,
+    float_of,
+    higher,
+    kept,
+    key_of,
+    load_words,
+    masked_key,
+    masks_of,
+    number_of,
+    of_vector,
+)
 
 _INF = tl.constexpr(float("inf"))
-_ALL = tl.constexpr(tl.PropagateNan.ALL)
 _SIZES = (*SIZES, "k", "pick_stride", "max_blocks", "capacity")
 
 
@@ -100,40 +116,41 @@ def seen_of_labels(top, total, s, at_positives, poison, positives):
 
 
 @triton.jit
-def walk_index(row, target, z_y, VIEW: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def walk_index(
+    row, target, z_y, VIEW: tl.constexpr, HIDES: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
     """-> (source of counts, moments) of a row too long for registers. The counts are taken over the whole row, less the
     target's logit: no test per element."""
     rim, positions, inside = open_rim(row)
-    negatives = tl.where(VIEW(target, row, positions, inside)[1], rim, -_INF)
-    return (row, rim, z_y), survey(row, VIEW, target, negatives, ROWS, LANES)
+    negatives = tl.where(VIEW(target, row, positions, inside, 1) != 0, rim, -_INF)
+    return (row, rim, z_y), survey(row, VIEW, HIDES, target, negatives, ROWS, LANES, FAST)
 
 
 @triton.jit
-def walk_multi_hot(row, target, pos, VIEW: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def walk_multi_hot(
+    row, target, pos, VIEW: tl.constexpr, HIDES: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
     rim, positions, inside = open_rim(row)
-    negatives = tl.where(VIEW(target, row, positions, inside)[1], rim, -_INF)
-    return (row, negatives, target), survey(row, VIEW, target, negatives, ROWS, LANES)
+    negatives = tl.where(VIEW(target, row, positions, inside, 1) != 0, rim, -_INF)
+    return (row, negatives, target), survey(row, VIEW, HIDES, target, negatives, ROWS, LANES, FAST)
 
 
 @triton.jit
-def hold(row, target, at_positives, VIEW: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+def hold(
+    row, target, at_positives, VIEW: tl.constexpr, HIDES: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
     """The same of a row held in registers as one tile: every count is free of loads."""
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     rim, positions, inside = open_rim(row)
-    rim = tl.where(VIEW(target, row, positions, inside)[1], rim, -_INF)
-    positions = tile_lanes(ROWS, LANES)
-    x = tl.where(VIEW(target, row, positions, positions < row.body)[1], load_tile(row, 0, ROWS, LANES), -_INF)
-    return (x, rim), survey_held(x, rim)
-
-
-@triton.jit
-def hold_labels(row, target, at_positives, VIEW: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
-    rim, positions, inside = open_rim(row)
-    rim = tl.where(VIEW(target, row, positions, inside)[1], rim, -_INF)
-    x = load_tile(row, 0, ROWS, LANES)
-    for place in range(target.number):
-        x = hide(x, column_of_label(target, place) - row.head, VECTOR)
-    return (x, rim), survey_held(x, rim)
+    rim = tl.where(VIEW(target, row, positions, inside, 1) != 0, rim, -_INF)
+    words, first, inside = load_words(row, 0, ROWS * LANES // VECTOR, VECTOR, FAST)
+    negative = masks_of(VIEW(target, row, first, inside, VECTOR), VECTOR, ELEMENT, FAST)
+    words = kept(words, negative, ELEMENT, FAST)
+    return (words, rim, row), survey_held(words, rim, row.body, LANES // VECTOR, ELEMENT, FAST)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -143,16 +160,17 @@ def row_kernel(
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
     target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     quantile, reach, a, b, p, q,
-    TARGET: tl.constexpr, POSITIVES: tl.constexpr, VIEW: tl.constexpr, OPEN: tl.constexpr, COUNT: tl.constexpr,
-    EMIT: tl.constexpr, TERM: tl.constexpr, SMOOTH: tl.constexpr, PARAMETERS: tl.constexpr, SEEN: tl.constexpr,
-    LOGIT: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr,
-    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    TARGET: tl.constexpr, POSITIVES: tl.constexpr, VIEW: tl.constexpr, HIDES: tl.constexpr, OPEN: tl.constexpr,
+    COUNT: tl.constexpr, EMIT: tl.constexpr, SUM: tl.constexpr, SMOOTH: tl.constexpr, PARAMETERS: tl.constexpr,
+    SEEN: tl.constexpr, LOGIT: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr,
+    SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row."""
+    """One program, one row. SUMMED: rows of a tile whose picks are summed at a time."""
     ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty
     number = tl.program_id(0).to(tl.int64)
     labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
-    target = TARGET(labels, number, num_classes, 128 // ELEMENT.primitive_bitwidth)
+    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
+    target = TARGET(labels, number, num_classes, VECTOR)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     row = only_if(~(target.ignored | target.bad), row)
     at_positives, positives = POSITIVES(row, target, FAST, ROWS, LANES)
@@ -161,14 +179,15 @@ def row_kernel(
     slots = number * pick_stride
     picks = Picks(pick_index_ptr + slots, pick_logit_ptr + slots, k, wanted, row.ptr - row.head)
 
-    source, moments = OPEN(row, target, at_positives, VIEW, ROWS, LANES)
-    lowest = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
-    bracket = Bracket(lowest, key_of(moments.top, ELEMENT) + 1, negatives, wanted * 0)
-    first = guess(moments, negatives, quantile, reach)
-    bracket = search(COUNT, source, bracket, wanted, wanted, first, ELEMENT, ROWS, LANES)
-    cut = cut_at(row, VIEW, target, bracket, wanted, wanted, GROUPS)
+    source, moments = OPEN(row, target, at_positives, VIEW, HIDES, FAST, ROWS, LANES)
+    bracket = Bracket(masked_key(ELEMENT), key_of(moments.top, ELEMENT) + 1, negatives, wanted * 0)
+    first = guess(moments, quantile, reach)
+    bracket = search(COUNT, source, bracket, wanted, wanted, first, ELEMENT, VECTOR, ROWS, LANES, FAST)
     at, beside = PARAMETERS(moments.top, a, b)
-    total, s = EMIT(picks, row, VIEW, target, cut, TERM, SMOOTH, at, beside, FAST, GROUPS)
+    total, s = EMIT(
+        picks, row, VIEW, HIDES, row_class, target, bracket, SUM, SMOOTH, at, beside, FAST, True, VECTOR, SUMMED,
+        LANES,
+    )  # fmt: skip
     seen = SEEN(moments.top, total, s, at_positives, moments.poison, positives)
     outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
     statistics = STATISTICS(*seen)
@@ -204,80 +223,72 @@ def _scratch_of_row(
 
 
 @triton.jit
-def _maximum_of_groups(x):
-    """Maxima of the rows of (GROUPS, VECTOR), NaN if there is one, (GROUPS,): a tree inside each thread's vectors.
-
-    tl.max would lose a NaN, and a reduction with a combine function of our own is one call per element in the
-    interpreter.
-    """
-    GROUPS: tl.constexpr = x.shape[0]
-    VECTOR: tl.constexpr = x.shape[1]
-    if VECTOR == 8:
-        left, right = tl.split(tl.reshape(x, (GROUPS, 4, 2)))
-        x = tl.maximum(left, right, propagate_nan=_ALL)
-    left, right = tl.split(tl.reshape(x, (GROUPS, 2, 2)))
-    left, right = tl.split(tl.maximum(left, right, propagate_nan=_ALL))
-    return tl.maximum(left, right, propagate_nan=_ALL)
-
-
-@triton.jit
-def write_maxima(maxima_ptr, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+def write_maxima(maxima_ptr, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FAST: tl.constexpr):
     """Maxima of this program's part of a row's blocks, NaN where a block has one, -inf behind the last block of the
     last tile."""
-    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     TILE: tl.constexpr = GROUPS * VECTOR
     PIECES: tl.constexpr = WIDTH // VECTOR
     BLOCKS: tl.constexpr = TILE // WIDTH
     first, behind = part_of(row, TILE)
     for tile in range(first, behind):
-        x, _, _ = load_groups(row, tile, GROUPS)
-        maxima = _maximum_of_groups(x)
+        words, _, _ = load_words(row, tile, GROUPS, VECTOR, FAST)
+        maxima = element_of(of_vector(words, higher, ELEMENT, FAST), higher, ELEMENT, FAST)
         if PIECES > 1:
             pieces = tl.reshape(maxima, (BLOCKS, PIECES))
             nans = tl.max((pieces != pieces).to(tl.int32), axis=1)
             maxima = tl.where(nans > 0, float("nan"), tl.max(pieces, axis=1))
-        tl.store(maxima_ptr + tile * BLOCKS + tl.arange(0, BLOCKS), maxima.to(maxima_ptr.dtype.element_ty))
+        place = tl.max_contiguous(tile * BLOCKS + tl.arange(0, BLOCKS), 1)  # stored by the threads that have them
+        tl.store(maxima_ptr + place, maxima.to(maxima_ptr.dtype.element_ty))
 
 
 @triton.jit
-def maxima_written(maxima_ptr, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+def maxima_written(maxima_ptr, row, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FAST: tl.constexpr):
     pass
 
 
 @triton.jit
 def winning_blocks(
-    scratch, num_blocks, poison, k, labels, quantile, reach, LANES: tl.constexpr, GROUPS: tl.constexpr
+    scratch, num_blocks, poison, k, labels, quantile, reach, LANES: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     """At least the blocks of the largest maxima, k and one for every label, equal ones by number. As many as there are
     labels may owe their maximum to one; the others hold a negative each that is as hard as any element outside the
     winners, or equal and in front of it.
 
-    -> (Winners, the smallest of their maxima, NaN if there is a NaN in the row)
+    -> (Winners, the key of the smallest of their maxima, NaN if there is a NaN in the row)
     """
     ELEMENT: tl.constexpr = scratch.maxima_ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     maxima = Array(scratch.maxima_ptr, 0, num_blocks, num_blocks)
-    no_rim = tl.full((2 * (128 // ELEMENT.primitive_bitwidth),), -_INF, tl.float32)
-    moments = survey(maxima, plain_view, (0,), no_rim, 1, LANES)
+    moments = survey(maxima, plain_view, list_hides, (0,), None, 1, LANES, FAST)
     needed = tl.minimum(k + labels, num_blocks)
-    lowest = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
-    bracket = Bracket(lowest, key_of(moments.top, ELEMENT) + 1, num_blocks, needed * 0)
-    source = (maxima, no_rim, tl.full((), float("nan"), tl.float32))
-    first = guess(moments, num_blocks, quantile, reach)
-    bracket = search(count_walked, source, bracket, needed, scratch.max_blocks, first, ELEMENT, 1, LANES)
-    cut = cut_at(maxima, plain_view, (0,), bracket, needed, scratch.max_blocks, GROUPS)
-    winners = Winners(scratch.blocks_ptr, _list_blocks(scratch, maxima, cut, GROUPS))
-    return winners, cut.edge, poison + moments.poison
+    bracket = Bracket(masked_key(ELEMENT), key_of(moments.top, ELEMENT) + 1, num_blocks, needed * 0)
+    first = guess(moments, quantile, reach)
+    bracket = search(
+        count_listed, maxima, bracket, needed, scratch.max_blocks, first, ELEMENT, VECTOR, 1, LANES, FAST
+    )  # fmt: skip
+    cut = cut_at(maxima, plain_view, False, (0,), bracket, needed, scratch.max_blocks, VECTOR, 1, LANES, FAST)
+    winners = Winners(scratch.blocks_ptr, _list_blocks(scratch, maxima, cut, LANES // VECTOR, FAST))
+    return winners, bracket.low, poison + moments.poison
 
 
 @triton.jit
-def _list_blocks(scratch, maxima, cut, GROUPS: tl.constexpr):
+def _list_blocks(scratch, maxima, cut, GROUPS: tl.constexpr, FAST: tl.constexpr):
     """Writes the numbers of the winning blocks in order -> how many"""
-    VECTOR: tl.constexpr = 128 // maxima.ptr.dtype.element_ty.primitive_bitwidth
+    ELEMENT: tl.constexpr = maxima.ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     taken = scratch.max_blocks * 0
     for tile in range(tl.cdiv(maxima.body, GROUPS * VECTOR)):
-        x, blocks, inside = load_groups(maxima, tile, GROUPS)
-        won_columns, ranks, number = rank_columns(inside & picked(x, blocks, cut))
-        store_columns(scratch.blocks_ptr + taken, ranks, won_columns, scratch.max_blocks - taken, blocks)
+        words, first, inside = load_words(maxima, tile, GROUPS, VECTOR, FAST)
+        allowed = plain_view((0,), maxima, first, inside, VECTOR)
+        bits = chosen_bits(words, tile * (GROUPS * VECTOR), first, allowed, cut, ELEMENT, FAST)
+        before, number = rank(number_of(bits, FAST))
+        slot = taken + before
+        for i in tl.static_range(VECTOR):
+            won = (bits >> i) & 1
+            tl.store(scratch.blocks_ptr + slot, first + i, mask=(won != 0) & (slot < scratch.max_blocks))
+            slot += won
         taken += number
     return tl.minimum(taken, scratch.max_blocks)
 
@@ -285,9 +296,10 @@ def _list_blocks(scratch, maxima, cut, GROUPS: tl.constexpr):
 @triton.jit
 def candidates(
     scratch, row, target, at_positives, winners, bound, wanted, VIEW: tl.constexpr, COUNT: tl.constexpr,
-    WIDTH: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Lists the negatives of the winning blocks and the rim that are not below the smallest of the winners' maxima.
+    """Lists the negatives of the winning blocks and the rim that are not below the smallest of the winners' maxima, of
+    which bound is the key.
 
     Where that is more than there is room for, many equal logits or a few blocks that hold them all, the bound is
     searched and they are listed again; where the bound itself is shared by too many, after all that lies above it. One
@@ -298,15 +310,15 @@ def candidates(
     ELEMENT: tl.constexpr = scratch.logit_ptr.dtype.element_ty
     nothing = tl.full((), float("nan"), tl.float32)
     rim, _positions, _inside = open_rim(row)
-    low = key_of(bound, ELEMENT)
-    at_least = float_of(low, ELEMENT)
-    at_most = tl.full((), _INF, tl.float32)
-    top = at_most
+    low = bound
+    first = low
+    behind = key_of(tl.full((), _INF, tl.float32), ELEMENT) + 1
+    top = tl.full((), _INF, tl.float32)
     number = wanted * 0
     turns = number + 3  # to go, of three; the first says how many more there are
     while turns > 0:
         number, highest = _list_candidates(
-            scratch, number, row, target, winners, at_least, at_most, VIEW, WIDTH, GROUPS
+            scratch, number, row, target, winners, first, behind, VIEW, WIDTH, LANES, FAST
         )  # fmt: skip
         tl.debug_barrier()  # the next listing, or the padding, overwrites this one
         if turns == 3:
@@ -316,65 +328,79 @@ def candidates(
                 bracket = search(
                     COUNT, (row, winners, WIDTH, rim, at_positives),
                     Bracket(low, key_of(top, ELEMENT) + 1, number, wanted * 0), wanted, scratch.capacity,
-                    Guess(nothing, nothing), ELEMENT, 1, LANES,
+                    Guess(nothing, nothing), ELEMENT, 128 // ELEMENT.primitive_bitwidth, 1, LANES, FAST,
                 )  # fmt: skip
                 low = bracket.low
                 tied = bracket.count_low > scratch.capacity
                 turns = tl.where(tied, 2, 1)
-                at_least = float_of(tl.where(tied, bracket.high, low), ELEMENT)
+                first = tl.where(tied, bracket.high, low)
                 number = wanted * 0
         else:
             turns -= 1
-            at_least = float_of(low, ELEMENT)
-            at_most = at_least
+            behind = first
+            first = low
     number = tl.minimum(number, scratch.capacity)
     return number, Bracket(low, key_of(top, ELEMENT) + 1, number, wanted * 0), top
 
 
 @triton.jit
 def _list_candidates(
-    scratch, taken, row, target, winners, at_least, at_most, VIEW: tl.constexpr, WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
+    scratch, taken, row, target, winners, low, behind, VIEW: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
-    """Appends the negatives within [at_least, at_most] of the winning blocks and the rim, in order, as far as there is
-    room.
+    """Appends the negatives of the winning blocks and the rim whose keys are at least low and below behind, in order,
+    as far as there is room.
 
     -> (how many the list would hold now, their maximum)
     """
-    element = scratch.logit_ptr.dtype.element_ty
-    PIECES: tl.constexpr = WIDTH // (128 // element.primitive_bitwidth)
+    ELEMENT: tl.constexpr = scratch.logit_ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
+    GROUPS: tl.constexpr = LANES // VECTOR
+    PIECES: tl.constexpr = WIDTH // VECTOR
     capacity = scratch.capacity
     rim, rim_position, rim_inside = open_rim(row)
-    rim_classes, rim_negative = VIEW(target, row, rim_position, rim_inside)
-    rim_kept = rim_negative & (rim >= at_least) & (rim <= at_most)
+    rim_kept = (VIEW(target, row, rim_position, rim_inside, 1) != 0) & (rim >= float_of(low, ELEMENT))
+    rim_kept = rim_kept & ~(rim >= float_of(behind, ELEMENT))
     in_tail = rim_position >= 0
     in_head = tl.sum((rim_kept & ~in_tail).to(tl.int32), axis=0)
     rim_slots = taken + rank_rim(rim_kept)
     taken += in_head
     before_body = taken
+    masked = masked_key(ELEMENT)
     tops = tl.full((GROUPS,), -_INF, tl.float32)
     for tile in range(tl.cdiv(winners.number * PIECES, GROUPS)):
-        x, positions, inside = load_winners(row, winners, tile, WIDTH, GROUPS)
-        classes, negative = VIEW(target, row, positions, inside)
-        kept = negative & (x >= at_least) & (x <= at_most)
-        tops = tl.maximum(tops, tl.max(tl.where(kept, x, -_INF), axis=1))
-        kept_columns, ranks, number = rank_columns(kept)
-        store_columns(scratch.class_ptr + taken, ranks, kept_columns, capacity - taken, classes)
-        store_columns(scratch.logit_ptr + taken, ranks, kept_columns, capacity - taken, x.to(element))
+        words, first, inside = load_winners(row, winners, tile, WIDTH, GROUPS, FAST)
+        above = at_least(words, tl.maximum(low, masked + 1), ELEMENT, FAST)
+        masks = above & ~at_least(words, behind, ELEMENT, FAST)
+        if low == masked:
+            masks |= equal(words, low, above, ELEMENT, FAST)
+        bits = bits_of(masks, ELEMENT, FAST)
+        bits &= VIEW(target, row, first, inside, VECTOR)
+        in_list = kept(words, masks_of(bits, VECTOR, ELEMENT, FAST), ELEMENT, FAST)
+        highest = element_of(of_vector(in_list, higher, ELEMENT, FAST), higher, ELEMENT, FAST)
+        tops = tl.maximum(tops, highest)
+        before, number = rank(number_of(bits, FAST))
+        slot = taken + before
+        logits = columns(words, ELEMENT, FAST)
+        for i in tl.static_range(VECTOR):
+            here = (bits >> i) & 1
+            room = (here != 0) & (slot < capacity)
+            tl.store(scratch.class_ptr + slot, row.head + first + i, mask=room)
+            tl.store(scratch.logit_ptr + slot, logits[i], mask=room)
+            slot += here
         taken += number
 
     rim_slots += tl.where(in_tail, taken - before_body, 0)
-    tl.store(scratch.class_ptr + rim_slots, rim_classes, mask=rim_kept & (rim_slots < capacity))
-    tl.store(scratch.logit_ptr + rim_slots, rim.to(element), mask=rim_kept & (rim_slots < capacity))
+    tl.store(scratch.class_ptr + rim_slots, row.head + rim_position, mask=rim_kept & (rim_slots < capacity))
+    tl.store(scratch.logit_ptr + rim_slots, rim.to(ELEMENT), mask=rim_kept & (rim_slots < capacity))
     taken += tl.sum((rim_kept & in_tail).to(tl.int32), axis=0)
     return taken, tl.maximum(tl.max(tops, axis=0), tl.max(tl.where(rim_kept, rim, -_INF), axis=0))
 
 
 @triton.jit
-def listed(scratch, number):
+def listed(scratch, number, VECTOR: tl.constexpr):
     """The candidates as an array of whole vectors: what is behind the last in its vector is filled."""
     ELEMENT: tl.constexpr = scratch.logit_ptr.dtype.element_ty
-    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     whole = tl.cdiv(number, VECTOR) * VECTOR
     padding = number + tl.arange(0, VECTOR)
     tl.store(scratch.logit_ptr + padding, tl.full((VECTOR,), -_INF, tl.float32).to(ELEMENT), mask=padding < whole)
@@ -389,12 +415,14 @@ def blocks_kernel(
     target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
     scratch_logit_ptr, scratch_index_ptr, max_blocks, capacity,  # see _scratch_of_row
     quantile, reach, a, b, p, q,
-    READ: tl.constexpr, TARGET: tl.constexpr, POSITIVES: tl.constexpr, VIEW: tl.constexpr, COUNT: tl.constexpr,
-    EMIT: tl.constexpr, TERM: tl.constexpr, SMOOTH: tl.constexpr, PARAMETERS: tl.constexpr, SEEN: tl.constexpr,
-    LOGIT: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr, SLOPE: tl.constexpr,
-    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    READ: tl.constexpr, TARGET: tl.constexpr, POSITIVES: tl.constexpr, VIEW: tl.constexpr, HIDES: tl.constexpr,
+    COUNT: tl.constexpr, EMIT: tl.constexpr, SUM: tl.constexpr, SMOOTH: tl.constexpr, PARAMETERS: tl.constexpr,
+    SEEN: tl.constexpr, LOGIT: tl.constexpr, STATISTICS: tl.constexpr, FINISH: tl.constexpr, VALUE: tl.constexpr,
+    SLOPE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
-    """One program, one row. READ writes the maxima of its blocks, unless ``maxima_kernel`` has done so."""
+    """One program, one row. READ writes the maxima of its blocks, unless ``maxima_kernel`` has done so. LISTED:
+    candidates that a thread takes at a time."""
     ELEMENT: tl.constexpr = logits_ptr.dtype.element_ty
     VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     TILE: tl.constexpr = ROWS * LANES
@@ -411,31 +439,33 @@ def blocks_kernel(
     slots = number * pick_stride
     picks = Picks(pick_index_ptr + slots, pick_logit_ptr + slots, k, wanted, row.ptr - row.head)
 
-    READ(scratch.maxima_ptr, row, WIDTH, TILE // VECTOR)
+    READ(scratch.maxima_ptr, row, WIDTH, TILE // VECTOR, FAST)
     tl.debug_barrier()
     num_blocks = tl.cdiv(row.body, TILE) * (TILE // WIDTH)
     rim, _positions, _inside = open_rim(row)
     poison = tl.where(tl.sum((rim != rim).to(tl.int32), axis=0) > 0, float("nan"), 0.0)
     labels_at_most = 1 if num_labels is None else num_labels
     winners, bound, poison = winning_blocks(
-        scratch, num_blocks, poison, k, labels_at_most, quantile, reach, LANES, GROUPS
+        scratch, num_blocks, poison, k, labels_at_most, quantile, reach, LANES, FAST
     )  # fmt: skip
     tl.debug_barrier()
     found, bracket, top = candidates(
-        scratch, row, target, at_positives, winners, bound, wanted, VIEW, COUNT, WIDTH, LANES, GROUPS
+        scratch, row, target, at_positives, winners, bound, wanted, VIEW, COUNT, WIDTH, LANES, FAST
     )  # fmt: skip
-    array = listed(scratch, found)
+    array = listed(scratch, found, LISTED)
     tl.debug_barrier()
 
-    no_rim = tl.full((2 * VECTOR,), -_INF, tl.float32)
     nothing = tl.full((), float("nan"), tl.float32)
     info = (scratch.class_ptr, found)
+    TAKEN: tl.constexpr = LANES // VECTOR * LISTED
     bracket = search(
-        count_walked, (array, no_rim, nothing), bracket, wanted, wanted, Guess(nothing, nothing), ELEMENT, 1, LANES
-    )
-    cut = cut_at(array, list_view, info, bracket, wanted, wanted, GROUPS)
+        count_listed, array, bracket, wanted, wanted, Guess(nothing, nothing), ELEMENT, LISTED, 1, TAKEN, FAST
+    )  # fmt: skip
     at, beside = PARAMETERS(top, a, b)
-    total, s = EMIT(picks, array, list_view, info, cut, TERM, SMOOTH, at, beside, FAST, GROUPS)
+    total, s = EMIT(
+        picks, array, list_view, list_hides, list_class, info, bracket, SUM, SMOOTH, at, beside, FAST, False, LISTED, 1,
+        TAKEN,
+    )  # fmt: skip
     seen = SEEN(top, total, s, at_positives, poison, positives)
     outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
     statistics = STATISTICS(*seen)
@@ -448,7 +478,7 @@ def blocks_kernel(
 def maxima_kernel(
     logits_ptr, phase, row_stride, num_classes,  # (rows, classes)
     scratch_logit_ptr, scratch_index_ptr, max_blocks, capacity,
-    ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program, one part of a row: for rows too few to fill the device."""
     VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
@@ -457,4 +487,4 @@ def maxima_kernel(
         scratch_logit_ptr, scratch_index_ptr, number, num_classes, max_blocks, capacity, ROWS * LANES, WIDTH
     )
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
-    write_maxima(scratch.maxima_ptr, row, WIDTH, ROWS * LANES // VECTOR)
+    write_maxima(scratch.maxima_ptr, row, WIDTH, ROWS * LANES // VECTOR, FAST)

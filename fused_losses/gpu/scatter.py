@@ -4,6 +4,8 @@
 ``threshold_kernel`` walks the logits again and asks of each whether it is a pick.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -22,7 +24,6 @@ from .rows import (
     store_tile,
     tile_lanes,
 )
-from .select import Cut, picked
 
 _SIZES = (*SIZES, "k")
 
@@ -98,15 +99,28 @@ def scatter_kernel(
 # --- the threshold form -----------------------------------------------------------------------------------------------
 
 
+class Edge(NamedTuple):
+    """The last of a row's picks."""
+
+    value: tl.tensor
+    last: tl.tensor  # its position
+
+
+@triton.jit
+def picked(x, positions, edge):
+    """Whether elements are picks: of those equal to the edge, the first ones."""
+    return (x > edge.value) | ((x == edge.value) & (positions <= edge.last))
+
+
 @triton.jit
 def _gradient(
-    z, row, target, positions, inside, scale, cut, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr
+    z, row, target, positions, inside, scale, edge, POSITIVE: tl.constexpr, NEGATIVE: tl.constexpr, FAST: tl.constexpr
 ):  # fmt: skip
     if POSITIVE is None:
-        values = tl.where(picked(z, positions, cut), of_negative(z, scale, NEGATIVE, FAST), 0.0)
+        values = tl.where(picked(z, positions, edge), of_negative(z, scale, NEGATIVE, FAST), 0.0)
     else:
         positive, gradient = POSITIVE(z, row, target, positions, inside, scale, FAST)
-        of_pick = tl.where(picked(z, positions, cut), of_negative(z, scale, NEGATIVE, FAST), 0.0)
+        of_pick = tl.where(picked(z, positions, edge), of_negative(z, scale, NEGATIVE, FAST), 0.0)
         values = tl.where(positive, gradient, of_pick)
     return values
 
@@ -133,8 +147,8 @@ def threshold_kernel(
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     drow = same_classes(open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes), row)
     last_class = tl.load(pick_index_ptr + number)
-    edge = tl.load(pick_logit_ptr + number).to(tl.float32)
-    cut = Cut(tl.where(last_class < 0, float("nan"), edge), last_class - row.head)  # nothing lies above NaN
+    value = tl.load(pick_logit_ptr + number).to(tl.float32)
+    edge = Edge(tl.where(last_class < 0, float("nan"), value), last_class - row.head)  # nothing lies above NaN
     value, filled = fill_of_row(target, scale)
     if filled:
         fill(drow, value, ROWS, LANES)
@@ -144,12 +158,12 @@ def threshold_kernel(
             positions = tile * TILE + tile_lanes(ROWS, LANES)
             z = load_tile(row, tile, ROWS, LANES)
             values = _gradient(
-                z, row, target, positions, positions < row.body, scale, cut, POSITIVE, NEGATIVE, FAST
+                z, row, target, positions, positions < row.body, scale, edge, POSITIVE, NEGATIVE, FAST
             )  # fmt: skip
             store_tile(drow, tile, values, ROWS, LANES)
         rim, inside = rim_positions(row)
         z = tl.load(row.ptr + rim, mask=inside, other=0.0).to(tl.float32)
-        values = _gradient(z, row, target, rim, inside, scale, cut, POSITIVE, NEGATIVE, FAST)
+        values = _gradient(z, row, target, rim, inside, scale, edge, POSITIVE, NEGATIVE, FAST)
         store_rim(drow, rim, values, inside)
         if num_labels is not None:
             write_labels(drow, target, scale, TILE)

@@ -7,7 +7,9 @@ floats, by counting elements >= a key. NaN compares false everywhere: it is neve
 What is searched and picked from is an ``Array``, a row or a list in scratch memory. A *view* says what stands at a
 position:
 
-    VIEW(info, array, positions, inside) -> (classes, whether the element can be picked)
+    VIEW(info, array, first, inside, NUMBER) -> bits of which of the NUMBER elements from each position on can be picked
+    HIDES(info, array, first, behind) -> whether anything from a position up to another cannot
+    CLASS(info, array, positions, inside) -> classes
 """
 
 from typing import NamedTuple
@@ -15,11 +17,30 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .formulas import log2
 from .labels import labels_above
-from .rows import is_positive, load_tile, rim_positions, tile_lanes
+from .rows import is_positive, rim_positions
+from .words import (
+    at_least,
+    bits_of,
+    count,
+    element_of,
+    equal,
+    float_of,
+    floats,
+    higher,
+    kept,
+    key_of,
+    load_words,
+    masked_key,
+    masks_of,
+    no_words,
+    number_of,
+    of_thread,
+    words_of,
+)
 
 _INF = tl.constexpr(float("inf"))
-_ALL = tl.constexpr(tl.PropagateNan.ALL)
 _LAST = tl.constexpr(2**31 - 1)  # behind every position
 
 
@@ -40,8 +61,10 @@ class Guess(NamedTuple):
 class Cut(NamedTuple):
     """The edge of a set of picks."""
 
-    edge: tl.tensor
-    last: tl.tensor  # the position up to which elements equal to it belong to the set
+    above: tl.tensor  # every element of at least this key, above that of -inf, belongs to the set,
+    tie: tl.tensor  # and those with this key
+    last: tl.tensor  # up to this position
+    ties: tl.tensor  # so many, of more; 0: none, or all that there are
 
 
 class Winners(NamedTuple):
@@ -52,50 +75,29 @@ class Winners(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of what can be picked: maximum, NaN if there is a NaN else 0, sum, sum of squares; sums leave out -inf."""
+    """Of what can be picked: maximum, +inf if there is a NaN; NaN if there is a NaN else 0. Of a part of it: number,
+    sum, sum of squares, less what is -inf."""
 
     top: tl.tensor
     poison: tl.tensor
+    number: tl.tensor
     total: tl.tensor
     squares: tl.tensor
 
 
 @triton.jit
-def picked(x, positions, cut):
-    """Whether elements belong to a set: of those equal to the edge, the first ones."""
-    return (x > cut.edge) | ((x == cut.edge) & (positions <= cut.last))
+def picked(x, positions, cut, ELEMENT: tl.constexpr):
+    """Whether elements belong to a set."""
+    return (x >= float_of(cut.above, ELEMENT)) | ((x == float_of(cut.tie, ELEMENT)) & (positions <= cut.last))
 
 
-# --- ordered keys -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def key_of(x, ELEMENT: tl.constexpr):
-    """Integer (int32) of a float rounded to ELEMENT, in the order of the floats, the same for -0 and +0."""
-    if ELEMENT.primitive_bitwidth == 16:
-        bits = x.to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32)
-        key = bits ^ ((bits >> 31) & 0x7FFF)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(key == -1, 0, key)
-
-
-@triton.jit
-def float_of(key, ELEMENT: tl.constexpr):
-    """Inverse of key_of, in fp32."""
-    bits = key ^ ((key >> 31) & (0x7FFF if ELEMENT.primitive_bitwidth == 16 else 0x7FFFFFFF))
-    if tl.bfloat16 == ELEMENT:  # by hand: Triton's interpreter turns its subnormals to 0
-        return (bits << 16).to(tl.float32, bitcast=True)
-    if tl.float16 == ELEMENT:
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return bits.to(tl.float32, bitcast=True)
+# --- search -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def search(
-    COUNT: tl.constexpr, source, bracket, wanted, enough, guess, ELEMENT: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    COUNT: tl.constexpr, source, bracket, wanted, enough, guess, ELEMENT: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Narrows a bracket with count(low) >= wanted > count(high) until count(low) <= enough or low and high are
     neighbours.
@@ -108,9 +110,9 @@ def search(
     """
     low, high, count_low, count_high = bracket.low, bracket.high, bracket.count_low, bracket.count_high
     first = guess.first
-    masked = key_of(tl.full((), -_INF, tl.float32), ELEMENT)
-    aim = tl.log2((wanted + enough).to(tl.float32) * 0.5)
-    log_low = tl.log2(count_low.to(tl.float32))
+    masked = masked_key(ELEMENT)
+    aim = log2((wanted + enough).to(tl.float32) * 0.5, FAST)
+    log_low = log2(count_low.to(tl.float32), FAST)
     log_high = tl.full((), -1.0, tl.float32)  # as if half an element
     stalled = wanted * 0
     while (count_low > enough) & (low + 1 < high):  # the difference of two fp32 keys need not fit 32 bits
@@ -128,17 +130,17 @@ def search(
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
         first = tl.full((), float("nan"), tl.float32)
 
-        count = COUNT(source, float_of(middle, ELEMENT), ROWS, LANES)
-        log_count = tl.log2(tl.maximum(count.to(tl.float32), 0.5))
-        many = count >= wanted
+        number = COUNT(source, middle, VECTOR, ROWS, LANES, FAST)
+        log_number = log2(tl.maximum(number.to(tl.float32), 0.5), FAST)
+        many = number >= wanted
         halved = many == (middle >= centre)
         stalled = tl.where(bisect | halved, 0, stalled + 1)
         low = tl.where(many, middle, low)
-        count_low = tl.where(many, count, count_low)
-        log_low = tl.where(many, log_count, log_low)
+        count_low = tl.where(many, number, count_low)
+        log_low = tl.where(many, log_number, log_low)
         high = tl.where(many, high, middle)
-        count_high = tl.where(many, count_high, count)
-        log_high = tl.where(many, log_high, log_count)
+        count_high = tl.where(many, count_high, number)
+        log_high = tl.where(many, log_high, log_number)
     return Bracket(low, high, count_low, count_high)
 
 
@@ -146,99 +148,159 @@ def search(
 
 
 @triton.jit
-def count_walked(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of an array in memory, less one excluded value; source is (array, rim, excluded)."""
-    array, rim, excluded = source
-    return _count_walked(array, rim, t, ROWS, LANES) - (excluded >= t).to(tl.int32)
+def count_walked(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    """Elements of at least a key, above that of -inf, of an array in memory, less one excluded value; source is (array,
+    rim, excluded)."""
+    row, rim, excluded = source
+    t = float_of(key, row.ptr.dtype.element_ty)
+    number = _count_walked(row, key, VECTOR, ROWS, LANES, FAST)
+    return number + tl.sum((rim >= t).to(tl.int32), axis=0) - (excluded >= t).to(tl.int32)
 
 
 @triton.jit
-def count_walked_labels(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
+def count_walked_labels(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
     """The same, less the labels of a row; source is (row, rim, target)."""
     row, rim, target = source
-    return _count_walked(row, rim, t, ROWS, LANES) - labels_above(target, row, t)
+    t = float_of(key, row.ptr.dtype.element_ty)
+    number = _count_walked(row, key, VECTOR, ROWS, LANES, FAST)
+    return number + tl.sum((rim >= t).to(tl.int32), axis=0) - labels_above(target, row, t)
 
 
 @triton.jit
-def _count_walked(array, rim, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    counts = tl.zeros((LANES,), tl.int32)
-    for tile in range(tl.cdiv(array.body, ROWS * LANES)):
-        counts += tl.sum((load_tile(array, tile, ROWS, LANES) >= t).to(tl.int32), axis=0)
-    return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
-
-
-@triton.jit
-def count_walked_multi_hot(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of a row in memory that are not positives; source is (row, rim, target)."""
+def count_walked_multi_hot(
+    source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    """The same, less the positives of a row; source is (row, rim without positives, target)."""
     row, rim, target = source
-    counts = tl.zeros((LANES,), tl.int32)
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
+    counts = tl.zeros((LANES // VECTOR,), tl.int32)
     for tile in range(tl.cdiv(row.body, ROWS * LANES)):
-        positions = tile * (ROWS * LANES) + tile_lanes(ROWS, LANES)
-        above = load_tile(row, tile, ROWS, LANES) >= t
-        counts += tl.sum((above & ~is_positive(target, positions, positions < row.body)).to(tl.int32), axis=0)
-    return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
+        words, first, inside = load_words(row, tile, ROWS * LANES // VECTOR, VECTOR, FAST)
+        negative = masks_of(multi_hot_view(target, row, first, inside, VECTOR), VECTOR, ELEMENT, FAST)
+        counts += count(at_least(words, key, ELEMENT, FAST) & negative, LANES // VECTOR, ELEMENT, FAST)
+    return tl.sum(counts, axis=0) + tl.sum((rim >= float_of(key, ELEMENT)).to(tl.int32), axis=0)
 
 
 @triton.jit
-def count_winners(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of the winning blocks of a row and of its rim, less one excluded value.
+def count_listed(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    """The same of a list in memory that is padded with -inf; source is the array."""
+    return _count_walked(source, key, VECTOR, ROWS, LANES, FAST)
+
+
+@triton.jit
+def _count_walked(array, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
+    counts = tl.zeros((LANES // VECTOR,), tl.int32)
+    for tile in range(tl.cdiv(array.body, ROWS * LANES)):
+        words, _, _ = load_words(array, tile, ROWS * LANES // VECTOR, VECTOR, FAST)
+        counts += count(at_least(words, key, ELEMENT, FAST), LANES // VECTOR, ELEMENT, FAST)
+    return tl.sum(counts, axis=0)
+
+
+@triton.jit
+def count_winners(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    """The same of the winning blocks of a row and of its rim, less one excluded value.
 
     source is (row, winners, elements per block (constexpr), rim, excluded).
     """
     row, winners, WIDTH, rim, excluded = source
-    return _count_winners(row, winners, WIDTH, rim, t, LANES) - (excluded >= t).to(tl.int32)
+    t = float_of(key, row.ptr.dtype.element_ty)
+    return _count_winners(row, winners, WIDTH, rim, key, t, VECTOR, LANES, FAST) - (excluded >= t).to(tl.int32)
 
 
 @triton.jit
-def count_winners_labels(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
+def count_winners_labels(
+    source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
     """The same, less the labels of the row; source is (row, winners, elements per block, rim, target)."""
     row, winners, WIDTH, rim, target = source
-    return _count_winners(row, winners, WIDTH, rim, t, LANES) - labels_above(target, row, t)
+    t = float_of(key, row.ptr.dtype.element_ty)
+    return _count_winners(row, winners, WIDTH, rim, key, t, VECTOR, LANES, FAST) - labels_above(target, row, t)
 
 
 @triton.jit
-def _count_winners(row, winners, WIDTH: tl.constexpr, rim, t, LANES: tl.constexpr):
-    VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
+def _count_winners(
+    row, winners, WIDTH: tl.constexpr, rim, key, t, VECTOR: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr
+):  # fmt: skip
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
     GROUPS: tl.constexpr = LANES // VECTOR
     counts = tl.zeros((GROUPS,), tl.int32)
     for tile in range(tl.cdiv(winners.number * (WIDTH // VECTOR), GROUPS)):
-        x, _, _ = load_winners(row, winners, tile, WIDTH, GROUPS)
-        counts += tl.sum((x >= t).to(tl.int32), axis=1)
+        words, _, _ = load_winners(row, winners, tile, WIDTH, GROUPS, FAST)
+        counts += count(at_least(words, key, ELEMENT, FAST), GROUPS, ELEMENT, FAST)
     return tl.sum(counts, axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
 
 
 @triton.jit
-def count_held(source, t, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Elements >= t, t > -inf, of a row in registers; source is (x (ROWS, LANES), rim)."""
-    x, rim = source
-    return tl.sum(tl.sum((x >= t).to(tl.int32), axis=0), axis=0) + tl.sum((rim >= t).to(tl.int32), axis=0)
+def count_held(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr):
+    """The same of a row in registers; source is (words, rim, the row)."""
+    words, rim, row = source
+    ELEMENT: tl.constexpr = row.ptr.dtype.element_ty
+    counts = count(at_least(words, key, ELEMENT, FAST), words.shape[0] // ROWS, ELEMENT, FAST)
+    return tl.sum(counts, axis=0) + tl.sum((rim >= float_of(key, ELEMENT)).to(tl.int32), axis=0)
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def index_view(target, row, positions, inside):
+def _all_bits(inside, NUMBER: tl.constexpr):
+    return tl.where(inside, (1 << NUMBER) - 1, 0)
+
+
+@triton.jit
+def index_view(target, row, first, inside, NUMBER: tl.constexpr):
     """A row whose positive is one class, or not there."""
-    return row.head + positions, inside & (row.head + positions != target.column)
+    place = target.column - row.head - first
+    hidden = tl.where((place >= 0) & (place < NUMBER), 1 << (place & 31), 0)
+    return _all_bits(inside, NUMBER) & ~hidden
 
 
 @triton.jit
-def multi_hot_view(target, row, positions, inside):
-    return row.head + positions, inside & ~is_positive(target, positions, inside)
+def index_hides(target, row, first, behind):
+    position = target.column - row.head
+    return (target.column >= 0) & (position >= first) & (position < behind)
 
 
 @triton.jit
-def plain_view(info, array, positions, inside):
+def multi_hot_view(target, row, first, inside, NUMBER: tl.constexpr):
+    lane = tl.arange(0, NUMBER)[None, :]
+    positive = is_positive(target, first[:, None] + lane, inside[:, None] & (lane >= 0))
+    return _all_bits(inside, NUMBER) & tl.sum(tl.where(positive, 0, 1 << lane), axis=1)
+
+
+@triton.jit
+def hides(target, row, first, behind):
+    return True
+
+
+@triton.jit
+def row_class(target, row, positions, inside):
+    return row.head + positions
+
+
+@triton.jit
+def plain_view(info, array, first, inside, NUMBER: tl.constexpr):
     """An array whose elements have no class."""
-    return positions, inside
+    return _all_bits(inside, NUMBER)
 
 
 @triton.jit
-def list_view(info, array, positions, inside):
+def list_view(info, array, first, inside, NUMBER: tl.constexpr):
     """A list of elements in scratch memory; info is (address of the class of element 0, number of elements)."""
-    listed = inside & (positions < info[1])
-    return tl.load(info[0] + positions, mask=listed, other=-1), listed
+    listed = tl.minimum(tl.maximum(info[1] - first, 0), NUMBER)
+    return tl.where(inside, (1 << listed) - 1, 0)
+
+
+@triton.jit
+def list_hides(info, array, first, behind):
+    """What is behind the last is -inf."""
+    return False
+
+
+@triton.jit
+def list_class(info, array, positions, inside):
+    return tl.load(info[0] + positions, mask=inside, other=-1)
 
 
 @triton.jit
@@ -249,36 +311,33 @@ def open_rim(array):
 
 
 @triton.jit
-def load_groups(array, tile, GROUPS: tl.constexpr):
-    """-> (elements in fp32, -inf behind the body; positions, in order; inside) of a tile of vectors, (GROUPS,
-    VECTOR)"""
-    VECTOR: tl.constexpr = 128 // array.ptr.dtype.element_ty.primitive_bitwidth
-    lanes = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    offset = tile * (GROUPS * VECTOR)
-    inside = lanes < array.body - offset
-    x = tl.load(array.ptr + offset + lanes, mask=inside, other=-_INF).to(tl.float32)
-    return x, offset + lanes, inside
-
-
-@triton.jit
-def load_winners(row, winners, tile, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """The same for the winning blocks of WIDTH elements, in the order of their list, -inf behind the last."""
+def load_winners(row, winners, tile, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FAST: tl.constexpr):
+    """``load_words`` for the winning blocks of WIDTH elements, in the order of their list, -inf behind the last."""
     VECTOR: tl.constexpr = 128 // row.ptr.dtype.element_ty.primitive_bitwidth
     PIECES: tl.constexpr = WIDTH // VECTOR
     group = tile * GROUPS + tl.arange(0, GROUPS)
-    block = tl.load(winners.ptr + group // PIECES, mask=group < winners.number * PIECES, other=0)
-    positions = (block * WIDTH + group % PIECES * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-    inside = (group < winners.number * PIECES)[:, None] & (positions < row.body)
-    return tl.load(row.ptr + positions, mask=inside, other=-_INF).to(tl.float32), positions, inside
+    inside = group < winners.number * PIECES
+    block = tl.load(winners.ptr + group // PIECES, mask=inside, other=0)
+    first = block * WIDTH + group % PIECES * VECTOR
+    inside = inside & (first < row.body)
+    return words_of(row.ptr + first, inside, VECTOR, FAST), first, inside
 
 
 @triton.jit
-def rank(chosen):
-    """-> (number of chosen elements before each, in row-major order, (GROUPS, VECTOR); number of all)"""
-    ones = chosen.to(tl.int32)
-    in_group = tl.sum(ones, axis=1)
-    before = tl.cumsum(in_group, axis=0) - in_group
-    return before[:, None] + tl.cumsum(ones, axis=1) - ones, tl.sum(in_group, axis=0)
+def chosen_bits(words, start, first, allowed, cut, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """Bits of the elements that belong to a set, of those allowed. start: the position of the first vector."""
+    above = at_least(words, cut.above, ELEMENT, FAST)
+    bits = bits_of(above, ELEMENT, FAST)
+    if start <= cut.last:
+        up_to = tl.minimum(tl.maximum(cut.last - first, -1), 30) + 1
+        bits |= bits_of(equal(words, cut.tie, above, ELEMENT, FAST), ELEMENT, FAST) & ((1 << up_to) - 1)
+    return bits & allowed
+
+
+@triton.jit
+def rank(number):
+    """-> (the sum of the numbers before each; of all)"""
+    return tl.cumsum(number, axis=0) - number, tl.sum(number, axis=0)
 
 
 @triton.jit
@@ -288,81 +347,168 @@ def rank_rim(chosen):
     return tl.cumsum(ones, axis=0) - ones
 
 
-@triton.jit
-def nth_tie(array, VIEW: tl.constexpr, info, tie, nth, GROUPS: tl.constexpr):
-    """Position of element number nth, from 0, of those that equal ``tie`` and can be picked."""
-    rim, rim_position, rim_inside = open_rim(array)
-    rim_tied = (rim == tie) & VIEW(info, array, rim_position, rim_inside)[1]
-    in_head = tl.sum((rim_tied & (rim_position < 0)).to(tl.int32), axis=0)
+class Ties(NamedTuple):
+    """What a walk has seen of the elements that equal a value: their number, and the tile that the nth is in, or the
+    last one, with their number before that."""
 
-    seen = in_head
-    last_tile = nth * 0
-    before_last = in_head
-    for tile in range(tl.cdiv(array.body, GROUPS * (rim.shape[0] // 2))):
-        x, positions, inside = load_groups(array, tile, GROUPS)
-        tied = (x == tie) & VIEW(info, array, positions, inside)[1]
-        last_tile = tl.where(seen <= nth, tile, last_tile)
-        before_last = tl.where(seen <= nth, seen, before_last)
-        seen += tl.sum(tl.sum(tied.to(tl.int32), axis=1), axis=0)
-
-    x, positions, inside = load_groups(array, last_tile, GROUPS)
-    tied = (x == tie) & VIEW(info, array, positions, inside)[1]
-    ranks, _ = rank(tied)
-    in_body = tl.sum(tl.sum(tl.where(tied & (ranks == nth - before_last), positions, 0), axis=1), axis=0)
-    rim_nth = tl.where(nth < in_head, nth, nth - (seen - in_head))
-    in_rim = tl.sum(tl.where(rim_tied & (rank_rim(rim_tied) == rim_nth), rim_position, 0), axis=0)
-    return tl.where((nth < in_head) | (nth >= seen), in_rim, in_body)
+    seen: tl.tensor
+    tile: tl.tensor
+    before: tl.tensor
 
 
 @triton.jit
-def cut_at(array, VIEW: tl.constexpr, info, bracket, wanted, enough, GROUPS: tl.constexpr):
-    """The Cut from what ``search`` returned: ``enough`` elements at most, the first ``wanted`` if that needs ties."""
-    edge = float_of(bracket.low, array.ptr.dtype.element_ty)
-    last = wanted * 0 + _LAST
-    if bracket.count_low > enough:
-        last = nth_tie(array, VIEW, info, edge, wanted - bracket.count_high - 1, GROUPS)
-    return Cut(edge, last)
+def no_ties(in_head):
+    """in_head: those in front of the first tile."""
+    return Ties(in_head, in_head * 0, in_head)
 
 
 @triton.jit
-def survey(array, VIEW: tl.constexpr, info, rim, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The Moments of an array in memory."""
-    highest = tl.full((ROWS, LANES), -_INF, tl.float32)
-    sums = tl.zeros((LANES,), tl.float32)
-    squares = tl.zeros((LANES,), tl.float32)
-    for tile in range(tl.cdiv(array.body, ROWS * LANES)):
-        x = load_tile(array, tile, ROWS, LANES)
-        positions = tile * (ROWS * LANES) + tile_lanes(ROWS, LANES)
-        x = tl.where(VIEW(info, array, positions, positions < array.body)[1], x, -_INF)
-        highest = tl.maximum(highest, x, propagate_nan=_ALL)
-        finite = tl.where(x > -_INF, x, 0.0)
-        sums += tl.sum(finite, axis=0)
-        squares += tl.sum(finite * finite, axis=0)
-    return _moments(highest, rim, sums, squares)
+def see_ties(ties, tile, number, nth):
+    ahead = ties.seen <= nth
+    tile = tl.where(ahead, tile, ties.tile)
+    return Ties(ties.seen + number, tile, tl.where(ahead, ties.seen, ties.before))
 
 
 @triton.jit
-def survey_held(x, rim):
-    """The same of a row in registers, (ROWS, LANES)."""
-    finite = tl.where(x > -_INF, x, 0.0)
-    return _moments(x, rim, tl.sum(finite, axis=0), tl.sum(finite * finite, axis=0))
+def rim_ties(array, VIEW: tl.constexpr, info, value):
+    """-> (which lanes of the rim equal a value and can be picked; their positions; their number in front)"""
+    rim, position, inside = open_rim(array)
+    tied = (rim == value) & (VIEW(info, array, position, inside, 1) != 0)
+    return tied, position, tl.sum((tied & (position < 0)).to(tl.int32), axis=0)
 
 
 @triton.jit
-def _moments(highest, rim, sums, squares):
-    nans = tl.sum(tl.sum((highest != highest).to(tl.int32), axis=0), axis=0) + tl.sum((rim != rim).to(tl.int32), axis=0)
-    top = tl.max(tl.max(tl.where(highest == highest, highest, -_INF), axis=0), axis=0)
-    top = tl.maximum(top, tl.max(tl.where(rim == rim, rim, -_INF), axis=0))
-    finite = tl.where(rim > -_INF, rim, 0.0)
-    total = tl.sum(sums, axis=0) + tl.sum(finite, axis=0)
-    total_of_squares = tl.sum(squares, axis=0) + tl.sum(finite * finite, axis=0)
-    return Moments(top, tl.where(nans > 0, float("nan"), 0.0), total, total_of_squares)
+def tie_bits(
+    array, VIEW: tl.constexpr, info, cut, tile, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Bits of the elements of a tile that equal the edge and can be picked."""
+    ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
+    words, first, inside = load_words(array, tile, ROWS * LANES // VECTOR, VECTOR, FAST)
+    above = at_least(words, cut.above, ELEMENT, FAST)
+    bits = bits_of(equal(words, cut.tie, above, ELEMENT, FAST), ELEMENT, FAST)
+    return bits & VIEW(info, array, first, inside, VECTOR)
 
 
 @triton.jit
-def guess(moments, number, quantile, reach):
+def place_of_tie(
+    array, VIEW: tl.constexpr, RIM: tl.constexpr, info, cut, ties, nth, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Position of element number nth, from 0, of those that equal the edge."""
+    bits = tie_bits(array, VIEW, info, cut, ties.tile, VECTOR, ROWS, LANES, FAST)
+    number = number_of(bits, FAST)
+    before = nth - ties.before - (tl.cumsum(number, axis=0) - number)
+    here = (before >= 0) & (before < number)
+    # Of one vector its number, which of its elements are ties, and how many of these come before.
+    found = tl.sum(tl.where(here, tl.arange(0, ROWS * LANES // VECTOR) << 11 | bits << 3 | before, 0), axis=0)
+    left = (found >> 3) & 0xFF
+    for _ in range(found & 7):
+        left &= left - 1
+    in_vector = number_of(((left & -left) - 1) & 0xFF, FAST)
+    position = ties.tile * (ROWS * LANES) + (found >> 11) * VECTOR + in_vector
+    if RIM:
+        rim_tied, rim_position, in_head = rim_ties(array, VIEW, info, float_of(cut.tie, array.ptr.dtype.element_ty))
+        rim_nth = tl.where(nth < in_head, nth, nth - (ties.seen - in_head))
+        in_rim = tl.sum(tl.where(rim_tied & (rank_rim(rim_tied) == rim_nth), rim_position, 0), axis=0)
+        position = tl.where((nth < in_head) | (nth >= ties.seen), in_rim, position)
+    return position
+
+
+@triton.jit
+def edge_of(bracket, wanted, enough, ELEMENT: tl.constexpr):
+    """The Cut from what ``search`` returned, ``enough`` elements at most, the first ``wanted`` if that needs ties; of
+    these the last is not yet known."""
+    masked = masked_key(ELEMENT)
+    cut = bracket.count_low > enough
+    above = tl.where(cut, bracket.high, tl.maximum(bracket.low, masked + 1))
+    last = tl.where((bracket.low == masked) & ~cut, _LAST, -_LAST)
+    return Cut(above, bracket.low, last, tl.where(cut, wanted - bracket.count_high, 0))
+
+
+@triton.jit
+def cut_at(
+    array, VIEW: tl.constexpr, RIM: tl.constexpr, info, bracket, wanted, enough, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The same, with the last tie."""
+    cut = edge_of(bracket, wanted, enough, array.ptr.dtype.element_ty)
+    last = cut.last
+    if cut.ties > 0:
+        in_head = cut.ties * 0
+        if RIM:
+            _tied, _position, in_head = rim_ties(array, VIEW, info, float_of(cut.tie, array.ptr.dtype.element_ty))
+        ties = no_ties(in_head)
+        for tile in range(tl.cdiv(array.body, ROWS * LANES)):
+            number = number_of(tie_bits(array, VIEW, info, cut, tile, VECTOR, ROWS, LANES, FAST), FAST)
+            ties = see_ties(ties, tile, tl.sum(number, axis=0), cut.ties - 1)
+        last = place_of_tie(array, VIEW, RIM, info, cut, ties, cut.ties - 1, VECTOR, ROWS, LANES, FAST)
+    return Cut(cut.above, cut.tie, last, cut.ties)
+
+
+@triton.jit
+def survey(
+    array, VIEW: tl.constexpr, HIDES: tl.constexpr, info, rim, ROWS: tl.constexpr, LANES: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """The Moments of an array in memory; rim: what can be picked of it, or None."""
+    ELEMENT: tl.constexpr = array.ptr.dtype.element_ty
+    VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
+    TILE: tl.constexpr = ROWS * LANES
+    highest = no_words(LANES // VECTOR, ELEMENT, FAST)
+    sums = tl.zeros((TILE // VECTOR,), tl.float32)
+    squares = sums
+    for tile in range(tl.cdiv(array.body, TILE)):
+        words, first, inside = load_words(array, tile, TILE // VECTOR, VECTOR, FAST)
+        if HIDES(info, array, tile * TILE, tile * TILE + TILE):
+            allowed = VIEW(info, array, first, inside, VECTOR)
+            words = kept(words, masks_of(allowed, VECTOR, ELEMENT, FAST), ELEMENT, FAST)
+        highest_here = of_thread(words, higher, LANES // VECTOR, ELEMENT, FAST)
+        highest = higher(highest, highest_here, ELEMENT, FAST)
+        x = _sample(words, ELEMENT, FAST)
+        sums += tl.sum(x, axis=1)
+        squares += tl.sum(x * x, axis=1)
+    return _moments(highest, rim, array.body, sums, squares, ELEMENT, FAST)
+
+
+@triton.jit
+def survey_held(words, rim, body, THREADS: tl.constexpr, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """The same of a row in registers."""
+    x = _sample(words, ELEMENT, FAST)
+    highest = of_thread(words, higher, THREADS, ELEMENT, FAST)
+    return _moments(highest, rim, body, tl.sum(x, axis=1), tl.sum(x * x, axis=1), ELEMENT, FAST)
+
+
+@triton.jit
+def _sample(words, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    """Of each four elements one, in fp32, 0 where that is -inf or NaN: enough for a guess."""
+    GROUPS: tl.constexpr = words.shape[0]
+    left, _ = tl.split(tl.reshape(words, (GROUPS, words.shape[1] // 2, 2)))
+    left, _ = tl.split(tl.reshape(left, (GROUPS, left.shape[1] // 2, 2)))
+    x = floats(left, ELEMENT, FAST)
+    return tl.where(x > -_INF, x, 0.0)
+
+
+@triton.jit
+def _moments(highest, rim, body, sums, squares, ELEMENT: tl.constexpr, FAST: tl.constexpr):
+    top = tl.max(_key_or_last(element_of(highest, higher, ELEMENT, FAST)), axis=0)
+    if rim is not None:
+        top = tl.maximum(top, tl.max(_key_or_last(rim), axis=0))
+    poisoned = top == _LAST
+    top = tl.where(poisoned, _INF, float_of(top, tl.float32))
+    return Moments(top, tl.where(poisoned, float("nan"), 0.0), body // 4, tl.sum(sums, axis=0), tl.sum(squares, axis=0))
+
+
+@triton.jit
+def _key_or_last(x):
+    """In the order of the floats, NaN last: integers, whose maximum is one instruction for a warp."""
+    return tl.where(x == x, key_of(x, tl.float32), _LAST)
+
+
+@triton.jit
+def guess(moments, quantile, reach):
     """Where a normal distribution with these moments has its upper quantile."""
-    number = tl.maximum(number, 1).to(tl.float32)
+    number = tl.maximum(moments.number, 1).to(tl.float32)
     mean = moments.total / number
     deviation = tl.sqrt(tl.maximum(moments.squares / number - mean * mean, 0.0))
     return Guess(mean + deviation * quantile, deviation * reach)

@@ -190,6 +190,12 @@ def share(z, m, l, FAST: tl.constexpr):
 
 
 @triton.jit
+def sum_of_shares(z, m, l, FAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Over what each thread holds of a tile, (ROWS, LANES) -> (LANES // VECTOR,)"""
+    return fold(share(z, m, l, FAST), VECTOR)
+
+
+@triton.jit
 def below_top(top, a, b):
     """What ``share`` takes besides z while the sum is not yet known."""
     return tl.where(top == -_INF, 0.0, top), 0.0

@@ -25,9 +25,11 @@ def _within_threads(x, COMBINE: tl.constexpr, VECTOR: tl.constexpr):
     if VECTOR == 8:
         left, right = tl.split(tl.reshape(x, (LANES // 2, 2)))
         x = COMBINE(left, right)
-    if VECTOR > 1:
+    if VECTOR >= 4:
         left, right = tl.split(tl.reshape(x, (LANES // VECTOR * 2, 2)))
-        left, right = tl.split(tl.reshape(COMBINE(left, right), (LANES // VECTOR, 2)))
+        x = COMBINE(left, right)
+    if VECTOR >= 2:
+        left, right = tl.split(tl.reshape(x, (LANES // VECTOR, 2)))
         x = COMBINE(left, right)
     return x
 

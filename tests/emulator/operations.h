@@ -282,6 +282,12 @@ inline f32 div_full(f32 a, f32 b) { return off(f64(a) / b, bits(a) * 3 + bits(b)
   O(fma_rn_ftz_f32, f32, f32, f32, f32, ftz(canon(__builtin_fmaf(ftz(a), ftz(b), ftz(c))))) \
   O(fma_rn_f32_bf16, f32, bf16, bf16, f32, canon(__builtin_fmaf(wide(a), wide(b), c))) \
   O(fma_rn_f32_f16, f32, f16, f16, f32, canon(__builtin_fmaf(wide(a), wide(b), c))) \
+  O(fma_rn_bf16x2, bf16x2, bf16x2, bf16x2, bf16x2, \
+    (bf16x2{narrow<bf16>(canon(__builtin_fmaf(wide(a.lo), wide(b.lo), wide(c.lo)))), \
+            narrow<bf16>(canon(__builtin_fmaf(wide(a.hi), wide(b.hi), wide(c.hi))))})) \
+  O(fma_rn_f16x2, f16x2, f16x2, f16x2, f16x2, \
+    (f16x2{narrow<f16>(canon(__builtin_fmaf(wide(a.lo), wide(b.lo), wide(c.lo)))), \
+           narrow<f16>(canon(__builtin_fmaf(wide(a.hi), wide(b.hi), wide(c.hi))))})) \
   O(fma_rn_f32x2, f32x2, f32x2, f32x2, f32x2, \
     (f32x2{canon(__builtin_fmaf(a.lo, b.lo, c.lo)), canon(__builtin_fmaf(a.hi, b.hi, c.hi))})) \
   O(mad_lo_s16, u16, u16, u16, u16, u16(a * b + c)) O(mad_lo_s32, u32, u32, u32, u32, a * b + c) \

@@ -125,7 +125,7 @@ def test_scarce_room(k, dtype, backend, monkeypatch):
 def test_blocks_on_one_warp(compact, backend, monkeypatch):
     """No plan asks for it. Barriers, not the reductions that happen to lie between, order what a program writes."""
     monkeypatch.setattr(hardest, "_FEWEST_CANDIDATES", 1)
-    monkeypatch.setattr(hardest, "plan", lambda *_: hardest.Plan(gpu.Tile(1, 2), 1, width=8))
+    monkeypatch.setattr(hardest, "plan", lambda *_: hardest.Plan(gpu.Tile(1, 2), width=8, listed=2))
     compare(CRL, *every_kind(2203, 5, BF16), 5, compact, backend=backend)
 
 

@@ -117,10 +117,10 @@ def test_a_store_into_the_gap_between_two_rows(backend, planted):
 
 
 def test_a_read_of_what_was_never_written(backend, planted):
-    """Without the padding behind a list of candidates, which the next search reads."""
+    """Without the padding behind a list of an odd number of candidates, which the next search reads."""
     planted("blocks_kernel", of_line(picks.listed, "logit_ptr + padding", r"@%p\d+ st\.global[^;]*;", ""))
     with pytest.raises(Faulty, match="undefined"):
-        step(backend, CRL, 5, True)
+        step(backend, CRL, 20, True)
 
 
 def test_a_result_that_is_not_written(backend, planted):

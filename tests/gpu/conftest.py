@@ -4,12 +4,14 @@ they run in Triton's interpreter, which must be asked for before Triton is impor
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import triton.language as tl
 from gpu_doors import INTERPRETED
 from gpu_regimes import forced_plan
 from torch import Tensor
@@ -50,19 +52,66 @@ def quick_interpreter():
         yield
 
 
-class _Reciprocal:
-    """The one inline-assembly instruction of the kernels, as the interpreter's builder would return it."""
+def _pairs(operation, element):
+    """An operation on two elements of 16 bits, in each half of an int32."""
 
-    def __init__(self, of):
-        self.of = of
+    def of_pairs(*words):
+        halves = (_halves(word) for word in words)
+        x = operation(*(_float32(half, element) for half in halves))
+        if element == tl.bfloat16:
+            bits = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy()
+        else:
+            bits = x.astype(np.float16).view(np.int16)
+        bits = np.where(np.isnan(x), np.int16(0x7FFF), bits)  # as a GPU's arithmetic has it: without a sign
+        return np.ascontiguousarray(bits).view(np.int32)
+
+    return of_pairs
+
+
+def _halves(word):
+    return np.ascontiguousarray(np.atleast_1d(word.data)).view(np.int16)
+
+
+def _float32(halves, element):
+    kind = torch.bfloat16 if element == tl.bfloat16 else torch.float16
+    return torch.from_numpy(halves.copy()).view(kind).float().numpy()
+
+
+def _of_both(operation):
+    return {"bf16x2": _pairs(operation, tl.bfloat16), "f16x2": _pairs(operation, tl.float16)}
+
+
+def _signs(pairs):
+    return (_halves(pairs) >> 15).view(np.int32)
+
+
+def _number_of(bits):
+    return np.array([int(x).bit_count() for x in bits.data.ravel().view(np.uint32)], np.int32).reshape(bits.data.shape)
+
+
+# The inline-assembly instructions of the kernels, as the interpreter's builder would return them.
+INSTRUCTIONS = {
+    "rcp.approx.ftz.f32": lambda x: 1 / x.data,
+    "lg2.approx.ftz.f32": lambda x: np.log2(x.data),
+    "popc.b32": _number_of,
+    "prmt.b32": _signs,
+    **{f"fma.rn.{pair}": of for pair, of in _of_both(lambda a, b, c: a * b + c).items()},
+    **{f"max.NaN.{pair}": of for pair, of in _of_both(np.maximum).items()},
+    **{f"min.{pair}": of for pair, of in _of_both(np.fmin).items()},
+}
+
+
+class _Result:
+    def __init__(self, data, dtype):
+        self.data, self.dtype = data, dtype
 
     def get_result(self, _):
-        return interpreter.TensorHandle(1 / self.of.data, self.of.dtype)
+        return interpreter.TensorHandle(self.data, self.dtype)
 
 
 def create_inline_asm(self, assembly, constraints, values, *_):
-    assert assembly.startswith("rcp.approx")
-    return _Reciprocal(values[0])
+    with np.errstate(all="ignore"):
+        return _Result(INSTRUCTIONS[assembly.split()[0]](*values), values[0].dtype)
 
 
 @pytest.fixture(autouse=True)

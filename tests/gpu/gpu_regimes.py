@@ -12,7 +12,9 @@ def forced_plan(regime, on, num_rows, num_classes, k, itemsize, multi_hot) -> Pl
     lanes = Tile(1, 1).lanes(on, itemsize)
     tiles = max(1, 2 ** math.ceil(math.log2(num_classes)) // lanes)
     if regime == "held":
-        return Plan(Tile(1, tiles), 2, held=True)
+        return Plan(Tile(1, tiles), held=True)
     if regime == "walked" or multi_hot:
-        return Plan(Tile(1, 1), 2)
-    return Plan(Tile(1, 2), 4, width=int(regime.split()[2].rstrip(",")), parts=3 if "split" in regime else 1)
+        return Plan(Tile(1, 1))
+    width = int(regime.split()[2].rstrip(","))
+    rows = max(2, 16 // itemsize * width // lanes)  # the maxima of a tile fill vectors
+    return Plan(Tile(1, rows), width=width, listed=2, parts=3 if "split" in regime else 1)

@@ -80,7 +80,7 @@ def test_the_default_exponent_has_its_own_formula():
 
 @pytest.mark.parametrize("tile", [gpu.Tile(8, 4), gpu.Tile(4, 2), gpu.Tile(8, 8)])
 def test_rows_are_shared_out_by_the_tiles_that_there_are(tile, monkeypatch):
-    monkeypatch.setattr(hardest, "_LONG", hardest.Plan(tile, 1))
+    monkeypatch.setattr(hardest, "_LONG", hardest.Plan(tile))
     found = hardest.plan(HOPPER, 1, 1_000_003, 1000, 2, multi_hot=False)
     assert found.parts == 1_000_003 // (tile.rows * tile.warps * 32 * 8) // 2 and found.tile is tile
 
