@@ -67,13 +67,12 @@ def test_the_last_of_equal_picks(dtype, device, force):
     """In the tail of a row that begins within a vector, cut among more equals; in the last of several tiles, as the last
     of all there are."""
     force("walked")
-    wide = torch.zeros((2, 160), dtype=dtype)
+    wide = torch.zeros((2, 1200), dtype=dtype)
     wide[1, 3::3] = 1
     target = torch.tensor([0], device=device)
-    for row, k in ((0, 128), (1, 43)):
-        logits = wide[row : row + 1, 3:134].to(device)
-        if row == 1:
-            assert k == logits[0, 1:].sum()
+    for row, classes, k in ((0, 131, 128), (1, 1101, 366)):
+        logits = wide[row : row + 1, 3 : 3 + classes].to(device)
+        assert row == 0 or k == logits[0, 1:].sum()
         compare(LR, logits, target, k, False)
 
 
