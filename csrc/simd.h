@@ -181,5 +181,13 @@ FUSED_LOSSES_INLINE void store_first(S* p, V v, int64_t n) {
   }
 }
 
+FUSED_LOSSES_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);  // never faults: the address may lie behind the last row
+#else
+  (void)p;
+#endif
+}
+
 }  // namespace FUSED_LOSSES_ISA
 }  // namespace fused_losses
