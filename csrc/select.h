@@ -253,7 +253,7 @@ inline bool raise_maxima(const S* row, int64_t stride, int64_t columns, Compute<
         largest = max(largest, max(a, b));
       }
     } else if constexpr (kRun > 1) {
-      for (int v = 0; v < kRun; ++v) prefetch(row + kAhead + v * V::lanes);
+      for (int v = 0; v < kRun; ++v) prefetch<true>(row + kAhead + v * V::lanes);
       for (int v = 0; v < kRun; v += 2) {
         const V a = V::load(row + v * V::lanes), b = V::load(row + (v + 1) * V::lanes);
         nan |= bits(unordered(a, b));

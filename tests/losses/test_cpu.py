@@ -269,12 +269,12 @@ def test_picks_where_the_search_changes_its_way(isa, dtype):
     # Rows of a vector and less, shares of the classes from which on blocks have another length, candidates are
     # gathered or searched in another way, or there are no blocks any more; with a +inf, which nothing exceeds.
     shares = (1 / 64, 1 / 16, 1 / 12, 1 / 8, 1 / 4, 1 / 3, 1 / 2, 4 / 7, 0.8)
-    for classes in (15, 16, 17, 33, 47, 48, 511, 513, 4097, 8191, 8192):
-        for kind in ("random", "ties", "descending", "clustered"):
+    for classes in (15, 16, 17, 33, 48, 513, 4097, 8191):
+        for kind in ("random", "ties", "clustered"):
             logits, target = logits_of(kind, 2, classes, dtype), targets_of(2, classes)
             logits[0, classes // 2] = math.inf
             for share in shares:
-                for k in range(int(share * classes) - 2, int(share * classes) + 2):
+                for k in range(int(share * classes) - 2, int(share * classes) + 1):
                     if k >= 1:
                         assert_same_picks(logits, target, k)
 
