@@ -133,6 +133,7 @@ inline Cut<T> find_cut(T* value, int64_t n, int64_t w, int64_t slack) {
   // reaching(low) >= w > reaching(high), as counts of numbers that reach the value of the key
   Key<S> low = key_of<S>(-max_lane(V(0) - smallest)), high = key_of<S>(max_lane(largest)) + 1;
   int64_t at_low = n, at_high = 0;
+  T too_high = kNaN<T>;  // what at_high numbers reach
   for (int round = 0; at_low > w + slack && high - 1 > low; ++round) {
     Key<S> middle = low + static_cast<Key<S>>((static_cast<std::make_unsigned_t<Key<S>>>(high) - low) / 2);
     if (round % 2 == 0) {  // what a straight line between the two counts says, if it lies between
@@ -145,11 +146,11 @@ inline Cut<T> find_cut(T* value, int64_t n, int64_t w, int64_t slack) {
     if (reaching >= w) {
       low = middle, at_low = reaching;
     } else {
-      high = middle, at_high = reaching;
+      high = middle, at_high = reaching, too_high = value_of<S>(middle);
     }
     if (!parted) {  // nothing lies on one side of the middle, and the numbers may lie as far apart as they like
-      const Range<T> within = range_within(value, n, value_of<S>(low), value_of<S>(high));
-      // Never outwards: where subnormal numbers count as zero, a number need not reach its own key.
+      const Range<T> within = range_within(value, n, value_of<S>(low), too_high);
+      // Never outwards: where subnormal numbers count as zero, keys do not order what comparisons find equal.
       const Key<S> smallest_key = key_of<S>(within.smallest), largest_key = key_of<S>(within.largest);
       if (smallest_key > low) low = smallest_key;
       if (largest_key + 1 < high) high = largest_key + 1;

@@ -299,6 +299,7 @@ def test_a_search_ends_where_subnormal_numbers_count_as_zero(isa, dtype):
         picked = negatives.gather(1, of.pick_index.long())
         assert (picked >= negatives.topk(k).values[:, -1:] - 2 * tiny).all(), k
         assert all(len(set(row)) == k for row in of.pick_index.tolist())
+        torch.testing.assert_close(of.loss, doors.forward(reference, doors.LR, logits, target, k).loss)
 
 
 @pytest.mark.parametrize("kind", ["random", "ascending", "two values"])
