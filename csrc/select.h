@@ -8,6 +8,8 @@
 // logits;
 // 4. keep_largest   positives leave, and the same search among the few that are left finds the edge exactly.
 //
+// Where w is so large a part of the row that blocks would have a logit or two, 4 has all of it instead.
+//
 // Logits are compared as floating-point numbers, so +0 = -0. The search works on integers in the same order, so it
 // ends.
 #pragma once
@@ -79,7 +81,6 @@ template <class T>
 struct Cut {
   T edge;
   int64_t at_edge;
-  T later;  // a number that comes after the kept ones must reach this to rank among them
 };
 
 template <class T, class V = VecOf<T>>
@@ -99,6 +100,24 @@ inline T smallest(const T* value, int64_t n) {
   return -max_lane(V(0) - least);
 }
 
+// The ends of the numbers in [low, high), of which there are some. NaN is none of them.
+template <class T>
+struct Range {
+  T smallest, largest;
+};
+
+template <class T, class V = VecOf<T>>
+inline Range<T> range_within(const T* value, int64_t n, T low, T high) {
+  const V from(low), to(high), highest(kInfinity<T>), lowest(-kInfinity<T>);
+  V least = highest, most = lowest;
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const V z = V::load(value + i);
+    least = min(select(z >= from, z, highest), least);
+    most = max(select(z >= to, lowest, z), most);
+  }
+  return {-max_lane(V(0) - least), max_lane(most)};
+}
+
 // Cuts n numbers of storage type S, none of them NaN, so that at least w and at most w + slack are kept; n >= w >= 1.
 // With slack 0, exactly w.
 template <class S, class T = Compute<S>, class V = VecOf<S>>
@@ -114,6 +133,7 @@ inline Cut<T> find_cut(T* value, int64_t n, int64_t w, int64_t slack) {
   // reaching(low) >= w > reaching(high), as counts of numbers that reach the value of the key
   Key<S> low = key_of<S>(-max_lane(V(0) - smallest)), high = key_of<S>(max_lane(largest)) + 1;
   int64_t at_low = n, at_high = 0;
+  T too_high = kNaN<T>;  // what at_high numbers reach
   for (int round = 0; at_low > w + slack && high - 1 > low; ++round) {
     Key<S> middle = low + static_cast<Key<S>>((static_cast<std::make_unsigned_t<Key<S>>>(high) - low) / 2);
     if (round % 2 == 0) {  // what a straight line between the two counts says, if it lies between
@@ -122,20 +142,60 @@ inline Cut<T> find_cut(T* value, int64_t n, int64_t w, int64_t slack) {
       if (guess > low && guess < high) middle = guess;
     }
     const int64_t reaching = count_reaching(value, n, value_of<S>(middle));
+    const bool parted = reaching != at_low && reaching != at_high;
     if (reaching >= w) {
       low = middle, at_low = reaching;
     } else {
-      high = middle, at_high = reaching;
+      high = middle, at_high = reaching, too_high = value_of<S>(middle);
+    }
+    if (!parted) {  // nothing lies on one side of the middle, and the numbers may lie as far apart as they like
+      const Range<T> within = range_within(value, n, value_of<S>(low), too_high);
+      // Never outwards: where subnormal numbers count as zero, keys do not order what comparisons find equal.
+      const Key<S> smallest_key = key_of<S>(within.smallest), largest_key = key_of<S>(within.largest);
+      if (smallest_key > low) low = smallest_key;
+      if (largest_key + 1 < high) high = largest_key + 1;
     }
   }
-  const T edge = value_of<S>(low);
-  return at_low <= w + slack ? Cut<T>{edge, n, edge} : Cut<T>{edge, w - at_high, next_above<S>(edge)};
+  return {value_of<S>(low), at_low <= w + slack ? n : w - at_high};
 }
 
-// Keeps w of the candidates, in order. Returns Cut::later.
+// find_cut without slack for very many numbers: a sample says between which two the cut must almost surely lie, and
+// only what is between them is searched. scratch: room for all of them.
 template <class S, class T = Compute<S>, class V = VecOf<S>>
-inline T keep_largest(Candidates<T>& candidates, int64_t w) {
-  const Cut<T> cut = find_cut<S>(candidates.logit, candidates.count, w, 0);
+inline Cut<T> find_cut_of_many(T* value, int64_t n, int64_t w, T* scratch) {
+  constexpr int64_t every = 8;
+  int64_t sampled = 0;
+  for (int64_t i = 0; i + V::lanes <= n; i += every * V::lanes, sampled += V::lanes) {
+    V::load(value + i).store(scratch + sampled);
+  }
+  // A rank in the sample strays by at most half the root of its size, as a standard deviation.
+  const int64_t rank = w * sampled / n, off = static_cast<int64_t>(1.5 * std::sqrt(static_cast<double>(sampled)));
+  const auto edge_at = [&](int64_t least) { return find_cut<S>(scratch, sampled, least, off).edge; };
+  const T low = rank + off < sampled ? edge_at(rank + off) : -kInfinity<T>;
+  const T high = rank > 2 * off ? edge_at(rank - 2 * off) : kInfinity<T>;
+
+  const V from(low), to(high);
+  int64_t above = 0, between = 0;
+  for (int i = 0; i < V::lanes; ++i) value[n + i] = kNaN<T>;
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const V z = V::load(value + i);
+    const uint32_t exceeds = bits(z > to), inside = bits(z >= from) & ~exceeds;
+    compress(inside, z, scratch + between);
+    above += count_bits(exceeds), between += count_bits(inside);
+  }
+  if (above < w && w <= above + between) return find_cut<S>(scratch, between, w - above, 0);
+  return find_cut<S>(value, n, w, 0);
+}
+
+constexpr int64_t kMany = 4096;
+
+// Keeps w of the candidates, in order. Returns the edge, which a later number must exceed to rank among them.
+// scratch: room for all of them, or null.
+template <class S, class T = Compute<S>, class V = VecOf<S>>
+inline T keep_largest(Candidates<T>& candidates, int64_t w, T* scratch = nullptr) {
+  const Cut<T> cut = scratch != nullptr && candidates.count >= kMany
+                         ? find_cut_of_many<S>(candidates.logit, candidates.count, w, scratch)
+                         : find_cut<S>(candidates.logit, candidates.count, w, 0);
   const V edge(cut.edge);
   int64_t kept = 0, at_edge = cut.at_edge;
   for (int64_t i = 0; i < candidates.count; i += V::lanes) {  // what find_cut left behind the last one is NaN
@@ -148,7 +208,7 @@ inline T keep_largest(Candidates<T>& candidates, int64_t w) {
     kept += count_bits(above | equal);
   }
   candidates.count = kept;
-  return cut.later;
+  return cut.edge;
 }
 
 template <class T>
@@ -179,74 +239,167 @@ inline void drop_positives(Candidates<T>& candidates, Positives positives) {
   candidates.count = kept;
 }
 
-// Writes the maxima of the blocks of row[begin, end), and says whether a NaN was met. A block is `length` vectors long
-// and one lane wide, so every group of `length` vectors gives V::lanes maxima; a block with no logits has -inf.
-template <class S, class V = VecOf<S>>
-inline bool block_maxima(const S* row, int64_t begin, int64_t end, int64_t length, Compute<S>* maxima) {
-  const V lowest(-kInfinity<Compute<S>>);
+// Raises the maxima of some columns, one beside the other: of each by kRun vectors from `row` on and, for kTwice, as
+// many from `stride` elements behind. Says whether a NaN was met.
+template <int kRun, bool kTwice, class S, class V = VecOf<S>>
+inline bool raise_maxima(const S* row, int64_t stride, int64_t columns, Compute<S>* maxima) {
+  constexpr int64_t kAhead = 1024;  // classes: rows come from memory, and the maxima between them hide that from it
   uint32_t nan = 0;
-  for (int64_t i = begin; i < end; maxima += V::lanes) {
-    V largest = lowest;
-    const int64_t group_end = i + length * V::lanes;
-    for (; i + 2 * V::lanes <= (group_end < end ? group_end : end); i += 2 * V::lanes) {
-      const V a = V::load(row + i), b = V::load(row + i + V::lanes);
-      nan |= bits(unordered(a, b));
-      largest = max(largest, max(a, b));
-    }
-    for (; i < (group_end < end ? group_end : end); i += V::lanes) {
-      const V a = i + V::lanes <= end ? V::load(row + i) : load_first<V>(row + i, end - i, -kInfinity<Compute<S>>);
-      nan |= bits(unordered(a, a));
-      largest = max(largest, a);
+  for (int64_t c = 0; c < columns; ++c, row += kRun * V::lanes, maxima += V::lanes) {
+    V largest = V::load(maxima);
+    if constexpr (kTwice) {
+      for (int v = 0; v < kRun; ++v) {
+        const V a = V::load(row + v * V::lanes), b = V::load(row + stride + v * V::lanes);
+        nan |= bits(unordered(a, b));
+        largest = max(largest, max(a, b));
+      }
+    } else if constexpr (kRun > 1) {
+      for (int v = 0; v < kRun; ++v) prefetch<true>(row + kAhead + v * V::lanes);
+      for (int v = 0; v < kRun; v += 2) {
+        const V a = V::load(row + v * V::lanes), b = V::load(row + (v + 1) * V::lanes);
+        nan |= bits(unordered(a, b));
+        largest = max(largest, max(a, b));
+      }
+    } else {
+      const V z = V::load(row);
+      nan |= bits(unordered(z, z));
+      largest = max(largest, z);
     }
     largest.store(maxima);
   }
   return nan != 0;
 }
 
+// Deals the vectors of a row out to columns, in turn and kRun at a time, and raises the maxima of the columns
+// [first, last) by theirs. Says whether a NaN was met.
+template <int kRun, class S, class V = VecOf<S>>
+inline bool deal_out(const S* row, int64_t classes, int64_t columns, int64_t first, int64_t last, Compute<S>* maxima) {
+  constexpr int64_t run = kRun * V::lanes;
+  const int64_t runs = classes / run, stride = columns * run;
+  bool nan = false;
+  int64_t begin = 0;
+  if constexpr (kRun == 1) {
+    for (; runs - begin >= 2 * columns; begin += 2 * columns) {
+      nan |= raise_maxima<kRun, true>(row + (begin + first) * run, stride, last - first, maxima + first * V::lanes);
+    }
+  }
+  for (; begin < runs; begin += columns) {
+    const int64_t end = runs - begin < last ? runs - begin : last;
+    if (end <= first) break;
+    nan |= raise_maxima<kRun, false>(row + (begin + first) * run, stride, end - first, maxima + first * V::lanes);
+  }
+  const int64_t c = runs % columns;
+  if (first <= c && c < last) {  // what is left is less than a run
+    const V lowest(-kInfinity<Compute<S>>);
+    V largest = lowest;
+    for (int64_t i = runs * run; i < classes; i += V::lanes) {
+      const V z =
+          i + V::lanes <= classes ? V::load(row + i) : load_first<V>(row + i, classes - i, -kInfinity<Compute<S>>);
+      nan |= bits(unordered(z, z)) != 0;
+      largest = max(largest, z);
+    }
+    max(V::load(maxima + c * V::lanes), largest).store(maxima + c * V::lanes);
+  }
+  return nan;
+}
+
+// Writes the maxima of the blocks in columns [first, last) of a row, and says whether a NaN was met. A block is a lane
+// of a column, and so lies all over the row: the largest logits, which often are neighbours, are in as many blocks as
+// can be. A block with no logits has -inf.
+template <class S, class V = VecOf<S>>
+inline bool block_maxima(const S* row, int64_t classes, int64_t columns, int64_t first, int64_t last,
+                         Compute<S>* maxima) {
+  for (int64_t c = first; c < last; ++c) V(-kInfinity<Compute<S>>).store(maxima + c * V::lanes);
+  const int64_t length = classes / (columns * V::lanes);  // neighbours in a block are few beside its length
+  if (length >= 16 && columns <= 2) return deal_out<8>(row, classes, columns, first, last, maxima);
+  if (length >= 32) return deal_out<4>(row, classes, columns, first, last, maxima);
+  if (length >= 8) return deal_out<2>(row, classes, columns, first, last, maxima);
+  return deal_out<1>(row, classes, columns, first, last, maxima);
+}
+
+// Makes candidates of row[begin, end), and says whether a NaN was met.
+template <class S, class V = VecOf<S>>
+inline bool take_all(const S* row, int64_t begin, int64_t end, Candidates<Compute<S>> candidates) {
+  uint32_t nan = 0;
+  for (int64_t i = begin; i < end; i += V::lanes) {
+    const V z = i + V::lanes <= end ? V::load(row + i) : load_first<V>(row + i, end - i, -kInfinity<Compute<S>>);
+    nan |= bits(unordered(z, z));
+    z.store(candidates.logit + i);
+    for (int lane = 0; lane < V::lanes; ++lane) candidates.index[i + lane] = static_cast<int32_t>(i + lane);
+  }
+  return nan != 0;
+}
+
 constexpr int64_t kSplit = 32768;  // classes that one thread takes of a row at a time when threads share a row
 constexpr int64_t kChunk = 4096;   // classes that collect looks through at a time
+constexpr int64_t kFirstChunk = 512;
+constexpr int64_t kColumns = 64;  // of block maxima, for each of the threads that share a row
 
-// Appends the logits of row[begin, end) that reach the threshold. Once there are well over `enough` of them, keeps the
-// `enough` largest and raises the threshold: so ties, or a threshold that says little, cost a bounded amount each.
+// Appends the chosen ones of the logits z of the classes from `at` on.
+template <class V, class T>
+FUSED_LOSSES_INLINE void append(uint32_t chosen, V z, int64_t at, Candidates<T>& candidates) {
+  compress(chosen, z, candidates.logit + candidates.count);
+  compress_numbers(chosen, static_cast<int32_t>(at), candidates.index + candidates.count);
+  candidates.count += count_bits(chosen);
+}
+
+// What at least `enough` logits of a row reach.
+template <class T>
+struct Bound {
+  T least;
+  bool shared;  // by many: most of the row may equal it
+};
+
+// Appends the logits of row[begin, end) that reach the bound. Once there are `enough`, another one must exceed it; once
+// there are well over so many, keeps the `enough` largest and raises the bound: so ties, or a bound that says little,
+// cost a bounded amount each.
 // Which logits reach it cannot be predicted, so nothing branches on that; `dense` says that most vectors will have
 // some.
 template <class S, class V = VecOf<S>>
-inline void collect(const S* row, int64_t begin, int64_t end, Compute<S> threshold, int64_t enough, bool dense,
+inline void collect(const S* row, int64_t begin, int64_t end, Bound<Compute<S>> bound, int64_t enough, bool dense,
                     Candidates<Compute<S>>& candidates) {
   uint16_t reaching[kChunk / V::lanes + kRoom];  // bit i of word v: lane i of vector v
   int32_t chosen[kChunk / V::lanes + kRoom];     // the vectors to look into
-  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-    const int64_t chunk_end = chunk + kChunk < end ? chunk + kChunk : end;
-    const V t(threshold);
-    int64_t vectors = 0, i = chunk;
-    for (; i + V::lanes <= chunk_end; i += V::lanes) {
-      reaching[vectors++] = static_cast<uint16_t>(bits(V::load(row + i) >= t));
-    }
-    if (i < chunk_end) {
-      const uint32_t inside = (1u << (chunk_end - i)) - 1;
-      const V z = load_first<V>(row + i, chunk_end - i, -kInfinity<Compute<S>>);
-      reaching[vectors++] = static_cast<uint16_t>(bits(z >= t) & inside);
-    }
-    const auto take = [&](int64_t v) {
-      const int64_t at = chunk + v * V::lanes;
-      const V z = at + V::lanes <= end ? V::load(row + at) : load_first<V>(row + at, end - at, 0);
-      compress(reaching[v], z, candidates.logit + candidates.count);
-      compress_numbers(reaching[v], static_cast<int32_t>(at), candidates.index + candidates.count);
-      candidates.count += count_bits(reaching[v]);
-    };
+  bool exceed = false;                           // another one must
+  for (int64_t chunk = begin, chunk_end; chunk < end; chunk = chunk_end) {
+    chunk_end = chunk + (bound.shared && chunk == begin ? kFirstChunk : kChunk);
+    if (chunk_end > end) chunk_end = end;
+    const V t(bound.least);
+    Candidates<Compute<S>> taken = candidates;  // in registers
+    const int64_t whole = (chunk_end - chunk) / V::lanes, rest = chunk + whole * V::lanes;
+    const auto rest_of_row = [&] { return load_first<V>(row + rest, chunk_end - rest, -kInfinity<Compute<S>>); };
+    const uint32_t in_rest = rest < chunk_end ? bits(rest_of_row() >= t) & ((1u << (chunk_end - rest)) - 1) : 0;
     if (dense) {
-      for (int64_t v = 0; v < vectors; ++v) take(v);
+      for (int64_t i = chunk; i < rest; i += V::lanes) {
+        const V z = V::load(row + i);
+        append(bits(z >= t), z, i, taken);
+      }
     } else {
-      for (int j = 0; j < kRoom; ++j) reaching[vectors + j] = 0;
+      for (int64_t v = 0; v < whole; ++v) {
+        reaching[v] = static_cast<uint16_t>(bits(V::load(row + chunk + v * V::lanes) >= t));
+      }
+      for (int j = 0; j < kRoom; ++j) reaching[whole + j] = 0;
       int64_t count = 0;
-      for (int64_t v = 0; v < vectors; v += 16) {
+      for (int64_t v = 0; v < whole; v += 16) {
         const uint32_t some = nonzero(reaching + v);
         compress_numbers(some, static_cast<int32_t>(v), chosen + count);
         count += count_bits(some);
       }
-      for (int64_t j = 0; j < count; ++j) take(chosen[j]);
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t at = chunk + chosen[j] * V::lanes;
+        append(reaching[chosen[j]], V::load(row + at), at, taken);
+      }
     }
-    if (candidates.count > 2 * enough + kChunk) threshold = keep_largest<S>(candidates, enough);
+    if (in_rest != 0) append(in_rest, rest_of_row(), rest, taken);
+    candidates.count = taken.count;
+    if (candidates.count > 2 * enough + kChunk) {
+      bound.least = keep_largest<S>(candidates, enough);
+      exceed = false;
+    }
+    if (!exceed && candidates.count >= enough) {
+      bound.least = next_above<S>(bound.least);
+      exceed = true;
+    }
   }
 }
 
@@ -268,84 +421,115 @@ class Selector {
       : classes_(problem.classes),
         k_(problem.spec.k < classes_ ? problem.spec.k : classes_),
         most_(k_ + (problem.target.multi_hot || problem.target.places > classes_ ? classes_ : problem.target.places)),
-        maxima_(classes_ / block_length(most_) + 2 * V::lanes + kRoom),
+        least_columns_(split             ? kColumns * pieces()
+                       : classes_ < 8192 ? 1
+                                         : 4),
+        maxima_(most_maxima(split)),
         logit_(candidate_room(split)),
         index_(candidate_room(split)) {}
 
   // The hardest negatives of the row; false if it holds a NaN. They live until the next call.
   bool select(const S* row, Positives positives, Candidates<T>* picks) {
-    const int64_t enough = k_ + positives.count, length = block_length(enough);
-    if (block_maxima(row, 0, classes_, length, maxima_.get())) return false;
+    const int64_t enough = k_ + positives.count, columns = columns_for(enough);
     *picks = {logit_.get(), index_.get(), 0};
-    collect(row, 0, classes_, bound(enough, length), enough, dense(enough), *picks);
+    if (columns == 0) {
+      if (take_all(row, 0, classes_, *picks)) return false;
+      picks->count = classes_;
+    } else {
+      if (block_maxima(row, classes_, columns, 0, columns, maxima_.get())) return false;
+      collect(row, 0, classes_, bound_of(enough, columns), enough, dense(enough), *picks);
+    }
     finish(picks, positives);
     return true;
   }
 
   // The same, with all threads on the one row.
   bool select_split(const S* row, Positives positives, Candidates<T>* picks) {
-    const int64_t enough = k_ + positives.count, length = block_length(enough), group = length * V::lanes;
-    const int64_t piece = (kSplit + group - 1) / group * group, pieces = (classes_ + piece - 1) / piece;
-    const int64_t room = collect_capacity(piece, enough) + kRoom;
-    const auto end_of = [&](int64_t p) { return (p + 1) * piece < classes_ ? (p + 1) * piece : classes_; };
-
+    const int64_t enough = k_ + positives.count, columns = columns_for(enough);
+    const int64_t pieces = this->pieces(), room = kSplit + kRoom;
+    const auto end_of = [&](int64_t p) { return (p + 1) * kSplit < classes_ ? (p + 1) * kSplit : classes_; };
     Buffer<bool> nan(pieces);
-    const auto each = [pieces](const auto& body) {
+    const auto any_nan = [&](const auto& body) {  // body(p) of any piece
       parallel(pieces, 1, [&](int64_t first, int64_t last) {
-        for (int64_t p = first; p < last; ++p) body(p);
+        for (int64_t p = first; p < last; ++p) nan[p] = body(p);
       });
+      bool any = false;
+      for (int64_t p = 0; p < pieces; ++p) any |= nan[p];
+      return any;
     };
-    each([&](int64_t p) {
-      nan[p] = block_maxima(row, p * piece, end_of(p), length, maxima_.get() + p * piece / length);
-    });
-    for (int64_t p = 0; p < pieces; ++p) {
-      if (nan[p]) return false;
-    }
 
-    const T threshold = bound(enough, length);
-    Buffer<int64_t> counts(pieces);
-    each([&](int64_t p) {
-      Candidates<T> part{logit_.get() + p * room, index_.get() + p * room, 0};
-      collect(row, p * piece, end_of(p), threshold, enough, dense(enough), part);
-      counts[p] = part.count;
-    });
     *picks = {logit_.get(), index_.get(), 0};
-    for (int64_t p = 0; p < pieces; ++p) {
-      std::memmove(picks->logit + picks->count, picks->logit + p * room, counts[p] * sizeof(T));
-      std::memmove(picks->index + picks->count, picks->index + p * room, counts[p] * sizeof(int32_t));
-      picks->count += counts[p];
+    if (columns == 0) {
+      if (any_nan([&](int64_t p) { return take_all(row, p * kSplit, end_of(p), *picks); })) return false;
+      picks->count = classes_;
+    } else {
+      if (any_nan([&](int64_t p) {
+            return block_maxima(row, classes_, columns, p * columns / pieces, (p + 1) * columns / pieces,
+                                maxima_.get());
+          })) {
+        return false;
+      }
+      const Bound<T> bound = bound_of(enough, columns);
+      Buffer<int64_t> counts(pieces);
+      parallel(pieces, 1, [&](int64_t first, int64_t last) {
+        for (int64_t p = first; p < last; ++p) {
+          Candidates<T> part{logit_.get() + p * room, index_.get() + p * room, 0};
+          collect(row, p * kSplit, end_of(p), bound, enough, dense(enough), part);
+          counts[p] = part.count;
+        }
+      });
+      for (int64_t p = 0; p < pieces; ++p) {
+        std::memmove(picks->logit + picks->count, picks->logit + p * room, counts[p] * sizeof(T));
+        std::memmove(picks->index + picks->count, picks->index + p * room, counts[p] * sizeof(int32_t));
+        picks->count += counts[p];
+      }
     }
     finish(picks, positives);
     return true;
   }
 
  private:
-  // Blocks short enough that there are at least two for every logit wanted.
-  int64_t block_length(int64_t enough) const {
-    const int64_t length = classes_ / (2 * enough);
-    return length < 1 ? 1 : length;
+  // Whether so many are wanted that the maxima of blocks, a logit or two each, would not be worth their time.
+  bool takes_all(int64_t enough) const { return 7 * enough > 4 * classes_; }
+
+  // Columns with two blocks for every logit wanted, as far as there are vectors for them; 0 to take all logits.
+  int64_t columns_for(int64_t enough) const {
+    if (takes_all(enough)) return 0;
+    const int64_t vectors = classes_ / V::lanes, two_each = (2 * enough + V::lanes - 1) / V::lanes;
+    const int64_t wanted = two_each < least_columns_ ? least_columns_ : two_each;
+    return wanted < vectors ? wanted : vectors < 1 ? 1 : vectors;
   }
 
-  bool dense(int64_t enough) const { return enough > classes_ / 24; }
+  bool dense(int64_t enough) const { return enough > classes_ / 12; }
 
-  // At least `enough` logits reach this.
-  T bound(int64_t enough, int64_t length) {
-    const int64_t group = length * V::lanes, maxima = (classes_ + group - 1) / group * V::lanes;
-    return enough < maxima ? find_cut<S>(maxima_.get(), maxima, enough, enough / 8).edge : -kInfinity<T>;
+  Bound<T> bound_of(int64_t enough, int64_t columns) {
+    const int64_t maxima = columns * V::lanes;
+    if (enough > maxima) return {-kInfinity<T>, true};
+    const Cut<T> cut = find_cut<S>(maxima_.get(), maxima, enough, enough / 8);
+    return {cut.edge, cut.at_edge < maxima};
   }
 
-  void finish(Candidates<T>* picks, Positives positives) const {
+  void finish(Candidates<T>* picks, Positives positives) {
     drop_positives(*picks, positives);
-    if (picks->count > k_) keep_largest<S>(*picks, k_);
+    if (picks->count > k_) keep_largest<S>(*picks, k_, maxima_.get());
   }
+
+  int64_t pieces() const { return (classes_ + kSplit - 1) / kSplit; }
 
   int64_t candidate_room(bool split) const {
-    const int64_t pieces = (classes_ + kSplit - 1) / kSplit;
-    return split ? classes_ + pieces * kRoom : collect_capacity(classes_, most_) + kRoom;
+    if (split) return classes_ + pieces() * kRoom;
+    return (takes_all(most_) ? classes_ : collect_capacity(classes_, most_)) + kRoom;
+  }
+
+  int64_t most_maxima(bool split) const {
+    const int64_t maxima = columns_for(takes_all(most_) ? 4 * classes_ / 7 : most_) * V::lanes + kRoom;
+    const int64_t candidates = candidate_room(split);  // for which they leave their room
+    return maxima > candidates ? maxima : candidates;
   }
 
   int64_t classes_, k_;
   int64_t most_;  // the most logits ever wanted of a row: k and all positives
+  int64_t least_columns_;
   Buffer<T> maxima_, logit_;
   Buffer<int32_t> index_;
 };

@@ -181,5 +181,15 @@ FUSED_LOSSES_INLINE void store_first(S* p, V v, int64_t n) {
   }
 }
 
+// Into the caches from the second one on, or from the first. Never faults: the address may lie behind the last row.
+template <bool kFirst = false>
+FUSED_LOSSES_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, kFirst ? 3 : 2);
+#else
+  (void)p;
+#endif
+}
+
 }  // namespace FUSED_LOSSES_ISA
 }  // namespace fused_losses

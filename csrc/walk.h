@@ -16,13 +16,14 @@ namespace FUSED_LOSSES_ISA {
 
 constexpr int64_t kPiece = 4096;   // classes: 16 KB of float32 stay in the first cache
 constexpr int64_t kGrain = 16384;  // logits: less than this is not worth waking a thread
+constexpr int64_t kWake = 32768;   // logits that a thread is through with while the others wake, and meet again
 
-FUSED_LOSSES_INLINE void prefetch(const void* p) {
-#if defined(__GNUC__)
-  __builtin_prefetch(p, 0, 2);  // never faults: the address may lie behind the last row
-#else
-  (void)p;
-#endif
+// How many of the rows, from the first on, have a thread of their own. The others, fewer than there are threads, are
+// shared by all of them, one after another, where that takes less time than a round in which some have none.
+inline int64_t rows_alone(int64_t rows, int64_t classes) {
+  const int64_t threads = num_threads(), left = rows % threads;
+  const int64_t sharing = classes / kGrain < threads ? classes / kGrain : threads;
+  return left * (classes + kWake * sharing) < classes * sharing ? rows - left : rows;
 }
 
 // Calls visit(vector) for the negatives among row[begin, end). Lanes of positives and past the end hold `fill`, which
@@ -141,21 +142,16 @@ class ForwardWalk {
       : door_(door), problem_(door.problem), spec_(door.problem.spec), family_(family) {}
 
   void run() {
-    if (problem_.rows < num_threads()) {
-      TargetReader targets(problem_);
-      Selector<S> selector(problem_, true);
-      for (int64_t row = 0; row < problem_.rows; ++row) {
-        visit<true>(row, targets, selector);
-      }
-      return;
-    }
-    parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
+    const int64_t alone = rows_alone(problem_.rows, problem_.classes);
+    parallel(alone, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
       TargetReader targets(problem_);
       Selector<S> selector(problem_, false);
-      for (int64_t row = begin; row < end; ++row) {
-        visit<false>(row, targets, selector);
-      }
+      for (int64_t row = begin; row < end; ++row) visit<false>(row, targets, selector);
     });
+    if (alone == problem_.rows) return;
+    TargetReader targets(problem_);
+    Selector<S> selector(problem_, true);
+    for (int64_t row = alone; row < problem_.rows; ++row) visit<true>(row, targets, selector);
   }
 
  private:
@@ -257,36 +253,33 @@ class BackwardWalk {
                       problem_.target.places) {}
 
   void run() const {
-    if (problem_.rows < num_threads()) {
-      TargetReader targets(problem_);
-      Buffer<S> at_positives(problem_.target.most_positives(problem_.classes));
-      const int64_t pieces = (problem_.classes + kPiece - 1) / kPiece;
-      for (int64_t row = 0; row < problem_.rows; ++row) {
-        const Scaled<T> scaled = scaled_of(row);
-        const Gradient gradient = family_.gradient(row, scaled);
-        const Positives positives = read(row, scaled.nan, targets, gradient, at_positives.get());
-        parallel(pieces, kGrain / kPiece, [&](int64_t begin, int64_t end) {
-          const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
-          fill(row, begin * kPiece, stop, targets.ignored(row), scaled.nan, gradient);
-        });
-        if (!scaled.nan && !targets.ignored(row)) patch(row, positives, at_positives.get(), gradient);
-      }
-      return;
-    }
-    parallel(problem_.rows, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
-      TargetReader targets(problem_);
-      Buffer<S> at_positives(problem_.target.most_positives(problem_.classes));
-      for (int64_t row = begin; row < end; ++row) {
-        const Scaled<T> scaled = scaled_of(row);
-        const Gradient gradient = family_.gradient(row, scaled);
-        const Positives positives = read(row, scaled.nan, targets, gradient, at_positives.get());
-        fill(row, 0, problem_.classes, targets.ignored(row), scaled.nan, gradient);
-        if (!scaled.nan && !targets.ignored(row)) patch(row, positives, at_positives.get(), gradient);
-      }
-    });
+    const int64_t alone = rows_alone(problem_.rows, problem_.classes);
+    parallel(alone, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) { write<false>(begin, end); });
+    if (alone < problem_.rows) write<true>(alone, problem_.rows);
   }
 
  private:
+  template <bool kSplitRow>
+  void write(int64_t first, int64_t last) const {
+    TargetReader targets(problem_);
+    Buffer<S> at_positives(problem_.target.most_positives(problem_.classes));
+    for (int64_t row = first; row < last; ++row) {
+      const Scaled<T> scaled = scaled_of(row);
+      const Gradient gradient = family_.gradient(row, scaled);
+      const Positives positives = read(row, scaled.nan, targets, gradient, at_positives.get());
+      const bool ignored = targets.ignored(row);
+      if constexpr (kSplitRow) {
+        parallel((problem_.classes + kPiece - 1) / kPiece, kGrain / kPiece, [&](int64_t begin, int64_t end) {
+          const int64_t stop = end * kPiece < problem_.classes ? end * kPiece : problem_.classes;
+          fill(row, begin * kPiece, stop, ignored, scaled.nan, gradient);
+        });
+      } else {
+        fill(row, 0, problem_.classes, ignored, scaled.nan, gradient);
+      }
+      if (!scaled.nan && !ignored) patch(row, positives, at_positives.get(), gradient);
+    }
+  }
+
   const S* logits(int64_t row) const { return static_cast<const S*>(problem_.logits) + row * problem_.logits_stride; }
   S* dlogits(int64_t row) const { return static_cast<S*>(door_.dlogits) + row * door_.dlogits_stride; }
 

@@ -199,6 +199,11 @@ _EAGER = {
 _AUTHORS = {"crl_loss": authors_crl, "ss_lr_loss": authors_ss_lr}
 
 
+def eager_of(loss: str) -> Provider:
+    """Over all negatives."""
+    return _EAGER[loss]
+
+
 def providers(loss: str, k: int | None = None) -> dict[str, Provider]:
     """Who computes this loss, over all negatives or (HS-LR) over the k hardest."""
     if loss == "hs_lr_loss":

@@ -2,9 +2,9 @@
 
 Every round runs every provider once, in an order of its own, so that whatever slows the machine for a while slows all
 of them; what is judged is the ratio of two medians of one run. A step is forward and backward with a fresh gradient.
-``clone`` and ``zeros`` of the logits stand beside every case as the floor of memory. ``--check`` compares with the bars
-below and exits with 1 if one is missed; ``--write`` records the medians, with the machine and the versions, in
-``bench/results/cpu.json``.
+``clone`` and ``zeros`` of the logits stand beside every case as the floor of memory; behind the cases come the groups
+of cells.py. ``--check`` compares with the bars and exits with 1 if one is missed; ``--write`` records the medians, with
+the machine and the versions, in ``bench/results/cpu.json``.
 """
 
 import argparse
@@ -16,27 +16,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from bench.speed import cases
-from bench.speed.cases import Case
+from bench.speed import cases, cells
+from bench.speed.cases import Case, Shape
+from bench.speed.cells import Bar, step_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "cpu.json"
 
 # glibc gives large blocks back to the system at once, or keeps them, as it was used before: fresh gradients then cost
 # their page faults, or nothing. Keep them, for every provider alike.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-
-
-class Bar(NamedTuple):
-    """ours takes at most `most` times as long as each rival."""
-
-    ours: str
-    rivals: tuple[str, ...]
-    most: float
 
 
 CE = ("CE, eager",)  # F.cross_entropy
@@ -80,14 +71,6 @@ for _case in WITH_OPTIONS:
     BARS[_case] += [Bar(name, ("CE, ours",), 1.15) for name in cases.with_options() if name.endswith("ours")]
 
 
-def step_of(provider: cases.Provider, logits: Tensor, target: Tensor) -> Callable[[], None]:
-    def step():
-        logits.grad = None
-        provider(logits, target).backward()
-
-    return step
-
-
 def steps_of(case: Case) -> dict[str, Callable[[], object]]:
     logits, target = cases.make(case.shape, cases.DTYPES[case.dtype], "cpu")
     steps: dict[str, Callable[[], object]] = {"clone": logits.detach().clone, "zeros": lambda: torch.zeros_like(logits)}
@@ -114,26 +97,25 @@ def interleaved(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return times
 
 
-def rounds_of(case: Case, rounds: int) -> int:
+def rounds_of(shape: Shape, rounds: int) -> int:
     """A short step feels every interrupt: more of them cost little time and steady the median."""
-    return rounds if case.shape.rows * case.shape.classes > 2**20 else 5 * rounds
+    return rounds if shape.rows * shape.classes > 2**20 else 5 * rounds
 
 
-def report(case: Case, median: dict[str, float]) -> list[str]:
-    """Prints the case; returns the bars that were missed."""
-    unit = median["CE, eager"]
-    print(f"\n{case}: ms per step, and as a share of F.cross_entropy")
-    for name, ms in sorted(median.items(), key=lambda item: item[1]):
-        print(f"  {name:32} {ms:9.3f} {ms / unit:8.2f}")
+def report(name: str, median: dict[str, float], unit: str, bars: list[Bar]) -> list[str]:
+    """Prints the times, also as a share of the unit's; returns the bars that were missed."""
+    print(f"\n{name}: ms per step, and as a share of {unit}")
+    for step, ms in sorted(median.items(), key=lambda item: item[1]):
+        print(f"  {step:32} {ms:9.3f} {ms / median[unit]:8.2f}")
     missed = []
-    for bar in BARS[case]:
+    for bar in bars:
         for rival in bar.rivals:
             ratio = median[bar.ours] / median[rival]
             verdict = "ok    " if ratio <= bar.most else "MISSED"
             line = f"{verdict} {bar.ours} / {rival}: {ratio:.3f} ({1 / ratio:.1f}x), bar {bar.most:.3f}"
             print(f"    {line}")
             if ratio > bar.most:
-                missed.append(f"{case}: {line}")
+                missed.append(f"{name}: {line}")
     return missed
 
 
@@ -163,14 +145,21 @@ def main(arguments: list[str] | None = None) -> int:
         torch.ops.fused_losses._cpu_isa(options.isa)
 
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    missed, record = [], machine() | {"unit": "ms per step", "rounds": options.rounds, "cases": {}}
+    missed, record = [], machine() | {"unit": "ms per step", "rounds": options.rounds, "cases": {}, "groups": {}}
     for case in cases.CPU_CASES:
         if options.only and options.only not in str(case):
             continue
-        times = interleaved(steps_of(case), rounds_of(case, options.rounds))
+        times = interleaved(steps_of(case), rounds_of(case.shape, options.rounds))
         median = {name: statistics.median(values) for name, values in times.items()}
         record["cases"][str(case)] = {name: round(ms, 4) for name, ms in median.items()}
-        missed += report(case, median)
+        missed += report(str(case), median, *CE, BARS[case])
+    for group in cells.groups():
+        if options.only and options.only not in str(group):
+            continue
+        times = interleaved(group.steps(), rounds_of(group.shape, options.rounds))
+        median = {name: statistics.median(values) for name, values in times.items()}
+        record["groups"][str(group)] = {name: round(ms, 4) for name, ms in median.items()}
+        missed += report(str(group), median, group.unit, group.bars)
     if options.write:
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print("\n" + ("\n".join(["missed:", *missed]) if missed else "every bar met"))
