@@ -62,6 +62,22 @@ def test_ratio_is_a_share_of_all_classes(ratio, classes, expected):
     assert torch.equal(fl.hs_lr_loss(logits, target, ratio=ratio), fl.hs_lr_loss(logits, target, k=expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("hardest", [1, 2, 10, 300])
+def test_the_last_pick_may_lie_far_behind_the_others(hardest, dtype):
+    """A search that takes the first ones for enough drops it."""
+    classes, far = 16384, 16000
+    for others in range(max(0, hardest - 3), hardest + 2):
+        logits = torch.full((1, classes), -1.0, dtype=dtype)
+        place = 13 * torch.arange(others) + 3
+        logits[0, place], logits[0, far] = 5.0, 4.0
+        expected = sorted([*place.tolist(), far])[:hardest] if others < hardest else place.tolist()[:hardest]
+        rest = [j for j in range(1, classes) if j not in {*expected}]
+        expected = sorted(expected + rest[: hardest - len(expected)])
+        target = torch.tensor([0])
+        assert chosen_by(SS_LR, logits, target, k=hardest) == [expected], others
+
+
 @pytest.mark.parametrize("k", [11, 12, 13, 10**9])
 @each(LOSSES)
 def test_more_than_there_are_is_all(loss, k):
