@@ -21,7 +21,7 @@ constexpr int64_t kClasses = 48;                       // classes that are round
 constexpr int64_t kMostProducts = 24 * kLanes;         // of a tile, in registers
 constexpr int64_t kPieceOfClasses = 4096;              // a thread takes no fewer
 constexpr float kLeastSquare = 0x1p-80f, kMostSquare = 0x1p120f;  // of norms that the bound holds for
-constexpr float kUp = 1.001f;                          // more than what float32 sums of 2^20 squares may be off
+constexpr float kUp = 1.001f;                          // more than what float32 sums of 2^18 squares may be off
 
 // Vectors of rows with their length and the length of what rounding lost.
 struct Rounded {
@@ -96,7 +96,7 @@ inline void multiply(const uint32_t* x, const uint32_t* w, int64_t pairs, float*
   }
 }
 
-// The candidates of one row from one piece of the classes, ascending. Room for `room` of them.
+// The candidates of one row from one piece of the classes, ascending. With kRoom behind them.
 struct List {
   float *lower, *upper;
   int32_t* index;
@@ -109,14 +109,22 @@ struct List {
 inline float keep_possible(List& list, int64_t w, float* scratch) {
   std::memcpy(scratch, list.lower, list.count * sizeof(float));
   const float edge = find_cut<float>(scratch, list.count, w, w / 8).edge;
+  const FloatVec at(edge);
   int64_t kept = 0, reaching = 0;
-  for (int64_t i = 0; i < list.count; ++i) {
-    const float lower = list.lower[i], upper = list.upper[i];
-    if (upper > edge || (upper == edge && reaching < w)) {
-      list.lower[kept] = lower, list.upper[kept] = upper, list.index[kept] = list.index[i];
-      ++kept;
+  for (int64_t i = 0; i < list.count; i += kLanes) {
+    const uint32_t inside = list.count - i < kLanes ? (1u << (list.count - i)) - 1 : 0xffff;
+    const FloatVec lower = FloatVec::load(list.lower + i), upper = FloatVec::load(list.upper + i);
+    const uint32_t above = bits(upper > at) & inside, reaching_here = bits(lower >= at) & inside;
+    uint32_t taken = above;
+    for (uint32_t equal = bits(upper >= at) & inside & ~above; equal != 0; equal &= equal - 1) {
+      const uint32_t lane = equal & (~equal + 1);  // w of those before it leave no place for this one
+      if (reaching + count_bits(reaching_here & (lane - 1)) < w) taken |= lane;
     }
-    reaching += lower >= edge;
+    compress(taken, lower, list.lower + kept);
+    compress(taken, upper, list.upper + kept);
+    compress(taken, list.index + i, list.index + kept);
+    kept += count_bits(taken);
+    reaching += count_bits(reaching_here);
   }
   list.count = kept;
   return edge;
@@ -152,7 +160,7 @@ class CandidateSearcher {
       for (int64_t piece = first; piece < last; ++piece) walk(piece);
     });
     parallel(rows_, 1, [&](int64_t first, int64_t last) {
-      Found found(room_ * pieces_);
+      Found found(room_ * pieces_ + kRoom, features_);
       TargetReader targets(search_.problem);
       for (int64_t row = first; row < last; ++row) finish(row, targets, found);
     });
@@ -181,8 +189,9 @@ class CandidateSearcher {
       hopeless_[row] = !in_range(square, input(row), search_.features);
       if (hopeless_[row]) continue;
       const float norm = std::sqrt(square) * kUp, lost = std::sqrt(lost_square) * kUp;
-      of_residual_[row] = norm;
-      of_norm_[row] = (lost + slack * (norm + lost)) * kUp;
+      const auto share = static_cast<float>(search_.share_of_bound);
+      of_residual_[row] = norm * share;
+      of_norm_[row] = (lost + slack * (norm + lost)) * kUp * share;
       const int64_t vector = row / kLanes, group = vector / 4, in_group = of_group(group);
       uint32_t* to = input_.get() + group * 4 * kLanes * pairs_ + vector % 4 * kLanes + row % kLanes;
       for (int64_t p = 0; p < pairs_; ++p) std::memcpy(to + p * in_group * kLanes, rounded.get() + 2 * p, 4);
@@ -309,18 +318,21 @@ class CandidateSearcher {
 
   // Memory for what all pieces have found of a row.
   struct Found {
-    explicit Found(int64_t room) : lower(room), upper(room), scratch(room + kRoom), index(room) {}
+    Found(int64_t room, int64_t features) : lower(room), upper(room), scratch(room), input(features), index(room) {}
     Buffer<float> lower, upper, scratch;
+    Buffer<double> input;
     Buffer<int32_t> index;
   };
 
   void finish(int64_t row, TargetReader& targets, Found& found) {
     const Problem& problem = search_.problem;
     const int64_t places = problem.target.places, most = search_.most;
+    double* x = found.input.get();
+    for (int64_t i = 0; i < features_; ++i) x[i] = i < search_.features ? input(row)[i] : 0;
     for (int64_t place = 0; place < places; ++place) {
       const auto here = static_cast<uint64_t>(problem.target.label(row, place)) - static_cast<uint64_t>(problem.spec.first_class);
       const bool is_here = here < static_cast<uint64_t>(classes_);
-      search_.label_logit[row * places + place] = is_here ? logit(row, static_cast<int64_t>(here)) : -kInfinity<float>;
+      search_.label_logit[row * places + place] = is_here ? logit(x, static_cast<int64_t>(here)) : -kInfinity<float>;
     }
     List all{found.lower.get(), found.upper.get(), found.index.get(), 0, 0};
     const int64_t count = negatives_of(row, targets, found.scratch.get(), all) && all.count <= most ? all.count : -1;
@@ -329,7 +341,7 @@ class CandidateSearcher {
     float* logits = search_.logit + row * most;
     for (int64_t i = 0; i < most; ++i) {
       index[i] = i < count ? all.index[i] : -1;
-      logits[i] = i < count ? logit(row, index[i]) : -kInfinity<float>;
+      logits[i] = i < count ? logit(x, index[i]) : -kInfinity<float>;
     }
   }
 
@@ -354,32 +366,37 @@ class CandidateSearcher {
     return true;
   }
 
-  // The logit of class j, summed in double. The products are exact there.
-  float logit(int64_t row, int64_t j) const {
-    const float *x = input(row), *w = weight(j);
-    __m512d sum[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()}, square[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
-    const auto step = [&](int h, __m256 of_x, __m256 of_w) {
-      const __m512d a = _mm512_cvtps_pd(of_x), b = _mm512_cvtps_pd(of_w);
-      sum[h] = _mm512_fmadd_pd(a, b, sum[h]);
-      square[h] = _mm512_fmadd_pd(b, b, square[h]);
+  // The logit of class j, summed in double, where the products are exact. x: the row in double, with zeros behind it.
+  template <bool cosine>
+  float logit(const double* x, int64_t j) const {
+    const float* w = weight(j);
+    __m512d sum[4], square[4];
+    for (int h = 0; h < 4; ++h) sum[h] = square[h] = _mm512_setzero_pd();
+    const auto step = [&](int h, int64_t i, __m256 of_class) {
+      const __m512d wide = _mm512_cvtps_pd(of_class);
+      sum[h] = _mm512_fmadd_pd(_mm512_loadu_pd(x + i), wide, sum[h]);
+      if (cosine) square[h] = _mm512_fmadd_pd(wide, wide, square[h]);
     };
     int64_t i = 0;
-    for (; i + 16 <= search_.features; i += 16) {
-      step(0, _mm256_loadu_ps(x + i), _mm256_loadu_ps(w + i));
-      step(1, _mm256_loadu_ps(x + i + 8), _mm256_loadu_ps(w + i + 8));
+    for (; i + 32 <= search_.features; i += 32) {
+#pragma GCC unroll 4
+      for (int h = 0; h < 4; ++h) step(h, i + 8 * h, _mm256_loadu_ps(w + i + 8 * h));
     }
     for (; i < search_.features; i += 8) {
       const int64_t left = search_.features - i;
-      const auto inside = static_cast<__mmask8>(left < 8 ? (1 << left) - 1 : 255);
-      step(0, _mm256_maskz_loadu_ps(inside, x + i), _mm256_maskz_loadu_ps(inside, w + i));
+      step(0, i, _mm256_maskz_loadu_ps(static_cast<__mmask8>(left < 8 ? (1 << left) - 1 : 255), w + i));
     }
-    double z = _mm512_reduce_add_pd(_mm512_add_pd(sum[0], sum[1]));
-    if (search_.cosine) {
-      const double norm = std::sqrt(_mm512_reduce_add_pd(_mm512_add_pd(square[0], square[1])));
+    const auto total = [](const __m512d (&of)[4]) {
+      return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(of[0], of[1]), _mm512_add_pd(of[2], of[3])));
+    };
+    double z = total(sum);
+    if (cosine) {
+      const double norm = std::sqrt(total(square));
       z /= norm < search_.least_norm ? search_.least_norm : norm;
     }
     return static_cast<float>(search_.bias == nullptr ? z : z + search_.bias[j * search_.bias_stride]);
   }
+  float logit(const double* x, int64_t j) const { return search_.cosine ? logit<true>(x, j) : logit<false>(x, j); }
 
   const CandidateSearch& search_;
   int64_t rows_, classes_, features_, pairs_, vectors_, enough_, room_, pieces_;

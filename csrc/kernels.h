@@ -188,6 +188,7 @@ struct CandidateSearch {
   int64_t bias_stride;  // from class to class; one bias of all has stride 0
   bool cosine;          // input (weight / |weight|)^T, where |weight| is at least least_norm
   double least_norm;
+  double share_of_bound;  // 1; less only where a test is to see that it would be wrong
   int64_t most;        // candidates that are kept of a row
   int32_t* count;      // (rows,): how many there are; -1 for a row of which nothing could be proven
   int32_t* index;      // (rows, most), ascending, among the classes at hand; -1 in an empty slot
@@ -195,7 +196,7 @@ struct CandidateSearch {
   float* label_logit;  // (rows, places), -inf for a label that is not among the classes at hand
 };
 
-constexpr int64_t kMostFeatures = 1 << 20;  // of a layer that candidates are searched in
+constexpr int64_t kMostFeatures = 1 << 18;  // of a layer that candidates are searched in
 
 // Null where the compiler cannot build it. The machine must have AVX-512 BF16.
 extern void (*const search_bf16)(const CandidateSearch&);

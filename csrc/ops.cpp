@@ -337,7 +337,8 @@ using CandidatesResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // count, index, logit, label_logit: kernels.h, CandidateSearch.
 CandidatesResult candidates(const Tensor& any_input, const Tensor& any_weight, const std::optional<Tensor>& bias,
-                            bool cosine, double least_norm, const Tensor& target, int64_t most,
+                            bool cosine, double least_norm, double share_of_bound, const Tensor& target,
+                            int64_t most,
                             StringHandle loss_handle, StableListHandle params, std::optional<double> alpha, int64_t k,
                             std::optional<int64_t> ignore_index, int64_t first_class, int64_t all_classes, bool compact,
                             bool labels, double label_smoothing, StableListHandle margin) {
@@ -353,7 +354,7 @@ CandidatesResult candidates(const Tensor& any_input, const Tensor& any_weight, c
   const Tensor input = with_contiguous_rows(any_input), weight = with_contiguous_rows(any_weight);
   const int64_t rows = input.size(0), classes = weight.size(0), features = input.size(1);
   check(weight.size(1) == features && features >= 1 && features <= kMostFeatures,
-        "input and weight must have the same features, from 1 to 2^20");
+        "input and weight must have the same features, from 1 to 2^18");
   check(k >= 1 && most > k && most <= INT32_MAX / 4, "k must be at least 1, and most larger");
   CandidateSearch search{};
   search.problem = make_problem(nullptr, target, rows, classes, spec);
@@ -371,6 +372,7 @@ CandidatesResult candidates(const Tensor& any_input, const Tensor& any_weight, c
   }
   search.cosine = cosine;
   search.least_norm = least_norm;
+  search.share_of_bound = share_of_bound;
   search.most = most;
   Tensor count = empty({rows}, aoti_torch_dtype_int32()), index = empty({rows, most}, aoti_torch_dtype_int32());
   Tensor logit = empty({rows, most}, aoti_torch_dtype_float32());
@@ -422,8 +424,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) {
   m.def("_cpu_elementary(str name, Tensor x) -> Tensor");
   m.def("_cpu_has_candidates() -> bool");
   m.def(
-      "_cpu_candidates(Tensor input, Tensor weight, Tensor? bias, bool cosine, float least_norm, Tensor target, "
-      "int most, str loss, float[] params, float? alpha, SymInt k, SymInt? ignore_index, SymInt first_class, "
+      "_cpu_candidates(Tensor input, Tensor weight, Tensor? bias, bool cosine, float least_norm, "
+      "float share_of_bound, Tensor target, int most, str loss, float[] params, float? alpha, SymInt k, SymInt? ignore_index, SymInt first_class, "
       "SymInt all_classes, bool compact, bool labels=False, float label_smoothing=0.0, float[] margin=[]) "
       "-> (Tensor count, Tensor index, Tensor logit, Tensor label_logit)");
 }

@@ -31,7 +31,7 @@ def topk_of_layer(
     if weight.shape[0] == 0:
         _, index, logit = nothing(input.shape[0], layer[0], unlabelled, mine)
     else:
-        _, index, logit = Picks.forward(layer, mine)
+        _, index, logit = Picks.forward(layer, layer_spec.certified, mine)
     index = torch.where(index < 0, num_classes, index + mine.first_class)
     if shard is None:
         index, logit = index[None], logit[None]

@@ -304,6 +304,11 @@ def _load_extension() -> str:
 _extension_failure = _load_extension()
 
 
+def has_candidates() -> bool:
+    """Whether the C++ kernel of certified selection serves this machine."""
+    return not _extension_failure and torch.ops.fused_losses._cpu_has_candidates()
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +317,12 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _certified() -> str:
+    if has_candidates():
+        return "k hardest of float32 layers on the CPU by products in bfloat16 (AVX-512 BF16), where that pays"
+    return "only with certified=True: " + (_extension_failure or "this CPU has no AVX-512 BF16")
 
 
 def _cuda_server() -> str:
@@ -337,5 +348,6 @@ def show_config() -> None:
         f"  triton     {_version('triton')}\n"
         f"  CPU        {cpu}\n"
         f"  CUDA       {_cuda_server()}\n"
-        f"  others     reference (plain PyTorch)"
+        f"  others     reference (plain PyTorch)\n"
+        f"  certified  {_certified()}"
     )

@@ -146,8 +146,13 @@ def linear_arguments(draw, name, rows, classes, target, spec, dtype) -> list:
     if name == "linear_at_once":
         return [torch.rand(rows, dtype=cd), None, *arguments, wanted, *spec]
     forward = name.replace("backward", "forward")
-    seen = getattr(OPS, forward)(*arguments, *spec)
-    return [*arguments, *spec] if forward == name else [torch.rand(rows, 2, dtype=cd), *seen, *arguments, wanted, *spec]
+    how = [draw.choice((None, True, False))] if "picks" in name else []  # certified
+    seen = getattr(OPS, forward)(*arguments, *how, *spec)
+    return (
+        [*arguments, *how, *spec]
+        if forward == name
+        else [torch.rand(rows, 2, dtype=cd), *seen, *arguments, wanted, *spec]
+    )
 
 
 def reshaped(draw: random.Random, tensor: Tensor) -> Tensor:
