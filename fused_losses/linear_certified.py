@@ -86,6 +86,8 @@ def pays(input: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> bool:
     if not _float32(input, weight, bias) or input.device.type != "cpu" or not ops.has_candidates():
         return False
     (classes, features), elements = weight.shape, weight.numel()
+    if weight.stride(1) != 1:  # the kernel would want a copy
+        return False
     large = features >= LEAST_FEATURES and elements >= max(LEAST_ELEMENTS, LEAST_ELEMENTS_PER_PICK * k)
     return large and classes >= LEAST_CLASSES_PER_PICK * k
 
@@ -140,7 +142,7 @@ def linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, certif
     """As ``linear_rows.linear_forward_picks``. certified: None where it pays, True for every float32 layer."""
     spec = LossSpec(*spec)
     wanted = pays(input, weight, bias, spec.k) if certified is None else certified and _float32(input, weight, bias)
-    if not wanted:
+    if not wanted or input.shape[0] == 0:
         return linear_rows.linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, *spec)
     check_target(input, target, spec)
     seen = seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)

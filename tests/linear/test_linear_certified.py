@@ -6,8 +6,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import Watch, assert_same, each_layer, make_exact_layer, make_layer, make_upstream, value_and_grads
 from torch import Tensor
 
+import fused_losses as fl
+from cases import CE, CRL, LOSSES, SS_LR, each, make_index
 from fused_losses import linear_certified, ops, reference
 from fused_losses.linear_certified import by_kernel, by_matmul, in_float64
 from fused_losses.linear_rows import LEAST_NORM, class_norms
@@ -361,3 +364,160 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+
+CLASSES = 1000
+CERTIFIED, PLAIN = (fl.LinearLossOptions(certified=certified) for certified in (True, False))
+SPARSE, PLAIN_SPARSE = (fl.LinearLossOptions(sparse_grad=True, certified=certified) for certified in (True, False))
+each_gradient = pytest.mark.parametrize("how", [(CERTIFIED, PLAIN), (SPARSE, PLAIN_SPARSE)], ids=["dense", "sparse"])
+
+
+@pytest.fixture
+def searched(monkeypatch) -> list[str]:
+    """The searches that were made, by name."""
+    made = []
+    for name in ("by_kernel", "by_matmul", "in_float64"):
+        search = getattr(linear_certified, name)
+        monkeypatch.setattr(
+            linear_certified,
+            name,
+            lambda *args, name=name, search=search, **kw: made.append(name) or search(*args, **kw),
+        )
+    return made
+
+
+@each_gradient
+@pytest.mark.parametrize("k", [1, 40])
+@each(LOSSES)
+def test_losses_and_gradients(searched, loss, k, how):
+    """Logits that float32 holds exactly, ties and all; an ignored row, a bias."""
+    layer, target = make_exact_layer(classes=CLASSES, dtype=torch.float32), make_index(7, CLASSES)
+    target[2] = -100
+    options = {"k": k, "reduction": "none", "weight": torch.linspace(0.1, 3, CLASSES)}
+    got, expected = (
+        value_and_grads(
+            lambda x, w, b: loss.linear(x, w, target, linear_bias=b, options=of, **options),
+            *layer,
+            upstream=make_upstream(),
+        )
+        for of in how
+    )
+    assert_same([part.to_dense() for part in got], [part.to_dense() for part in expected])
+    assert searched
+
+
+@each_gradient
+@each((CE, CRL, SS_LR))
+def test_cosines_with_margins_and_several_labels(searched, loss, how):
+    x, w, _ = make_layer(classes=CLASSES, dtype=torch.float32)
+    labels = fl.Labels(torch.tensor([[3, 9], [5, -1], [-1, -1], [0, 999], [1, 2], [7, 8], [4, -1]]), torch.rand(7, 2))
+    options = {"k": 20, "margin": fl.Margin(0.2, 0.1)} | ({"label_smoothing": 0.1} if loss is not SS_LR else {})
+    got, expected = (
+        value_and_grads(lambda x, w: loss.linear(x, w, labels, normalize=True, scale=8.0, options=of, **options), x, w)
+        for of in how
+    )
+    assert_same([part.to_dense() for part in got], [part.to_dense() for part in expected])
+    assert searched
+
+
+@each_layer
+@pytest.mark.parametrize("k", [1, 7, 500])
+def test_topk(searched, normalize, k):
+    x, w, _ = make_layer(classes=CLASSES, dtype=torch.float32)
+    head = fl.LinearLoss(*reversed(w.shape), normalize=normalize, options=CERTIFIED)
+    head.weight.data = w
+    found, logits = head.topk(x, k), head.double().logits(x.double())
+    expected = logits.topk(k)
+    torch.testing.assert_close(found.values, expected.values.float())
+    assert torch.equal(found.indices, expected.indices)
+    assert searched
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_do_not_feel_it(searched, dtype):
+    x, w, _ = make_layer(classes=CLASSES, dtype=dtype)
+    step = lambda how: value_and_grads(lambda x, w: CRL.linear(x, w, make_index(7, CLASSES), k=3, options=how), x, w)  # noqa: E731
+    assert_same(step(CERTIFIED), step(PLAIN), rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step(CERTIFIED)
+    assert not searched
+
+
+def test_it_compiles():
+    torch._dynamo.reset()
+    x, w, _ = make_layer(classes=CLASSES, dtype=torch.float32)
+    target = make_index(7, CLASSES)
+    step = lambda x, w: CRL.linear(x * 1.0, w, target, k=3, options=CERTIFIED)  # noqa: E731
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_same(value_and_grads(compiled, x, w), value_and_grads(step, x, w))
+    torch._dynamo.reset()
+
+
+def test_no_rows(searched):
+    x, w, _ = make_layer(classes=CLASSES, dtype=torch.float32)
+    assert CRL.linear(x[:0], w, make_index(0, CLASSES), k=3, reduction="none", options=CERTIFIED).shape == (0,)
+
+
+# --- where it is used -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes, features, k, pays", [
+    (70_000, 32, 100, True),
+    (60_000, 32, 100, False),  # too small
+    (200_000, 16, 100, False),  # too few features
+    (10_000, 256, 200, False),  # too many picks
+])  # fmt: skip
+@pytest.mark.parametrize("certified", [None, True, False])
+def test_none_is_where_it_pays(searched, certified, classes, features, k, pays):
+    x, w = gaussian(3, features, classes)
+    step = fl.LinearLoss(features, classes, loss=fl.HSLRLoss(k=k), options=fl.LinearLossOptions(certified=certified))
+    step.weight.data = w
+    step(x, torch.arange(3))
+    if certified is None:
+        assert bool(searched) == (pays and ops.has_candidates())
+    else:
+        assert bool(searched) == certified
+
+
+def test_where_the_kernel_is_not(monkeypatch, searched):
+    monkeypatch.setattr(ops, "has_candidates", lambda: False)
+    x, w = gaussian(3, 32, 70_000)
+    for certified, expected in ((None, set()), (True, {"by_matmul"})):
+        searched.clear()
+        fl.linear_cross_entropy(x, w, torch.arange(3), k=9, options=fl.LinearLossOptions(certified=certified))
+        assert set(searched) == expected
+
+
+def test_matmuls_of_fewer_digits_prove_nothing(searched):
+    rows = case_of(LAYERS.index(common_offset))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, expected in (("highest", "by_matmul"), ("medium", "in_float64")):
+            searched.clear()
+            torch.set_float32_matmul_precision(precision)
+            picks(rows._replace(x=rows.x * 1e30))  # nothing for the kernel
+            assert next(name for name in searched if name != "by_kernel") == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_certified_search_makes_no_logits(glass_house):
+    """No tensor of all logits, nor of all classes in another dtype."""
+    x, w = gaussian(64, 32, 70_000)
+    with Watch() as watch, torch.no_grad():
+        fl.linear_loss(x, w, torch.arange(64), loss=fl.HSLRLoss(k=100), options=CERTIFIED)
+    assert watch.largest <= 2**20
+
+
+@pytest.mark.parametrize("certified", [1, "yes", 0.5])
+def test_errors(certified):
+    with pytest.raises(TypeError, match="certified must be None, True or False, got"):
+        fl.LinearLossOptions(certified=certified)
+
+
+def test_show_config_says_it(capsys):
+    fl.show_config()
+    line = next(line for line in capsys.readouterr().out.splitlines() if "certified" in line)
+    assert ("certified=True" in line) == (not ops.has_candidates())
