@@ -140,7 +140,7 @@ class CandidateSearcher {
         pairs_(features_ / 2),
         vectors_((rows_ + kLanes - 1) / kLanes),
         enough_(search.problem.spec.k + search.problem.target.places),
-        room_(search.most + enough_ + 64 + kRoom),
+        room_(search.most + 2 * enough_ + 64 + kRoom),
         pieces_(most_pieces()),
         input_(vectors_ * kLanes * pairs_),
         of_residual_(vectors_ * kLanes),
@@ -309,7 +309,7 @@ class CandidateSearcher {
       if (list.count < list.full) continue;
       at.threshold[row] = keep_possible(list, enough_, at.scratch);
       list.full = list.count + enough_ / 2 + 64;
-      if (list.count > search_.most) {
+      if (list.count > search_.most + search_.problem.target.places) {
         list.count = -1;
         at.threshold[row] = kInfinity<float>;
       }
