@@ -16,12 +16,12 @@ namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kPairLanes = 32;                     // features that one vector of pairs holds
-constexpr int64_t kClasses = 48;                       // classes that are rounded at a time
-constexpr int64_t kMostProducts = 24 * kLanes;         // of a tile, in registers
-constexpr int64_t kPieceOfClasses = 4096;              // a thread takes no fewer
+constexpr int64_t kPairLanes = 32;                                // features that one vector of pairs holds
+constexpr int64_t kClasses = 48;                                  // classes that are rounded at a time
+constexpr int64_t kMostProducts = 24 * kLanes;                    // of a tile, in registers
+constexpr int64_t kPieceOfClasses = 4096;                         // a thread takes no fewer
 constexpr float kLeastSquare = 0x1p-80f, kMostSquare = 0x1p120f;  // of norms that the bound holds for
-constexpr float kUp = 1.001f;                          // more than what float32 sums of 2^18 squares may be off
+constexpr float kUp = 1.001f;  // more than what float32 sums of 2^18 squares may be off
 
 // Vectors of rows with their length and the length of what rounding lost.
 struct Rounded {
@@ -154,7 +154,8 @@ class CandidateSearcher {
     round_input();
     for (int64_t i = 0; i < pieces_ * rows_; ++i) {
       float* numbers = numbers_.get() + i * room_ * 2;
-      lists_[i] = {numbers, numbers + room_, indices_.get() + i * room_, hopeless_[i % rows_] ? -1 : 0, 2 * enough_ + 64};
+      lists_[i] = {numbers, numbers + room_, indices_.get() + i * room_, hopeless_[i % rows_] ? -1 : 0,
+                   2 * enough_ + 64};
     }
     parallel(pieces_, 1, [&](int64_t first, int64_t last) {
       for (int64_t piece = first; piece < last; ++piece) walk(piece);
@@ -258,7 +259,8 @@ class CandidateSearcher {
   void multiply_and_take(const Piece& at, int64_t group, const uint32_t* w, int64_t first, int64_t count,
                          const OfClasses& of) {
     static_assert(RV * CT * kLanes <= kMostProducts && kClasses % CT == 0);
-    const int64_t first_row = group * 4 * kLanes, last_row = first_row + RV * kLanes < rows_ ? first_row + RV * kLanes : rows_;
+    const int64_t first_row = group * 4 * kLanes,
+                  last_row = first_row + RV * kLanes < rows_ ? first_row + RV * kLanes : rows_;
     bool alive = false;
     for (int64_t row = first_row; row < last_row; ++row) alive |= at.lists[row].count >= 0;
     if (!alive) return;
@@ -287,7 +289,8 @@ class CandidateSearcher {
   // Brings classes that are rounded next from memory while others are multiplied.
   void prefetch(int64_t first, int64_t count) const {
     for (int64_t j = first; j < first + count && j < classes_; ++j) {
-      for (int64_t i = 0; i < search_.features; i += kLanes) _mm_prefetch(reinterpret_cast<const char*>(weight(j) + i), _MM_HINT_T0);
+      for (int64_t i = 0; i < search_.features; i += kLanes)
+        _mm_prefetch(reinterpret_cast<const char*>(weight(j) + i), _MM_HINT_T0);
     }
   }
 
@@ -330,7 +333,8 @@ class CandidateSearcher {
     double* x = found.input.get();
     for (int64_t i = 0; i < features_; ++i) x[i] = i < search_.features ? input(row)[i] : 0;
     for (int64_t place = 0; place < places; ++place) {
-      const auto here = static_cast<uint64_t>(problem.target.label(row, place)) - static_cast<uint64_t>(problem.spec.first_class);
+      const auto here =
+          static_cast<uint64_t>(problem.target.label(row, place)) - static_cast<uint64_t>(problem.spec.first_class);
       const bool is_here = here < static_cast<uint64_t>(classes_);
       search_.label_logit[row * places + place] = is_here ? logit(x, static_cast<int64_t>(here)) : -kInfinity<float>;
     }
@@ -386,7 +390,7 @@ class CandidateSearcher {
       const int64_t left = search_.features - i;
       step(0, i, _mm256_maskz_loadu_ps(static_cast<__mmask8>(left < 8 ? (1 << left) - 1 : 255), w + i));
     }
-    const auto total = [](const __m512d (&of)[4]) {
+    const auto total = [](const __m512d(&of)[4]) {
       return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(of[0], of[1]), _mm512_add_pd(of[2], of[3])));
     };
     double z = total(sum);

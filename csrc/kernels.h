@@ -189,11 +189,11 @@ struct CandidateSearch {
   bool cosine;          // input (weight / |weight|)^T, where |weight| is at least least_norm
   double least_norm;
   double share_of_bound;  // 1; less only where a test is to see that it would be wrong
-  int64_t most;        // candidates that are kept of a row
-  int32_t* count;      // (rows,): how many there are; -1 for a row of which nothing could be proven
-  int32_t* index;      // (rows, most), ascending, among the classes at hand; -1 in an empty slot
-  float* logit;        // (rows, most), -inf in an empty slot
-  float* label_logit;  // (rows, places), -inf for a label that is not among the classes at hand
+  int64_t most;           // candidates that are kept of a row
+  int32_t* count;         // (rows,): how many there are; -1 for a row of which nothing could be proven
+  int32_t* index;         // (rows, most), ascending, among the classes at hand; -1 in an empty slot
+  float* logit;           // (rows, most), -inf in an empty slot
+  float* label_logit;     // (rows, places), -inf for a label that is not among the classes at hand
 };
 
 constexpr int64_t kMostFeatures = 1 << 18;  // of a layer that candidates are searched in

@@ -337,8 +337,7 @@ using CandidatesResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // count, index, logit, label_logit: kernels.h, CandidateSearch.
 CandidatesResult candidates(const Tensor& any_input, const Tensor& any_weight, const std::optional<Tensor>& bias,
-                            bool cosine, double least_norm, double share_of_bound, const Tensor& target,
-                            int64_t most,
+                            bool cosine, double least_norm, double share_of_bound, const Tensor& target, int64_t most,
                             StringHandle loss_handle, StableListHandle params, std::optional<double> alpha, int64_t k,
                             std::optional<int64_t> ignore_index, int64_t first_class, int64_t all_classes, bool compact,
                             bool labels, double label_smoothing, StableListHandle margin) {
@@ -425,7 +424,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) {
   m.def("_cpu_has_candidates() -> bool");
   m.def(
       "_cpu_candidates(Tensor input, Tensor weight, Tensor? bias, bool cosine, float least_norm, "
-      "float share_of_bound, Tensor target, int most, str loss, float[] params, float? alpha, SymInt k, SymInt? ignore_index, SymInt first_class, "
+      "float share_of_bound, Tensor target, int most, str loss, float[] params, float? alpha, SymInt k, SymInt? "
+      "ignore_index, SymInt first_class, "
       "SymInt all_classes, bool compact, bool labels=False, float label_smoothing=0.0, float[] margin=[]) "
       "-> (Tensor count, Tensor index, Tensor logit, Tensor label_logit)");
 }
