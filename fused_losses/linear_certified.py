@@ -151,9 +151,13 @@ def linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, certif
         certain, found = search(_Rows(input[left], weight, bias, norms, target[left], chunk_bytes, spec))
         for whole, part in zip(seen, found, strict=True):
             whole[left] = part
-        left = left[~certain]  # on CUDA the one synchronisation of the layer
+        left = left[~certain]  # on CUDA forward waits for their number
         if left.shape[0] == 0:
             break
+        nan = input[left].isnan().any(1)  # nothing is to be found of these
+        for whole, value in zip(seen, (math.nan, -1, -math.inf), strict=True):
+            whole[left[nan]] = value
+        left = left[~nan]
     return seen
 
 
@@ -268,12 +272,12 @@ class _ProductsOf(NamedTuple):
             self.whole.longest = torch.maximum(self.whole.longest, (size + lost).amax())
             self.whole.most_lost = torch.maximum(self.whole.most_lost, lost.amax())
             if x.device.type == "cpu" or dtype == torch.float32:  # the CPU's bfloat16 matmul rounds its results
-                z = torch.mm(x.to(dtype).float(), rounded.float().t())
+                z = torch.mm(x.to(dtype).float(), rounded.float().t(), out=out)
             else:
                 z = torch.mm(x.to(dtype), rounded.t(), out_dtype=torch.float32)
         if bias is not None:
             z += bias if bias.dim() == 0 else bias[self.classes]
-        return out.copy_(z)
+        return z if z is out else out.copy_(z)
 
 
 def _lengths(exact: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
