@@ -264,19 +264,68 @@ def test_every_row_is_right_of_many():
 # --- the bound --------------------------------------------------------------------------------------------------------
 
 
-def deceived(rows=16, features=32, classes=200) -> linear_certified._Rows:
+def rows_of(x: Tensor, w: Tensor, bias: Tensor | None = None, k: int = 1) -> linear_certified._Rows:
+    spec = LossSpec("log_odds", [], None, k, -100, 0, len(w), True)
+    return linear_certified._Rows(x, w, bias, None, torch.ones(len(x)).long(), 0, spec)
+
+
+def deceived(classes=60) -> linear_certified._Rows:
     """bfloat16 holds all classes but the last one, which is the hardest, and which it rounds down as far as it can."""
-    w = torch.ones(classes, features)
-    w[0, : features * 3 // 8] = 1 + 2**-7
+    w = torch.ones(classes, 32)
+    w[0, :12] = 1 + 2**-7
     w[-1] = 1 + 0.99 * 2**-8
-    spec = LossSpec("log_odds", [], None, 1, -100, 0, classes, True)
-    return linear_certified._Rows(torch.ones(rows, features), w, None, None, torch.ones(rows).long(), 0, spec)
+    return rows_of(torch.ones(16, 32), w)
+
+
+def deceived_by_the_input(classes=60) -> linear_certified._Rows:
+    """Of the input it rounds one half down and the other one up; the last class is the hardest, and has the first."""
+    x, w = torch.full((16, 32), 1 + 0.99 * 2**-8), torch.zeros(classes, 32)
+    x[:, 16:] = 1 + 1.01 * 2**-8
+    w[:, 16:] = 1
+    w[:, 31] = 1 - 2**-8
+    w[-1] = torch.arange(32) < 16
+    return rows_of(x, w)
+
+
+def deceived_by_sums(classes=60) -> linear_certified._Rows:
+    """It holds everything, but 2^24 + 1 - 2^24 is 0 in float32."""
+    x, w = torch.tensor([2.0**12, 1, 2.0**12]).expand(16, 3).contiguous(), torch.zeros(classes, 3)
+    w[:, 1] = 0.5
+    w[-1] = torch.tensor([2.0**12, 1, -(2.0**12)])
+    return rows_of(x, w)
+
+
+def deceived_by_a_bias(classes=60) -> linear_certified._Rows:
+    """Next to a large bias float32 holds neither what rounding to bfloat16 lost nor the end of the bias: only both."""
+    x, w, bias = torch.ones(16, 32), torch.ones(classes, 32), torch.full((classes,), 2.0**20)
+    w[-1] = 1 + 0.49 * 2**-8
+    x[:, 31], w[:, 31] = 1 / 128, 0.0
+    w[-1, 31] = 7.96875
+    return rows_of(x, w, bias)
+
+
+@each_search
+@pytest.mark.parametrize("rows", [deceived(), deceived_by_the_input(), deceived_by_sums(), deceived_by_a_bias()])
+def test_nobody_is_deceived(search, rows):
+    assert (true_logits(rows).argmax(1) == len(rows.weight) - 1).all()
+    certain, seen = search(rows)
+    assert wrong_rows(rows, seen, certain) == []
+
+
+@each_search
+@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-25, 1e-15, 1e15, 1e25, 1e30])
+def test_rows_out_of_range(search, scale):
+    torch.manual_seed(0)
+    x, w = gaussian(20, 16, 3000)
+    for rows in (rows_of(x * scale, w, k=5), rows_of(x, w * scale, k=5)):
+        certain, seen = search(rows)
+        assert wrong_rows(rows, seen, certain) == []
 
 
 @needs_kernel
 def test_a_quarter_of_the_bound_is_too_little_for_the_kernel():
     """And the cases above would see a bound that is wrong."""
-    rows = deceived(classes=60)
+    rows = deceived()
     certain, seen = by_kernel(rows)
     assert certain.all() and wrong_rows(rows, seen, certain) == []
     certain, seen = by_kernel(rows, share_of_bound=0.25)
@@ -286,7 +335,7 @@ def test_a_quarter_of_the_bound_is_too_little_for_the_kernel():
 
 
 def test_a_quarter_of_the_bound_is_too_little_for_a_matmul(monkeypatch):
-    bound, rows = linear_certified._Products.bound, deceived()
+    bound, rows = linear_certified._Products.bound, deceived(200)
     certain, seen = by_bfloat16(rows)
     assert not certain.any()
     monkeypatch.setattr(linear_certified._Products, "bound", lambda self, x: bound(self, x) / 4)
@@ -327,6 +376,8 @@ def test_the_kernel_is_certain_of_usual_layers(features):
     for some in (rows, rows._replace(bias=masks), rows._replace(x=0 * x), rows._replace(weight=0 * w)):
         certain, seen = by_kernel(some)
         assert certain.all() and wrong_rows(some, seen, certain) == []
+    all_zero = rows_of(x, 0 * w)
+    assert by_kernel(all_zero)[0].all()  # whatever the number of threads, each of which keeps its own
     unusual = w.clone()
     unusual[100::1000] = 1e30
     unusual[7] = 0
