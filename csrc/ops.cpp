@@ -43,7 +43,7 @@ bool runs_avx512() {
 }
 
 bool runs_avx512_bf16() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
   return runs_avx512() && __builtin_cpu_supports("avx512bf16");
 #else
   return false;

@@ -83,12 +83,12 @@ class LinearLossOptions:
             clip by the norm of ``weight.grad.coalesce().values()``. Nor inside of ``DistributedDataParallel``, which
             takes them of ``nn.Embedding`` alone, or of ``fully_shard``: leave the classifier out of these, sharded by
             classes with ``shard`` and ``gather_input``.
-        certified: of a float32 layer, the k hardest (k at most C / 24, or any with ``sparse_grad``, and those of
-            :meth:`LinearLoss.topk`) are found by products in bfloat16, with a proven bound of what these are off; what
-            may be among them gets its logit in float64. The result is that of logits in float64, rounded to float32.
-            None: where it pays, which ``show_config()`` tells: on CPUs with AVX-512 BF16, from 32 features and 64 k
-            classes on. True: on every device, float32 and 16-bit matmuls willing; on CUDA forward then waits once for
-            the number of rows that nothing was proven of. False: nowhere. Layers of other dtypes do not feel it.
+        certified: whether a float32 layer finds the k hardest (k at most C / 24, or any with ``sparse_grad``, and those
+            of :meth:`LinearLoss.topk`) by products in bfloat16, with a proven bound of their error; what the bound does
+            not exclude gets its logit in float64. The result is that of float64 logits, rounded to float32. None: where
+            it pays, on CPUs with AVX-512 BF16 (``show_config()`` says it) and large layers. True: on every device,
+            where it may be slower; on CUDA forward then waits for the number of rows that nothing was proven of.
+            False: never. Layers that compute in another dtype, as under autocast, do not feel it.
     """
 
     chunk_bytes: int | None = None
