@@ -86,9 +86,11 @@ class LinearLossOptions:
         certified: whether a float32 layer finds the k hardest (k at most C / 24, or any with ``sparse_grad``, and those
             of :meth:`LinearLoss.topk`) by products in bfloat16, with a proven bound of their error; what the bound does
             not exclude gets its logit in float64. The result is that of float64 logits, rounded to float32. None: where
-            it pays, on CPUs with AVX-512 BF16 (``show_config()`` says it) and large layers. True: on every device,
-            where it may be slower; on CUDA forward then waits for the number of rows that nothing was proven of.
-            False: never. Layers that compute in another dtype, as under autocast, do not feel it.
+            it pays, on CPUs with AVX-512 BF16 (``show_config()`` says it) and large layers. True: on every CPU and on
+            CUDA, where it may be slower; on CUDA forward then waits for the number of rows that nothing was proven of.
+            False: never. Layers that compute in another dtype, as under autocast, do not feel it. Beside the budget for
+            logits it takes lists of at most 7 k + 200 classes, 12 bytes each, for each of 64 or more rows and each
+            thread.
     """
 
     chunk_bytes: int | None = None

@@ -139,9 +139,14 @@ class _Rows(NamedTuple):
 
 
 def linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, certified, *spec) -> Seen:
-    """As ``linear_rows.linear_forward_picks``. certified: None where it pays, True for every float32 layer."""
+    """As ``linear_rows.linear_forward_picks``.
+
+    certified: None where it pays, True for every float32 layer on the CPU and on CUDA.
+    """
     spec = LossSpec(*spec)
-    wanted = pays(input, weight, bias, spec.k) if certified is None else certified and _float32(input, weight, bias)
+    if certified is None:
+        certified = pays(input, weight, bias, spec.k)
+    wanted = certified and _float32(input, weight, bias) and input.device.type in ("cpu", "cuda")
     if not wanted or input.shape[0] == 0:
         return linear_rows.linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, *spec)
     check_target(input, target, spec)
@@ -168,7 +173,8 @@ def _searches(device: torch.device) -> list[Callable[[_Rows], tuple[Tensor, Seen
         searches.append(partial(by_matmul, dtype=torch.bfloat16))
     elif ops.has_candidates():
         searches.append(by_kernel)
-    if torch.get_float32_matmul_precision() == "highest":  # others multiply with fewer digits
+    backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
+    if backend.matmul.fp32_precision in ("none", "ieee"):  # others multiply with fewer digits
         searches.append(partial(by_matmul, dtype=torch.float32))
     return [*searches, in_float64]
 
