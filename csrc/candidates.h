@@ -4,7 +4,7 @@
 // 1. round_classes   some classes at a time, as they lie in memory: to bfloat16, with the length of what that lost;
 // 2. multiply        these classes with 64 rows: the products stay in registers;
 // 3. take            classes whose upper bound exceeds the threshold of a row are written down, few in the long run;
-// 4. raise           a row's list is full: its threshold becomes the w-th largest lower bound, w = k + labels;
+// 4. keep_possible   a row's list is full: its threshold becomes the w-th largest lower bound, w = k + labels;
 // 5. finish          the lists of all pieces of the classes are cut once more, and what is left gets its exact logit.
 //
 // Lanes are rows, so that classes need no transposition: the input is rearranged once.

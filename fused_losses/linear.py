@@ -89,7 +89,7 @@ class LinearLossOptions:
             it pays, on CPUs with AVX-512 BF16 (``show_config()`` says it) and large layers. True: on every CPU and on
             CUDA, where it may be slower; on CUDA forward then waits for the number of rows that nothing was proven of.
             False: never. Layers that compute in another dtype, as under autocast, do not feel it. Beside the budget for
-            logits it takes lists of at most 7 k + 200 classes, 12 bytes each, for each of 64 or more rows and each
+            logits it takes lists of at most 7 k + 200 classes, 12 bytes each, for each of 16 or more rows and each
             thread.
     """
 

@@ -92,6 +92,9 @@ def pays(input: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> bool:
     return large and classes >= LEAST_CLASSES_PER_PICK * k
 
 
+MOST_FEATURES = 2**18  # of the proof
+
+
 def _float32(*tensors: Tensor | None) -> bool:
     return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)
 
@@ -146,13 +149,14 @@ def linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, certif
     spec = LossSpec(*spec)
     if certified is None:
         certified = pays(input, weight, bias, spec.k)
-    wanted = certified and _float32(input, weight, bias) and input.device.type in ("cpu", "cuda")
+    proven = _float32(input, weight, bias) and 0 < weight.shape[1] <= MOST_FEATURES
+    wanted = certified and proven and input.device.type in ("cpu", "cuda")
     if not wanted or input.shape[0] == 0:
         return linear_rows.linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, *spec)
     check_target(input, target, spec)
     seen = seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)
     left = torch.arange(input.shape[0], device=input.device)
-    for search in _searches(input.device):
+    for search in _searches(input.device, weight.shape[0], spec.k):
         certain, found = search(_Rows(input[left], weight, bias, norms, target[left], chunk_bytes, spec))
         for whole, part in zip(seen, found, strict=True):
             whole[left] = part
@@ -166,12 +170,12 @@ def linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, certif
     return seen
 
 
-def _searches(device: torch.device) -> list[Callable[[_Rows], tuple[Tensor, Seen]]]:
+def _searches(device: torch.device, num_classes: int, k: int) -> list[Callable[[_Rows], tuple[Tensor, Seen]]]:
     """One for what the ones before it leave. Each says which rows it is certain of."""
     searches: list[Callable[[_Rows], tuple[Tensor, Seen]]] = []
     if device.type != "cpu":
         searches.append(partial(by_matmul, dtype=torch.bfloat16))
-    elif ops.has_candidates():
+    elif ops.has_candidates() and k <= num_classes // 16:  # the lists of more would be larger than the logits
         searches.append(by_kernel)
     backend = torch.backends.mkldnn if device.type == "cpu" else torch.backends.cuda
     if backend.matmul.fp32_precision in ("none", "ieee"):  # others multiply with fewer digits
@@ -188,7 +192,7 @@ def by_kernel(rows: _Rows, share_of_bound: float = 1.0) -> tuple[Tensor, Seen]:
     most = 4 * spec.k + 64
     certain, found = [], []
     chunk = chunk_elements_of(rows.x, rows.weight, rows.chunk_bytes, True) // (5 * most)
-    for part in pieces_of(len(rows.x), max(64, chunk)):
+    for part in pieces_of(len(rows.x), max(16, chunk)):
         some = rows._replace(x=rows.x[part], target=rows.target[part])
         count, index, logit, label_logit = torch.ops.fused_losses._cpu_candidates(
             some.x, some.weight, some.bias, some.norms is not None, LEAST_NORM, share_of_bound, some.target, most, *spec

@@ -579,6 +579,19 @@ def test_a_certified_search_makes_no_logits(glass_house):
     assert watch.largest <= 2**20
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("features", [0, 2**18, 2**18 + 1])
+def test_layers_of_no_and_of_very_many_features(searched, features):
+    """The proof ends at 2^18."""
+    x, w = torch.randn(2, features), torch.randn(48, features)
+    head = fl.LinearLoss(features, 48, options=CERTIFIED)
+    head.weight.data = w
+    expected = (x.double() @ w.double().t()).topk(3)
+    found = head.topk(x, 3)
+    torch.testing.assert_close(found.values, expected.values.float(), rtol=1e-4, atol=1e-2)
+    assert bool(searched) == (features == 2**18)
+
+
 @pytest.mark.parametrize("certified", [1, "yes", 0.5])
 def test_errors(certified):
     with pytest.raises(TypeError, match="certified must be None, True or False, got"):
