@@ -175,6 +175,32 @@ struct Kernels {
   void (*elementary)(DType, const char* name, const void* x, void* y, int64_t n);
 };
 
+// The classes of a linear layer that may be among the k hardest negatives of a row, each with its exact logit. What is
+// proven of them: fused_losses/linear_certified.py. Features are contiguous.
+struct CandidateSearch {
+  Problem problem;     // without logits; the target is class indices or lists of labels
+  const float* input;  // (rows, features)
+  int64_t input_stride;
+  const float* weight;  // (classes, features)
+  int64_t weight_stride;
+  int64_t features;
+  const float* bias;    // or null
+  int64_t bias_stride;  // from class to class; one bias of all has stride 0
+  bool cosine;          // input (weight / |weight|)^T, where |weight| is at least least_norm
+  double least_norm;
+  double share_of_bound;  // 1; less only where a test is to see that it would be wrong
+  int64_t most;           // candidates that are kept of a row
+  int32_t* count;         // (rows,): how many there are; -1 for a row of which nothing could be proven
+  int32_t* index;         // (rows, most), ascending, among the classes at hand; -1 in an empty slot
+  float* logit;           // (rows, most), -inf in an empty slot
+  float* label_logit;     // (rows, places), -inf for a label that is not among the classes at hand
+};
+
+constexpr int64_t kMostFeatures = 1 << 18;  // of a layer that candidates are searched in
+
+// Null where the compiler cannot build it. The machine must have AVX-512 BF16.
+extern void (*const search_bf16)(const CandidateSearch&);
+
 // The instruction sets. Each is one translation unit that includes kernels_page.h; null where the compiler cannot build
 // it.
 extern const Kernels* const kernels_avx512;

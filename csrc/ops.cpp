@@ -42,6 +42,14 @@ bool runs_avx512() {
 #endif
 }
 
+bool runs_avx512_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+  return runs_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 struct InstructionSet {
   std::string_view name;
   const Kernels* kernels;
@@ -320,6 +328,62 @@ void backward_in_place(const Tensor& grad, const Tensor& coefficients, const Ten
   gradient(grad, coefficients, logits, target, statistics, pick_index, pick_logit, classes, spec, true);
 }
 
+// --------------------------------------------------------------------------------------------------- linear layers
+
+// Whether candidates() serves: this machine has what it is written for, and tests have not asked for less.
+bool has_candidates() { return search_bf16 != nullptr && chosen().name == "avx512" && runs_avx512_bf16(); }
+
+using CandidatesResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// count, index, logit, label_logit: kernels.h, CandidateSearch.
+CandidatesResult candidates(const Tensor& any_input, const Tensor& any_weight, const std::optional<Tensor>& bias,
+                            bool cosine, double least_norm, double share_of_bound, const Tensor& target, int64_t most,
+                            StringHandle loss_handle, StableListHandle params, std::optional<double> alpha, int64_t k,
+                            std::optional<int64_t> ignore_index, int64_t first_class, int64_t all_classes, bool compact,
+                            bool labels, double label_smoothing, StableListHandle margin) {
+  const Spec spec = read_spec(*chosen().kernels, loss_handle, params, alpha, k, ignore_index, first_class, all_classes,
+                              compact, labels, label_smoothing, margin);
+  check(has_candidates(), "candidates are searched with AVX-512 BF16 only");
+  check_tensor(any_input, 2, "input");
+  check_tensor(any_weight, 2, "weight");
+  check_target(target);
+  check(!is_multi_hot(target, spec), "candidates are those of class indices and labels");
+  check(dtype_of(any_input, "input") == DType::float32 && dtype_of(any_weight, "weight") == DType::float32,
+        "input and weight must be float32");
+  const Tensor input = with_contiguous_rows(any_input), weight = with_contiguous_rows(any_weight);
+  const int64_t rows = input.size(0), classes = weight.size(0), features = input.size(1);
+  check(weight.size(1) == features && features >= 1 && features <= kMostFeatures,
+        "input and weight must have the same features, from 1 to 2^18");
+  check(k >= 1 && most > k && most <= INT32_MAX / 4, "k must be at least 1, and most larger");
+  CandidateSearch search{};
+  search.problem = make_problem(nullptr, target, rows, classes, spec);
+  search.input = static_cast<const float*>(input.const_data_ptr());
+  search.input_stride = input.stride(0);
+  search.weight = static_cast<const float*>(weight.const_data_ptr());
+  search.weight_stride = weight.stride(0);
+  search.features = features;
+  if (bias.has_value()) {
+    check_tensor(*bias, bias->dim() == 0 ? 0 : 1, "bias");
+    check(dtype_of(*bias, "bias") == DType::float32 && (bias->dim() == 0 || bias->size(0) == classes),
+          "bias must be float32, (classes,) or ()");
+    search.bias = static_cast<const float*>(bias->const_data_ptr());
+    search.bias_stride = bias->dim() == 0 ? 0 : bias->stride(0);
+  }
+  search.cosine = cosine;
+  search.least_norm = least_norm;
+  search.share_of_bound = share_of_bound;
+  search.most = most;
+  Tensor count = empty({rows}, aoti_torch_dtype_int32()), index = empty({rows, most}, aoti_torch_dtype_int32());
+  Tensor logit = empty({rows, most}, aoti_torch_dtype_float32());
+  Tensor label_logit = empty({rows, search.problem.target.places}, aoti_torch_dtype_float32());
+  search.count = static_cast<int32_t*>(count.mutable_data_ptr());
+  search.index = static_cast<int32_t*>(index.mutable_data_ptr());
+  search.logit = static_cast<float*>(logit.mutable_data_ptr());
+  search.label_logit = static_cast<float*>(label_logit.mutable_data_ptr());
+  if (rows > 0) search_bf16(search);
+  return {std::move(count), std::move(index), std::move(logit), std::move(label_logit)};
+}
+
 // -------------------------------------------------------------------------------------------------------- for tests
 
 // Uses the instruction set of this name from now on ("": no change), and returns the name of the one in use.
@@ -357,6 +421,13 @@ Tensor cpu_elementary(const std::string& name, const Tensor& x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) {
   m.def("_cpu_isa(str name) -> str");
   m.def("_cpu_elementary(str name, Tensor x) -> Tensor");
+  m.def("_cpu_has_candidates() -> bool");
+  m.def(
+      "_cpu_candidates(Tensor input, Tensor weight, Tensor? bias, bool cosine, float least_norm, "
+      "float share_of_bound, Tensor target, int most, str loss, float[] params, float? alpha, SymInt k, SymInt? "
+      "ignore_index, SymInt first_class, "
+      "SymInt all_classes, bool compact, bool labels=False, float label_smoothing=0.0, float[] margin=[]) "
+      "-> (Tensor count, Tensor index, Tensor logit, Tensor label_logit)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
@@ -367,8 +438,10 @@ STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) {
   m.impl("backward_", TORCH_BOX(&fused_losses::backward_in_place));
   m.impl("in_order", TORCH_BOX(&fused_losses::in_order));
   m.impl("_cpu_elementary", TORCH_BOX(&fused_losses::cpu_elementary));
+  m.impl("_cpu_candidates", TORCH_BOX(&fused_losses::candidates));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CompositeExplicitAutograd, m) {
   m.impl("_cpu_isa", TORCH_BOX(&fused_losses::cpu_isa));
+  m.impl("_cpu_has_candidates", TORCH_BOX(&fused_losses::has_candidates));
 }

@@ -31,6 +31,7 @@ class LayerSpec(NamedTuple):
     normalize: bool
     chunk_bytes: int  # 0 for the default
     sparse_grad: bool
+    certified: bool | None  # None: where it pays
     wanted: list[bool]  # which of input, weight and bias get a gradient
 
     def layer(self, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> tuple:
@@ -50,8 +51,8 @@ class Again:
     """Chunks of rows; backward computes their logits once more."""
 
     @staticmethod
-    def forward(layer: tuple, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
-        """Statistics and picks of the rows, as a forward door sees them."""
+    def forward(layer: tuple, certified: bool | None, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+        """Statistics and picks of the rows, as a forward door sees them. certified: of *picks* alone."""
         return linear_forward(*layer, *spec)
 
     @staticmethod
@@ -64,8 +65,8 @@ class Picks:
     """Blocks of classes; backward gathers what the rows have picked. Always compact."""
 
     @staticmethod
-    def forward(layer: tuple, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
-        return linear_forward_picks(*layer, *spec)
+    def forward(layer: tuple, certified: bool | None, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+        return linear_forward_picks(*layer, certified, *spec)
 
     @staticmethod
     def backward(coefficients: Tensor, seen: list, layer: list, wanted: list[bool], spec: LossSpec) -> tuple:
@@ -139,7 +140,7 @@ class LinearStatistics(torch.autograd.Function):
         if weight.shape[0] == 0:
             seen = nothing(input.shape[0], layer[0], target, mine)
         else:
-            seen = way.forward(layer, mine)
+            seen = way.forward(layer, layer_spec.certified, mine)
         if shard is not None:
             seen = merge(shard, seen, target, spec)
         ctx.way, ctx.layer_spec, ctx.spec, ctx.shard = way, layer_spec, mine, shard

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import flops, ops, reference
+from . import flops, linear_certified, ops, reference
 from . import linear_rows as rows
 from .linear_rows import gradient_shapes, seen_shapes
 from .losses import LossSpec
@@ -47,7 +47,11 @@ class_norms = ops.define(
 )
 linear_forward = ops.define(f"linear_forward({_LAYER}, {ops.SPEC}) -> ({_SEEN})", rows.linear_forward, seen_shapes)
 linear_forward_picks = ops.define(
-    f"linear_forward_picks({_LAYER}, {ops.SPEC}) -> ({_SEEN})", rows.linear_forward_picks, seen_shapes
+    f"linear_forward_picks({_LAYER}, bool? certified, {ops.SPEC}) -> ({_SEEN})",
+    linear_certified.linear_forward_picks,
+    lambda input, weight, bias, norms, target, chunk_bytes, certified, *spec: seen_shapes(
+        input, weight, bias, norms, target, chunk_bytes, *spec
+    ),
 )
 linear_at_once = ops.define(
     f"linear_at_once(Tensor share, Tensor? label_weight, {_LAYER}, bool[] wanted, {ops.SPEC}) "

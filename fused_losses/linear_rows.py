@@ -24,7 +24,7 @@ from torch import Tensor
 from . import ops, reference
 from .finish import ignored_rows
 from .losses import LossSpec
-from .merge import sum_of_picks
+from .merge import Seen, sum_of_picks
 
 MIB = 2**20
 LEAST_NORM = 1e-12  # F.normalize divides by nothing smaller either
@@ -42,7 +42,7 @@ def gathers_picks(num_classes: int, k: int, multi_hot: bool) -> bool:
     return 0 < k <= num_classes // 24 and not multi_hot
 
 
-def _chunk_elements(input: Tensor, weight: Tensor, chunk_bytes: int, picks: bool) -> int:
+def chunk_elements_of(input: Tensor, weight: Tensor, chunk_bytes: int, picks: bool) -> int:
     """How many logits exist at a time, in input's dtype; chunk_bytes 0 for the default.
 
     Blocks of classes stay in the cache; chunks of rows each read the whole weight, and want as much work for it. Asked
@@ -55,7 +55,7 @@ def _chunk_elements(input: Tensor, weight: Tensor, chunk_bytes: int, picks: bool
     return max(1, chunk_bytes // input.element_size())
 
 
-def _pieces(total: int, most: int) -> list[slice]:
+def pieces_of(total: int, most: int) -> list[slice]:
     """0 ... total in slices of about equal size, none larger than most."""
     size = -(-total // max(1, -(-total // most)))
     return [slice(start, min(start + size, total)) for start in range(0, total, max(1, size))]
@@ -110,7 +110,7 @@ class _Layer(NamedTuple):
 
     def chunks(self, input: Tensor, chunk_elements: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, their input and their logits: one row, or at most so many logits, at a time and in the same memory."""
-        pieces = _pieces(input.shape[0], max(1, chunk_elements // self.weight.shape[0]))
+        pieces = pieces_of(input.shape[0], max(1, chunk_elements // self.weight.shape[0]))
         buffer = _buffer(input, max((rows.stop - rows.start for rows in pieces), default=0), self.weight.shape[0])
         for rows in pieces:
             x = input[rows].contiguous()  # torch 2.10 multiplies a bfloat16 row of a transposed matrix wrongly
@@ -132,7 +132,7 @@ class _Layer(NamedTuple):
         """Classes and their w / |w|, divided in the compute dtype."""
         assert self.norms is not None
         most = MIB if self.weight.device.type == "cpu" else 16 * MIB
-        for classes in _pieces(self.weight.shape[0], max(1, most // max(1, self.weight.shape[1]))):
+        for classes in pieces_of(self.weight.shape[0], max(1, most // max(1, self.weight.shape[1]))):
             w = self.weight[classes].to(self.norms.dtype)
             yield classes, (w / self.norms[classes, None]).to(dtype)
 
@@ -219,9 +219,9 @@ class _Gradients:
 def linear_forward(input, weight, bias, norms, target, chunk_bytes, *spec) -> tuple[Tensor, Tensor, Tensor]:
     """What the forward door sees of all rows: *again*."""
     spec = LossSpec(*spec)
-    _check_target(input, target, spec)
+    check_target(input, target, spec)
     seen = seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)
-    for rows, _, z in _Layer(weight, bias, norms).chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
+    for rows, _, z in _Layer(weight, bias, norms).chunks(input, chunk_elements_of(input, weight, chunk_bytes, False)):
         part = ops.statistics(z, target[rows], *spec)
         for whole, of_rows in zip(seen, part, strict=True):
             whole[rows] = of_rows
@@ -238,7 +238,7 @@ def linear_backward(
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
     one = coefficients.new_ones(())
-    for rows, x, z in layer.chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
+    for rows, x, z in layer.chunks(input, chunk_elements_of(input, weight, chunk_bytes, False)):
         saved = target[rows], statistics[rows], pick_index[rows], pick_logit[rows]
         ops.backward_(one, coefficients[rows], z, *saved, *spec)
         gradients.add(rows, x, z)
@@ -252,12 +252,12 @@ def linear_at_once(
     row has in the loss: *at once*. label_weight: as ``finish`` takes it."""
     spec = LossSpec(*spec)
     _check_rows(input, target, share)
-    _check_target(input, target, spec)
+    check_target(input, target, spec)
     layer = _Layer(weight, bias, norms)
     gradients = _Gradients(input, layer, _rows_to_zero(target, spec), wanted)
     values = torch.empty_like(share)
     statistics = reference.empty_statistics(input, target, spec)
-    for rows, x, z in layer.chunks(input, _chunk_elements(input, weight, chunk_bytes, False)):
+    for rows, x, z in layer.chunks(input, chunk_elements_of(input, weight, chunk_bytes, False)):
         weights = None if label_weight is None else label_weight[rows]
         values[rows], coefficients, statistics[rows], *picks = ops.forward(z, target[rows], weights, "none", *spec)
         ops.backward_(share[rows], coefficients, z, target[rows], statistics[rows], *picks, *spec)
@@ -271,7 +271,7 @@ def _check_rows(*tensors: Tensor) -> None:
         raise ValueError(f"expected as many rows in each tensor, got {[tuple(tensor.shape) for tensor in tensors]}")
 
 
-def _check_target(input: Tensor, target: Tensor, spec: LossSpec) -> None:
+def check_target(input: Tensor, target: Tensor, spec: LossSpec) -> None:
     """The CPU doors check too, but know a row by its number in the chunk; multi-hot targets would cost a copy here."""
     _check_rows(input, target)
     if input.device.type == "cpu" and not spec.multi_hot(target):
@@ -281,31 +281,34 @@ def _check_target(input: Tensor, target: Tensor, spec: LossSpec) -> None:
 # --- picks alone ------------------------------------------------------------------------------------------------------
 
 
-def linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, *spec) -> tuple[Tensor, Tensor, Tensor]:
+def linear_forward_picks(input, weight, bias, norms, target, chunk_bytes, *spec) -> Seen:
     """What the compact door sees of all rows: *picks*.
 
     The k hardest of the layer are among the k hardest of each block of classes: these are the candidates. A matmul is
     cheaper for many rows and few classes at a time than the other way round, and its logits stay in the cache.
     """
     spec = LossSpec(*spec)
-    _check_target(input, target, spec)
-    seen = seen_shapes(input, weight, bias, norms, target, chunk_bytes, *spec)
-    chunk_elements = _chunk_elements(input, weight, chunk_bytes, True)
+    check_target(input, target, spec)
+    return hardest_of_rows(_Layer(weight, bias, norms), input, target, chunk_bytes, spec)
+
+
+def hardest_of_rows(layer, input: Tensor, target: Tensor, chunk_bytes: int, spec: LossSpec) -> Seen:
+    """The compact door over all classes of a layer: whatever has a weight and gives the logits of some classes."""
+    weight = layer.weight
+    seen = reference.empty_statistics(input, target, spec), *reference.empty_picks(input, spec)
+    chunk_elements = chunk_elements_of(input, weight, chunk_bytes, True)
     least = max(LEAST_BLOCK, LEAST_BLOCK_PER_PICK * spec.k)
-    blocks = _pieces(weight.shape[0], max(least, chunk_elements // max(1, input.shape[0])))
+    blocks = pieces_of(weight.shape[0], max(least, chunk_elements // max(1, input.shape[0])))
     most_rows = max(1, chunk_elements // blocks[0].stop)
     buffer = _buffer(input, min(most_rows, input.shape[0]), blocks[0].stop)
-    layer = _Layer(weight, bias, norms)
-    for rows in _pieces(input.shape[0], most_rows):
+    for rows in pieces_of(input.shape[0], most_rows):
         part = _hardest_of_blocks(layer, blocks, buffer, input[rows].contiguous(), target[rows], spec)
         for whole, of_rows in zip(seen, part, strict=True):
             whole[rows] = of_rows
     return seen
 
 
-def _hardest_of_blocks(
-    layer: _Layer, blocks: list[slice], buffer: Tensor, x: Tensor, target: Tensor, spec: LossSpec
-) -> tuple[Tensor, Tensor, Tensor]:
+def _hardest_of_blocks(layer, blocks: list[slice], buffer: Tensor, x: Tensor, target: Tensor, spec: LossSpec) -> Seen:
     """The compact door over the classes of all blocks, lowest class first among equals."""
     num_rows, k = x.shape[0], spec.k
     labels = target if spec.labels else target[:, None]
@@ -329,7 +332,13 @@ def _hardest_of_blocks(
     index[:, :num_labels] = -1
     of_labels = seen[..., 3 if spec.labels else 2 :].amax(0)
     logit[:, :num_labels] = of_labels.masked_fill(seen.isnan().any(dim=(0, 2))[:, None], math.nan)
-    label, among = _among_candidates(target, layer.weight.shape[0], index.shape[1], spec)
+    return hardest_of_candidates(index, logit, target, layer.weight.shape[0], spec)
+
+
+def hardest_of_candidates(index: Tensor, logit: Tensor, target: Tensor, num_classes: int, spec: LossSpec) -> Seen:
+    """The compact door over the candidates of each row, (rows, P + candidates): the labels, whose index is -1, and
+    negatives in the order of the classes, -1 and -inf in empty slots."""
+    label, among = _among_candidates(target, num_classes, index.shape[1], spec)
     statistics, chosen, chosen_logit = ops.statistics(logit, label, *among)
     chosen = index.gather(1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, -1)
     if spec.label_smoothing:  # an empty slot among the candidates is no negative
@@ -396,7 +405,7 @@ def _sum_of_classes(factors: Tensor, classes: Tensor, weight: Tensor, norms: Ten
     if norms is None or weight.dtype == factors.dtype:
         return F.embedding_bag(classes, weight, mode="sum", per_sample_weights=factors.to(weight.dtype))
     total = factors.new_empty((classes.shape[0], weight.shape[1]))  # 16 bits do not hold what a norm divides
-    for rows in _pieces(classes.shape[0], max(1, elements // max(1, classes.shape[1] * weight.shape[1]))):
+    for rows in pieces_of(classes.shape[0], max(1, elements // max(1, classes.shape[1] * weight.shape[1]))):
         total[rows] = (weight[classes[rows]] * factors[rows, :, None]).sum(1)
     return total
 
@@ -429,7 +438,7 @@ def _pick_gradients(
     dweight, dbias = statistics.new_empty((0,)), statistics.new_empty((0,))  # results of an op must not share memory
     picked = target.new_empty((0,))
     if want_input and input.shape[0] > 0:
-        elements = _chunk_elements(input, weight, chunk_bytes, True)
+        elements = chunk_elements_of(input, weight, chunk_bytes, True)
         dinput = _sum_of_classes(dz, classes.masked_fill(nowhere, 0), weight, norms, elements)
         dinput = dinput.masked_fill(coefficients.isnan().any(1, keepdim=True), math.nan)
         dinput = dinput if ignored is None else dinput.masked_fill(ignored[:, None], 0)

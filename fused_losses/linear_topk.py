@@ -45,7 +45,7 @@ def topk_of_layer(
     if weight.shape[0] == 0:
         seen, index, logit = nothing(input.shape[0], layer[0], unlabelled, mine)
     else:
-        seen, index, logit = Picks.forward(layer, mine)
+        seen, index, logit = Picks.forward(layer, layer_spec.certified, mine)
     logit = logit.masked_fill(seen.isnan().any(1, keepdim=True), math.nan)
     index = torch.where(index < 0, num_classes, index + mine.first_class)
     if shard is None:

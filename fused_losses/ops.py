@@ -305,6 +305,11 @@ def _load_extension() -> str:
 _extension_failure = _load_extension()
 
 
+def has_candidates() -> bool:
+    """Whether the C++ kernel of certified selection serves this machine."""
+    return not _extension_failure and torch.ops.fused_losses._cpu_has_candidates()
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +336,12 @@ def _cpu_server() -> str:
         f"{REFERENCE}: {_extension_failure}; in the sources, FUSED_LOSSES_BUILD_EXT=1 pip install "
         "--no-build-isolation --no-deps . builds it or says what is missing"
     )
+
+
+def _certified() -> str:
+    if has_candidates():
+        return "k hardest of float32 layers on the CPU by products in bfloat16 (AVX-512 BF16), where that pays"
+    return "only with certified=True: " + (_extension_failure or "this CPU has no AVX-512 BF16")
 
 
 def _cuda_server() -> str:
@@ -376,7 +387,8 @@ def show_config() -> str:
         f"  CPU        {_cpu_server()}\n"
         f"  CUDA       {_cuda_server()}\n"
         f"  others     {REFERENCE}\n"
-        f"  sharding   {_sharding()}"
+        f"  sharding   {_sharding()}\n"
+        f"  certified  {_certified()}"
     )
     print(text)
     return text

@@ -141,7 +141,7 @@ def test_opcheck_of_the_ops_of_normalised_classes_and_sparse_gradients():
     torch.library.opcheck(ops.class_norms.default, (w,))
     layer = x, w, None, ops.class_norms(w), target, 0
     spec = LossSpec("crl", [1.5, 1.0], None, 3, -100, 0, CLASSES, True)
-    seen = ops.linear_forward_picks(*layer, *spec)
+    seen = ops.linear_forward_picks(*layer, None, *spec)
     for wanted in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
         torch.library.opcheck(
             ops.linear_backward_sparse.default, (torch.randn(ROWS, 2), *seen, *layer, wanted, *spec),

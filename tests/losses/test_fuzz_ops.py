@@ -28,6 +28,7 @@ LINEAR = (
     "linear_backward",
     "linear_backward_picks",
 )
+CANDIDATES = ("_cpu_candidates",) if ops.has_candidates() else ()
 # Nothing between a million and 2^31, for k and num_classes: that would be an allocation of gigabytes, and allowed.
 INTS = (-1, 0, 1, 2, 3, 5, 7, 17, 100, -100, 2**31, 2**33, 2**40, 2**62, 2**63 - 1, -(2**31), -(2**63))
 TEXTS = (
@@ -72,12 +73,13 @@ def consistent(draw: random.Random) -> tuple[str, list]:
     )
     formula, params = formula_of(draw, family)
     dtype, k, compact = draw.choice(FLOATING), draw.choice((0, 1, 2, 5, 20)), draw.random() < 0.5
-    name = draw.choice((*DOORS, *DOORS, *DOORS, *LINEAR, "_cpu_elementary"))
+    name = draw.choice((*DOORS, *DOORS, *DOORS, *LINEAR, "_cpu_elementary", *CANDIDATES))
     if name == "_cpu_elementary":
         return name, [draw.choice(("exp", "log1p", "log1p_of_product")), torch.randn(draw.choice((0, 1, 3, 33)))]
     part = (0, classes) if draw.random() < 0.7 else (draw.choice((0, 4)), 100)
     labels = name in DOORS and draw.random() < 0.5
-    multi_hot = not labels and family == "logistic" and draw.random() < 0.4
+    labels |= name in CANDIDATES and draw.random() < 0.5
+    multi_hot = not labels and name not in CANDIDATES and family == "logistic" and draw.random() < 0.4
     ignore_index = -100 if multi_hot else draw.choice((-1 if labels else -100, None))
     if labels:
         target = labels_of(draw, rows, part[1])
@@ -91,6 +93,11 @@ def consistent(draw: random.Random) -> tuple[str, list]:
     smoothing = draw.choice((0.0, 0.1)) if labels else 0.0
     margin = margin_of(draw) if name in DOORS and not multi_hot else []
     spec = LossSpec(formula, params, alpha, k, ignore_index, *part, compact, labels, smoothing, margin)
+    if name in CANDIDATES:
+        x, w = torch.randn(rows, 6), torch.randn(classes, 6)
+        bias = draw.choice((None, torch.randn(classes), torch.randn(())))
+        how = [draw.random() < 0.5, 1e-12, 1.0, target, draw.choice((spec.k + 2, 30))]
+        return name, [x, w, bias, *how, *spec._replace(k=max(spec.k, 1))]
     if name in LINEAR:
         return name, linear_arguments(draw, name, rows, classes, target, spec, dtype)
     logits, cd = torch.randn(rows, classes).to(dtype), reference.compute_dtype(dtype)
@@ -146,8 +153,13 @@ def linear_arguments(draw, name, rows, classes, target, spec, dtype) -> list:
     if name == "linear_at_once":
         return [torch.rand(rows, dtype=cd), None, *arguments, wanted, *spec]
     forward = name.replace("backward", "forward")
-    seen = getattr(OPS, forward)(*arguments, *spec)
-    return [*arguments, *spec] if forward == name else [torch.rand(rows, 2, dtype=cd), *seen, *arguments, wanted, *spec]
+    how = [draw.choice((None, True, False))] if "picks" in name else []  # certified
+    seen = getattr(OPS, forward)(*arguments, *how, *spec)
+    return (
+        [*arguments, *how, *spec]
+        if forward == name
+        else [torch.rand(rows, 2, dtype=cd), *seen, *arguments, wanted, *spec]
+    )
 
 
 def reshaped(draw: random.Random, tensor: Tensor) -> Tensor:

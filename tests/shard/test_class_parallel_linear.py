@@ -64,7 +64,8 @@ def many_of_shard(group, edges, cases) -> list:
         else:
             shard = ClassShard(edges[rank], edges[rank + 1], classes, group)
         own = slice(shard.start, shard.stop)
-        target = target if target.dim() == 1 else target[:, own]
+        if isinstance(target, torch.Tensor):
+            target = target if target.dim() == 1 else target[:, own]
         mine = [layer[0], *(tensor[own] for tensor in layer[1:])]
         results.append(list(map(sendable, loss_and_gradients(loss, mine, target, options | {"shard": shard}))))
     return results
@@ -138,6 +139,31 @@ def test_options(world):
     cases += [(loss, layer[:2], target, cosine | {"k": k}) for loss in LOSSES for k in loss.ks(None, 3)]
     cases += [(loss, layer[:2], target, cosine | {"k": 3, "options": sparse}) for loss in LOSSES]
     compare(world, 3, cases)
+
+
+@pytest.mark.parametrize("edges", [None, (0, 1, 1, 700)], ids=str)
+def test_every_rank_certifies_its_own_offers(world, edges):
+    """Ties among whole numbers; a cosine layer, several labels, an empty shard; the layer of one process is plain."""
+    generator = torch.Generator().manual_seed(0)
+    layer = [torch.randint(-2, 3, shape, generator=generator).float() for shape in ((ROWS, 8), (700, 8), (700,))]
+    target = make_index(ROWS, 700)
+    target[::5] = -100
+    labels = fl.Labels(torch.stack((target.clamp(min=-1), target.clamp(min=0) // 2), 1).sort(1, descending=True).values)
+    cases = [
+        (loss, layer, target, {"k": k, "options": fl.LinearLossOptions(sparse_grad=sparse, certified=True)})
+        for loss, k, sparse in itertools.product(LOSSES, (1, 25), (False, True))
+    ]
+    certified = fl.LinearLossOptions(certified=True)
+    cases += [(loss, layer, labels, {"k": 9, "options": certified}) for loss in LOGISTIC]
+    cosine = {"normalize": True, "scale": 16.0, "k": 9, "options": certified}
+    cases += [(loss, make_layer(700)[:2], target, cosine) for loss in LOSSES]
+    plain = fl.LinearLossOptions(certified=False)
+    answers = whole(world.run(3, many_of_shard, edges, cases))
+    for (loss, tensors, judged, options), ours in zip(cases, answers, strict=True):
+        expected = loss_and_gradients(loss, tensors, judged, options | {"options": plain})
+        for name, mine, theirs in zip(NAMES[: len(ours)], ours, expected, strict=True):
+            message = lambda m: f"{loss} {options} {name}: {m}"  # noqa: E731
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=message)
 
 
 def sparse_step(group) -> list:

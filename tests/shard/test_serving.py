@@ -16,10 +16,10 @@ def whole_numbers() -> tuple[torch.Tensor, torch.Tensor]:
     return drawn[0].float(), drawn[1].float()
 
 
-def nearest_of_a_million(group) -> list:
+def nearest_of_a_million(group, certified) -> list:
     shard = ClassShard.split(CLASSES, group)
     x, weight = whole_numbers()
-    head = fl.LinearLoss(FEATURES, CLASSES, shard=shard)
+    head = fl.LinearLoss(FEATURES, CLASSES, shard=shard, options=fl.LinearLossOptions(certified=certified))
     for p in head.parameters():
         mine = p.detach()
         mine = mine.to_local() if hasattr(mine, "to_local") else mine
@@ -28,7 +28,8 @@ def nearest_of_a_million(group) -> list:
 
 
 @pytest.mark.slow
-def test_the_nearest_of_a_million_on_three_ranks(world):
+@pytest.mark.parametrize("certified", [True, False])
+def test_the_nearest_of_a_million_on_three_ranks(world, certified):
     x, weight = whole_numbers()
     logits = (x @ weight.t()).long()
     assert logits.abs().max() < 2**24
@@ -36,6 +37,6 @@ def test_the_nearest_of_a_million_on_three_ranks(world):
     found = (logits * CLASSES + torch.arange(CLASSES - 1, -1, -1)).topk(K).values
     indices, values = CLASSES - 1 - found % CLASSES, found.div(CLASSES, rounding_mode="floor")
     assert (values.diff() == 0).any()
-    for of_rank in world.run(3, nearest_of_a_million):
+    for of_rank in world.run(3, nearest_of_a_million, certified):
         assert torch.equal(torch.from_numpy(of_rank[1]), indices)
         assert torch.equal(torch.from_numpy(of_rank[0]).long(), values)
