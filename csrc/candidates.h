@@ -16,10 +16,10 @@ namespace fused_losses {
 namespace FUSED_LOSSES_ISA {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kPairLanes = 32;                                // features that one vector of pairs holds
-constexpr int64_t kClasses = 48;                                  // classes that are rounded at a time
-constexpr int64_t kMostProducts = 24 * kLanes;                    // of a tile, in registers
-constexpr int64_t kPieceOfClasses = 4096;                         // a thread takes no fewer
+constexpr int64_t kPairLanes = 32;              // features that one vector of pairs holds
+constexpr int64_t kClasses = 48;                // classes that are rounded at a time
+constexpr int64_t kMostProducts = 24 * kLanes;  // of a tile, in registers
+constexpr int64_t kPieceOfClasses = 4096;       // a thread takes no fewer
 // Of norms that the bound holds for; the least is above what cosines divide by at the least.
 constexpr float kLeastSquare = 0x1p-78f, kMostSquare = 0x1p120f;
 constexpr float kUp = 1.001f;  // more than what float32 sums of 2^18 squares may be off
