@@ -64,8 +64,8 @@ def test_many_equal_picks(formula, compact, device, force):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_last_of_equal_picks(dtype, device, force):
-    """In the tail of a row that begins within a vector, cut among more equals; in the last of several tiles, as the last
-    one of all."""
+    """In the tail of a row that begins within a vector, cut among more equals; in the last of several tiles, as the
+    last of all."""
     force("walked")
     wide = torch.zeros((2, 1200), dtype=dtype)
     wide[1, 3::3] = 1
