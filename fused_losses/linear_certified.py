@@ -120,6 +120,11 @@ class _Rows(NamedTuple):
         here = labels - self.spec.first_class
         return here.masked_fill((labels < 0) | (here < 0) | (here >= self.weight.shape[0]), -1)
 
+    def nothing_to_find(self) -> Tensor:
+        """Of which rows, (rows,): of ignored ones, whatever they hold."""
+        ignored = ignored_rows(self.target, self.spec)
+        return torch.zeros_like(self.x[:, 0], dtype=torch.bool) if ignored is None else ignored
+
     def logits(self, classes: Tensor) -> Tensor:
         """Of classes (rows, slots), summed in float64; -inf where they are -1."""
         z = self.x.new_empty(classes.shape)
@@ -198,7 +203,7 @@ def by_kernel(rows: _Rows, share_of_bound: float = 1.0) -> tuple[Tensor, Seen]:
             some.x, some.weight, some.bias, some.norms is not None, LEAST_NORM, share_of_bound, some.target, most, *spec
         )
         width = max(spec.k, int(count.max()))
-        certain.append(count >= 0)
+        certain.append(some.nothing_to_find() | (count >= 0))
         found.append(some.hardest(index[:, :width], logit[:, :width], label_logit))
     return torch.cat(certain), tuple(torch.cat(part) for part in zip(*found, strict=True))  # type: ignore[return-value]
 
@@ -222,10 +227,7 @@ def by_matmul(rows: _Rows, dtype: torch.dtype) -> tuple[Tensor, Seen]:
     if taken == num_classes:
         certain |= bound.isfinite()
     certain &= ~statistics.isnan().any(1)  # picks mean nothing there
-    ignored = ignored_rows(rows.target, spec)
-    if ignored is not None:
-        certain |= ignored
-    return certain, rows.hardest(index, logit, rows.logits(rows.labels))
+    return certain | rows.nothing_to_find(), rows.hardest(index, logit, rows.logits(rows.labels))
 
 
 def in_float64(rows: _Rows) -> tuple[Tensor, Seen]:

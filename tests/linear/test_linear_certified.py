@@ -417,6 +417,17 @@ def test_the_kernel_leaves_rows_with_too_many_candidates():
     assert wrong_rows(rows, picks(rows), torch.ones(5, dtype=torch.bool)) == []
 
 
+def test_ignored_rows_are_zeros_whatever_they_hold():
+    """Also where no search is certain of anything."""
+    x, w = gaussian(6, 16, 3000)
+    x[::2] = math.nan
+    rows = rows_of(x, w, torch.tensor(math.nan))._replace(norms=class_norms(w))
+    rows.target[:3] = -100
+    seen = picks(rows)
+    assert (seen[0][:3] == 0).all() and seen[0][4].isnan().all()
+    assert wrong_rows(rows, seen, torch.ones(6, dtype=torch.bool)) == []
+
+
 @needs_kernel
 def test_threads_change_nothing():
     before = torch.get_num_threads()
