@@ -93,7 +93,7 @@ class LinearLossOptions:
             thread. Default: None.
 
     Raises:
-        TypeError: chunk_bytes that is no integer.
+        TypeError: chunk_bytes that is no integer; certified that is neither None nor a bool.
         ValueError: chunk_bytes below 1.
 
     Example:
