@@ -314,7 +314,7 @@ def lr_loss(
     Example:
         >>> logits, target = torch.zeros(2, 1000), torch.tensor([1, 999])
         >>> fl.lr_loss(logits, target)  # C log 2
-        tensor(693.1472)
+        tensor(6.9315)
     """
     options = Options(k, ratio, weight, ignore_index, reduction, label_smoothing, margin, check_targets, shard)
     return apply(LR(), logits, target, options)
