@@ -312,7 +312,7 @@ def lr_loss(
         RuntimeError: tensors on different devices; a call inside of ``torch.func``; a second derivative.
 
     Example:
-        >>> logits, target = torch.zeros(2, 1000), torch.tensor([1, 999])
+        >>> logits, target = torch.zeros(2, 10), torch.tensor([1, 9])
         >>> fl.lr_loss(logits, target)  # C log 2
         tensor(6.9315)
     """
