@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo examples vision-examples test test-suite test-kernels gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench docs lint format clean
+.PHONY: help demo examples vision-examples test test-suite test-gpu test-emulator gpu-proof test-plain test-torch sanitized test-sanitized fuzz-sanitized machine-code bench docs lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,13 +38,15 @@ vision-examples: $(INSTALLED) ## run timm's and torchreid's (gigabytes where tor
 		-c examples/constraints.txt --editable ".[test,vision-examples]"  # the extension is there: one serves every torch
 	$(VISION)/bin/python -m pytest tests/test_examples.py -m torchvision $(ARGS)
 
-test: test-suite test-kernels ## run the tests, without the slow ones (all: ARGS="-m ''")
+test: test-suite test-gpu test-emulator ## run the tests, without the slow ones (all: ARGS="-m ''")
 
 test-suite: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-kernels: $(INSTALLED) ## of these, the GPU kernels alone: in Triton's interpreter, and as compiled, on an emulator
+test-gpu: $(INSTALLED) ## of these, the GPU kernels alone, in Triton's interpreter
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
+
+test-emulator: $(INSTALLED) ## and as compiled, on an emulator
 	$(BIN)/python -m pytest tests/emulator $(ARGS)
 
 gpu-proof: $(INSTALLED) ## run the GPU kernels as compiled, on an emulator: every case, every target, 2,000 random ones (tens of minutes)
@@ -53,9 +55,9 @@ gpu-proof: $(INSTALLED) ## run the GPU kernels as compiled, on an emulator: ever
 machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
 	$(BIN)/python -m bench.speed.machine_code --gates $(ARGS)
 
-test-plain: $(INSTALLED) ## the same without the C++ extension: a copy of the tracked files, which hold none
+test-plain: $(INSTALLED) ## those of the package without the C++ extension: a copy of the tracked files, which hold none
 	rm -rf out/plain && mkdir -p out/plain && git ls-files -z | xargs -0 cp --parents -t out/plain
-	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench/test_machine_code.py --ignore=tests/test_examples.py --ignore=tests/test_documentation.py $(ARGS)
+	cd out/plain && ../../$(BIN)/python -m pytest --ignore=tests/bench $(addprefix --ignore=tests/test_,examples.py documentation.py packaging.py typing.py) $(ARGS)
 
 # What pyproject.toml promises, with what pip makes of it: the oldest torch, or another, under any Python; and a build of
 # the C++ extension against that torch.
