@@ -7,6 +7,7 @@ What InsightFace calls Partial FC compares every image with a random share of th
 its 100 hardest, found exactly among all of them, whichever rank has them.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -80,5 +81,6 @@ def main(steps: int) -> None:
 
 dist.init_process_group("gloo")
 main(int(sys.argv[1]))
-# where nothing holds the group any more: what gloo's threads hold at the interpreter's end makes it abort
+# Nothing may hold the group any more, modules in reference cycles included: gloo's threads would abort the process.
+gc.collect()
 dist.destroy_process_group()

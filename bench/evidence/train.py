@@ -13,6 +13,7 @@ validation rows as well once the settings are chosen. Files are read from DIR; n
 """
 
 import argparse
+import gc
 import os
 import statistics
 from pathlib import Path
@@ -196,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         except RecordError as error:
             raise SystemExit(str(error)) from error
     if options.class_parallel:
+        gc.collect()  # gloo may abort a process whose modules outlive the group
         dist.destroy_process_group()
 
 

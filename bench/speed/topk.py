@@ -11,6 +11,7 @@ with glibc. Ranks share the threads. All must find logits that agree.
 
 import argparse
 import ctypes
+import gc
 import importlib.util
 import json
 import statistics
@@ -132,6 +133,7 @@ def on_ranks(case: Case, rank: int, ranks: int, store: str, rounds: int) -> dict
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     found = measure(ours(case, fl.ClassShard.split(case.classes)), case, rounds)
+    gc.collect()  # gloo may abort a process whose modules outlive the group
     dist.barrier()
     dist.destroy_process_group()
     return found
