@@ -60,7 +60,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         pytest.skip(f"not installed: {', '.join(missing)}")
     if "<!-- torchrun" in text:
         script = tmp_path / "page.py"
-        # Blocks go on with the names of others, so that a process ends with a live DDP module, and then gloo may abort it.
+        # A block goes on with the names of others: a DDP module outlives the group, and gloo may abort the process.
         script.write_text(f"{code}\n\nimport os\n\nos._exit(0)\n")
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
