@@ -105,10 +105,10 @@ class RowStatistics(NamedTuple):
         >>> accuracy = statistics.correct.float().mean()
     """
 
-    log_odds: Tensor | None  # of the target among the target and S; None where the loss is of the logistic family
+    log_odds: Tensor | None
     target_logit: Tensor
-    hardest_logit: Tensor  # the largest of S; -inf if S is empty or masked
-    correct: Tensor  # bool, target_logit > hardest_logit: top-1 accuracy is its mean
+    hardest_logit: Tensor
+    correct: Tensor
 
     @classmethod
     def of(cls, statistics: Tensor, family: str) -> "RowStatistics":

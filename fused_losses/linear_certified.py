@@ -79,6 +79,8 @@ LEAST_ELEMENTS = 2**21
 LEAST_ELEMENTS_PER_PICK = 2**13
 LEAST_CLASSES_PER_PICK = 64
 
+MOST_FEATURES = 2**18  # of the proof
+
 
 def pays(input: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> bool:
     """Whether certified selection takes less time than a matmul in float32: on a CPU that the C++ kernel is for, with
@@ -90,9 +92,6 @@ def pays(input: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> bool:
         return False
     large = features >= LEAST_FEATURES and elements >= max(LEAST_ELEMENTS, LEAST_ELEMENTS_PER_PICK * k)
     return large and classes >= LEAST_CLASSES_PER_PICK * k
-
-
-MOST_FEATURES = 2**18  # of the proof
 
 
 def _float32(*tensors: Tensor | None) -> bool:

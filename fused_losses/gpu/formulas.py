@@ -75,6 +75,15 @@ def log1p_of_unit(e):
 
 
 @triton.jit
+def rough_log1p_of_unit(e):
+    """The same for what is stored in 16 bits."""
+    ratio = tl.full(e.shape, _ROUGH_LOG1P[0], tl.float32)
+    for i in tl.static_range(1, 5):
+        ratio = ratio * e + _ROUGH_LOG1P[i]
+    return ratio * e
+
+
+@triton.jit
 def softplus(x, FAST: tl.constexpr):
     return tl.maximum(x, 0.0) + log1p_of_unit(exp(-tl.abs(x), FAST))
 
@@ -177,9 +186,19 @@ def _soft_selection_value(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
 @triton.jit
 def _soft_selection_slope(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
     sigma, opposite, log1p = _selected(z, FAST)
-    # sigma(-z) * softplus(z) tends to 0 at z = +inf, and must not become 0 * inf
-    finite_softplus = tl.minimum(tl.maximum(z, 0.0), _LARGEST) + log1p
-    return POWER(z, sigma, log1p, gamma, FAST) * (sigma + gamma * opposite * finite_softplus)
+    return _slope(POWER(z, sigma, log1p, gamma, FAST), sigma, gamma, opposite * _finite_softplus(z, log1p))
+
+
+@triton.jit
+def _slope(power, sigma, gamma, opposite_share):
+    """opposite_share: sigma(-z) softplus(z)"""
+    return power * (sigma + gamma * opposite_share)
+
+
+@triton.jit
+def _finite_softplus(z, log1p):
+    """sigma(-z) softplus(z) tends to 0 at z = +inf, and must not become 0 * inf."""
+    return tl.minimum(tl.maximum(z, 0.0), _LARGEST) + log1p
 
 
 @triton.jit
@@ -205,14 +224,9 @@ def ss_lr_square_phi_slope(z, gamma, b, FAST: tl.constexpr):
 @triton.jit
 def ss_lr_square_phi_slope_16(z, gamma, b, FAST: tl.constexpr):
     """The same for a gradient of 16 bits."""
-    e = exp(-tl.abs(z), FAST)
-    larger = reciprocal(1.0 + e, FAST)
-    sigma = tl.where(z < 0.0, e * larger, larger)
-    ratio = tl.full(e.shape, _ROUGH_LOG1P[0], tl.float32)
-    for i in tl.static_range(1, 5):
-        ratio = ratio * e + _ROUGH_LOG1P[i]
-    finite_softplus = tl.minimum(tl.maximum(z, 0.0), _LARGEST) + ratio * e
-    return sigma * sigma * (sigma + (2.0 - 2.0 * sigma) * finite_softplus)
+    sigma, _, _ = _selected(z, FAST)
+    finite = _finite_softplus(z, rough_log1p_of_unit(exp(-tl.abs(z), FAST)))
+    return _slope(sigma * sigma, sigma, 2.0, finite - sigma * finite)
 
 
 # Sums over a tile, f(z, a, b, FAST, VECTOR): of phi over what each thread holds, (ROWS, LANES) -> (LANES // VECTOR,).

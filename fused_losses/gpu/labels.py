@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .rows import load_tile, part_of, rim_positions
+from .words import all_bits, bit_at
 
 _INF = tl.constexpr(float("inf"))
 CHUNK = tl.constexpr(32)  # labels at a time
@@ -135,10 +136,9 @@ def walk_around_labels(
 @triton.jit
 def labels_view(target, row, first, inside, NUMBER: tl.constexpr):
     """A view (see ``select``) of a row without its labels."""
-    bits = tl.where(inside, (1 << NUMBER) - 1, 0)
+    bits = all_bits(inside, NUMBER)
     for place in range(target.number):
-        lane = column_of_label(target, place) - row.head - first
-        bits = bits & ~tl.where((lane >= 0) & (lane < NUMBER), 1 << (lane & 31), 0)
+        bits = bits & ~bit_at(column_of_label(target, place) - row.head - first, NUMBER)
     return bits
 
 

@@ -21,7 +21,9 @@ from .formulas import log2
 from .labels import labels_above
 from .rows import is_positive, rim_positions
 from .words import (
+    all_bits,
     at_least,
+    bit_at,
     bits_of,
     count,
     element_of,
@@ -244,16 +246,9 @@ def count_held(source, key, VECTOR: tl.constexpr, ROWS: tl.constexpr, LANES: tl.
 
 
 @triton.jit
-def _all_bits(inside, NUMBER: tl.constexpr):
-    return tl.where(inside, (1 << NUMBER) - 1, 0)
-
-
-@triton.jit
 def index_view(target, row, first, inside, NUMBER: tl.constexpr):
     """A row whose positive is one class, or not there."""
-    place = target.column - row.head - first
-    hidden = tl.where((place >= 0) & (place < NUMBER), 1 << (place & 31), 0)
-    return _all_bits(inside, NUMBER) & ~hidden
+    return all_bits(inside, NUMBER) & ~bit_at(target.column - row.head - first, NUMBER)
 
 
 @triton.jit
@@ -266,7 +261,7 @@ def index_hides(target, row, first, behind):
 def multi_hot_view(target, row, first, inside, NUMBER: tl.constexpr):
     lane = tl.arange(0, NUMBER)[None, :]
     positive = is_positive(target, first[:, None] + lane, inside[:, None] & (lane >= 0))
-    return _all_bits(inside, NUMBER) & tl.sum(tl.where(positive, 0, 1 << lane), axis=1)
+    return all_bits(inside, NUMBER) & tl.sum(tl.where(positive, 0, 1 << lane), axis=1)
 
 
 @triton.jit
@@ -282,7 +277,7 @@ def row_class(target, row, positions, inside):
 @triton.jit
 def plain_view(info, array, first, inside, NUMBER: tl.constexpr):
     """An array whose elements have no class."""
-    return _all_bits(inside, NUMBER)
+    return all_bits(inside, NUMBER)
 
 
 @triton.jit

@@ -53,6 +53,21 @@ def masked_key(ELEMENT: tl.constexpr):
     return key_of(tl.full((), -_INF, tl.float32), ELEMENT)
 
 
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def all_bits(inside, NUMBER: tl.constexpr):
+    """NUMBER ones where inside, else none."""
+    return tl.where(inside, (1 << NUMBER) - 1, 0)
+
+
+@triton.jit
+def bit_at(place, NUMBER: tl.constexpr):
+    """The bit of a place among NUMBER, none where it is not among them."""
+    return tl.where((place >= 0) & (place < NUMBER), 1 << (place & 31), 0)
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
