@@ -190,10 +190,15 @@ def _searches(device: torch.device, num_classes: int, k: int) -> list[Callable[[
 # --- the searches -----------------------------------------------------------------------------------------------------
 
 
+def most_candidates(k: int) -> int:
+    """What the C++ kernel lists of a row at the most, before it gives the row up."""
+    return 4 * k + 64
+
+
 def by_kernel(rows: _Rows, share_of_bound: float = 1.0) -> tuple[Tensor, Seen]:
     """With the C++ kernel. share_of_bound: less than 1 only where a test is to see that it would be wrong."""
     spec = rows.spec
-    most = 4 * spec.k + 64
+    most = most_candidates(spec.k)
     certain, found = [], []
     chunk = chunk_elements_of(rows.x, rows.weight, rows.chunk_bytes, True) // (5 * most)
     for part in pieces_of(len(rows.x), max(16, chunk)):

@@ -20,17 +20,10 @@ from bench.evidence.digits import digits
 from bench.evidence.fit import fit
 from bench.evidence.omniglot import omniglot
 from bench.evidence.tables import table
-from fused_losses.linear_rows import LEAST_NORM
-from fused_losses.losses import LossSpec
+from bench.speed.certified import count_candidates
 
 LOSSES = ("CE", "HS-LR")
 EDGES = (1.1, 1.25, 1.5, 2.0, 3.0)  # of the histogram, in units of k
-
-
-def count(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, target: torch.Tensor, k: int) -> torch.Tensor:
-    """The candidates of each row, (rows,); -1 for one that is not certain."""
-    spec = LossSpec("lr", [], 1.0, k, -100, 0, w.shape[0], True)
-    return torch.ops.fused_losses._cpu_candidates(x, w, bias, False, LEAST_NORM, 1.0, target, 4 * k + 64, *spec)[0]
 
 
 def rows_of(data: Dataset, settings_of: str, ks: tuple[int, ...], epochs: int | None) -> list[list[str]]:
@@ -44,7 +37,7 @@ def rows_of(data: Dataset, settings_of: str, ks: tuple[int, ...], epochs: int | 
         with torch.no_grad():
             x = torch.cat([body(part) for part in data.train.inputs.split(256)])
             for k in ks:
-                counts = count(x, classifier.weight, classifier.bias, data.train.target, k)
+                counts = count_candidates(x, classifier.weight, classifier.bias, data.train.target, k)
                 certain = counts[counts >= 0].double()
                 shares, below = [], 0.0
                 for edge in EDGES:

@@ -24,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.speed.cpu import MALLOC
-
 OURS = Path(__file__).parents[2]
 SHAPES = ((8, 10), (256, 100), (256, 1000), (256, 21841), (64, 100_000))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -33,6 +31,10 @@ SHARES = (1000, 300, 100, 50, 30, 20, 15, 10, 8, 6, 5, 4, 3.5, 3, 2.6, 2.3, 2)  
 SECONDS = 0.15  # of a cell, in every turn
 
 Call = Callable[[], object]
+
+
+# Nothing here imports the rest of bench.speed while a checkout is measured: that knows this package from inside, and
+# the other checkout is an older one.
 
 
 # --- the cells --------------------------------------------------------------------------------------------------------
@@ -182,6 +184,8 @@ def serve() -> None:
 
 
 def process_of(checkout: Path) -> subprocess.Popen:
+    from bench.speed.cpu import MALLOC
+
     code = f"import sys; sys.path[:0] = [{str(checkout)!r}]; import fused_losses; sys.path[0] = {str(OURS)!r}; "
     code += "from bench.speed.against import serve; serve()"
     return subprocess.Popen(

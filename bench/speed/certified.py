@@ -25,9 +25,10 @@ from torch import Tensor
 import fused_losses as fl
 from bench.evidence.tables import table
 from bench.speed.linear import Bars, chunked_cross_entropy, eager_hs_lr
-from fused_losses import linear_certified
+from fused_losses.linear_certified import most_candidates
 from fused_losses.linear_rows import LEAST_NORM
 from fused_losses.losses import LossSpec
+from fused_losses.ops import has_candidates
 
 K = 100
 SAMPLED = 0.1
@@ -101,12 +102,18 @@ def partial_fc(w: Tensor, x: Tensor, target: Tensor) -> Callable[[], None]:
     return step
 
 
+def count_candidates(x: Tensor, w: Tensor, bias: Tensor | None, target: Tensor, k: int) -> Tensor:
+    """How many classes the bound leaves of each row, (rows,); -1 for one that is not certain."""
+    spec = LossSpec("lr", [], 1.0, k, -100, 0, w.shape[0], True)
+    most = most_candidates(k)
+    return torch.ops.fused_losses._cpu_candidates(x, w, bias, False, LEAST_NORM, 1.0, target, most, *spec)[0]
+
+
 def candidates(w: Tensor, x: Tensor, target: Tensor) -> str:
-    """How many classes of a row the bound leaves: in the mean, and at most."""
-    if not linear_certified.ops.has_candidates():
+    """In the mean, and at most."""
+    if not has_candidates():
         return ""
-    spec = LossSpec("lr", [], 1.0, K, -100, 0, w.shape[0], True)
-    count = torch.ops.fused_losses._cpu_candidates(x, w, None, False, LEAST_NORM, 1.0, target, 4 * K + 64, *spec)[0]
+    count = count_candidates(x, w, None, target, K)
     return f"{count.double().mean():.0f}, {count.max()}"
 
 
