@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_doors import INTERPRETED
 
-from bench.speed import cases, cpu, gpu
+from bench.speed import cases, cells, cpu, gpu
 from fused_losses import ops
 from fused_losses.gpu import doors
 
@@ -202,6 +202,8 @@ def test_report_of_the_cpu(tmp_path, monkeypatch, capsys, report, drawn):
     case = cases.Case(cases.TINY_SHAPES[0], "fp32", 4)
     monkeypatch.setattr(cases, "CPU_CASES", (case,))
     monkeypatch.setattr(cpu, "BARS", {case: []})
+    group = cells.double(case.shape, {"CE": 1.0})
+    monkeypatch.setattr(cells, "groups", lambda: [group])
     monkeypatch.setattr(cpu, "RESULTS", tmp_path / "cpu.json")
     threads = torch.get_num_threads()
     try:
@@ -211,7 +213,9 @@ def test_report_of_the_cpu(tmp_path, monkeypatch, capsys, report, drawn):
     capsys.readouterr()
     report.main(["--device", "cpu", "--results", str(tmp_path), "--charts", str(tmp_path)])
     printed = capsys.readouterr().out
-    median = json.loads((tmp_path / "cpu.json").read_text())["cases"][str(case)]
+    record = json.loads((tmp_path / "cpu.json").read_text())
+    median = record["cases"][str(case)]
+    assert record["groups"][str(group)]["CE, ours"] > 0
     assert torch.__version__ in printed and f"| {case} | HS-LR | {median['HS-LR, ours']:.3f} |" in printed
     assert drawn[0][0][str(case)]["CE"]["eager"] == median["CE, eager"]
 
