@@ -139,8 +139,11 @@ def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool)
     classes time is. On a GPU scattered stores cost more than reading the logits once more as soon as the picks are no
     small share of the classes.
     """
-    share = (8 if multi_hot else 4) if device.type == "cpu" else 32
-    return k > 0 and (device.type == "cpu" or not multi_hot) and always(k <= num_classes // share)
+    if k == 0:
+        return False
+    on_cpu = device.type == "cpu"
+    share = (8 if multi_hot else 4) if on_cpu else 32
+    return (on_cpu or not multi_hot) and always(k <= num_classes // share)
 
 
 def always(condition: bool) -> bool:
