@@ -194,7 +194,7 @@ def rows_of(
     if options.margin is not None:
         check_margin(options.margin, target.shape[0], device)
     k = _negatives_of(options, num_classes, multi_hot or (labels is not None and loss.family == "logistic"))
-    compact = ops.keeps_picks(device, logits_shape[-1], k, multi_hot)
+    compact = ops.keeps_picks(device, dtype, logits_shape[-1], k, multi_hot)
     # False, 0.0, (): the compiler would take the fields' defaults for numbers that change
     spec = LossSpec(
         loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact, False, 0.0, ()
