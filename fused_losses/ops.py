@@ -131,7 +131,7 @@ def _overwriting(keys, grad, coefficients, logits, *others):
 _library.impl("backward_", _overwriting, "ADInplaceOrView", with_keyset=True)
 
 
-_SHARE_ON_CPU = {2: 3, 4: 8, 8: 4}  # by bytes of a logit
+_SHARE_ON_CPU = {2: 3, 4: 8, 8: 4}  # by bytes of a logit: classes for each pick
 
 
 def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: int, multi_hot: bool) -> bool:
