@@ -7,6 +7,7 @@ formulas of bench.speed.scale, gradients from the losses themselves. Nothing is 
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import Tensor
 
 import fused_losses as fl
+from bench.evidence import records
+from bench.evidence.k_and_alpha import best, titled
 from bench.evidence.page import among_many, percent
 from bench.speed import linear
 from bench.speed.scale import Setup, amount
@@ -137,11 +140,13 @@ def draw_accuracy(axes: Axes, names: list[str]) -> None:
     ends = {}
     for name in names:
         classes = list(found[name])
-        seeds = torch.tensor(list(found[name].values()), dtype=torch.float64)  # (sizes, seeds)
-        mean = seeds.mean(1)
+        seeds = list(found[name].values())  # of each size
+        mean = [statistics.mean(scores) for scores in seeds]
         axes.plot(classes, mean, marker="o", markersize=4, linewidth=2, color=COLOURS[name])
-        axes.fill_between(classes, seeds.amin(1), seeds.amax(1), color=COLOURS[name], alpha=0.12, linewidth=0)
-        ends[name] = mean[-1].item()
+        axes.fill_between(
+            classes, list(map(min, seeds)), list(map(max, seeds)), color=COLOURS[name], alpha=0.12, linewidth=0
+        )
+        ends[name] = mean[-1]
     last = 1000.0
     for name in sorted(ends, key=ends.get, reverse=True):  # labels at the ends of the lines, none over another
         place = min(ends[name], last - 6.5)
@@ -176,7 +181,7 @@ def overview() -> Figure:
     right.set_title("Memory of one step, 100,000 classes", loc="left")
     note(
         made,
-        "bench/results: digits-*-runs.json (mean of three seeds, band from the lowest to the highest), linear.json",
+        "bench/results: digits-*-runs.json (means over the seeds, bands from the lowest to the highest), linear.json",
     )
     return made
 
@@ -188,7 +193,7 @@ def accuracy() -> Figure:
     axes.set_title("Digits among more and more classes", loc="left")
     note(
         made,
-        "bench/results/digits-*-runs.json: tuned for each; mean of three seeds, band from lowest to highest",
+        "bench/results/digits-*-runs.json: tuned for each; means over the seeds, bands from lowest to highest",
     )
     return made
 
@@ -371,9 +376,61 @@ def sweep() -> Figure:
     return made
 
 
+def retrieval() -> Figure:
+    """Characters that training never saw, found by the cosine of their embeddings."""
+    losses = records.read(RESULTS / "omniglot-runs.json")["losses"]
+    found = {name: percent(of["test"]["mAP"]) for name, of in losses.items() if name != "CRL, k hardest"}
+    made = figure(8, 4.9)
+    plain = {name: scores for name, scores in found.items() if "scale" not in losses[name]["settings"]}
+    for place, (title, of_head) in enumerate(
+        (("a linear classifier", plain), ("cosines", {name: found[name] for name in found if name not in plain}))
+    ):
+        axes = made.add_axes((0.03 + 0.49 * place, 0.1, 0.46, 0.78))
+        best_first = sorted(of_head, key=lambda name: -statistics.mean(of_head[name]))
+        means = {name: statistics.mean(of_head[name]) for name in best_first}
+        bars(axes, means, lambda score: f"{score:.1f}", lambda name: name in OURS_ALONE or "hardest" in name)
+        axes.set_xlim(0, 80)
+        axes.set_title(f"mAP, %, with {title}", loc="left")
+    note(made, "bench/results/omniglot-runs.json: each tuned alike, means of five seeds; green: what this package adds")
+    return made
+
+
+OURS_ALONE = ("CRL", "NLLR", "HS-LR", "SS-LR", "HS-LR, cosines", "SS-LR, cosines")
+
+
+def k_and_alpha() -> Figure:
+    """What SS-LR's alpha and HS-LR's k must be among more and more classes."""
+    sizes = json.loads((RESULTS / "k-and-alpha.json").read_text())["data"]
+    made = figure(9, 3.9)
+    left, right = made.add_axes((0.075, 0.3, 0.39, 0.57)), made.add_axes((0.57, 0.3, 0.39, 0.57))
+    for number, of in enumerate(sizes.values()):
+        label, colour = titled(of), f"C{number}"
+        alphas = {
+            (1.0 if name == "alpha 1" else float(name.split()[1]) * (of["classes"] - 1)): best(of_rates)[0]
+            for name, of_rates in of["scores"]["SS-LR"].items()
+        }
+        x = sorted(alphas)
+        shares = [alpha / (of["classes"] - 1) for alpha in x]
+        left.plot(shares, [alphas[alpha] for alpha in x], marker="o", markersize=3, color=colour, label=label)
+        of_k: dict[int, float] = {}
+        for name, of_rates in of["scores"]["HS-LR"].items():
+            k = int(name.split()[1].rstrip(","))
+            of_k[k] = max(of_k.get(k, 0.0), best(of_rates)[0])
+        right.plot(list(of_k), list(of_k.values()), marker="o", markersize=3, color=colour, label=label)
+    left.set(xscale="log", xlabel="alpha / (C - 1)", ylabel="validation score, %")
+    left.set_title("SS-LR's alpha, best learning rate", loc="left")
+    right.set(xscale="log", xlabel="k")
+    right.set_title("HS-LR's k, best alpha and learning rate", loc="left")
+    made.legend(*left.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.07), ncols=len(sizes),
+                fontsize=8, frameon=False)  # fmt: skip
+    note(made, "bench/results/k-and-alpha.json: accuracy of the digits, mAP of Omniglot; means of the tuning seeds")
+    return made
+
+
 PICTURES = {
     "overview": overview, "accuracy": accuracy, "linear": linear_cost, "hardest": hardest, "sharding": sharding,
     "steps": steps, "selection": selection, "sweep": sweep,
+    "retrieval": retrieval, "k_and_alpha": k_and_alpha,
 }  # fmt: skip
 
 

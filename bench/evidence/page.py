@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.evidence import figures, records
+from bench.evidence import extreme, figures, k_and_alpha, records
 from bench.evidence.fit import FIRST
 from bench.evidence.significance import paired
 from bench.evidence.tables import counted, spell, spread, table
@@ -115,6 +115,33 @@ def many_table(results: Path, name: str, figures_folder: Path) -> str | None:
     return f"{said}\n\n{table(['loss', *(f'{number:,} classes' for number in sizes)], rows)}"
 
 
+def extreme_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """Precision on made rows with very many labels; what is tested is the precision at five."""
+    record = records.read(results / f"{name}.json")
+    losses = record["losses"]
+    if not losses:
+        return None
+    header, rows = extreme.result_rows(losses)
+    baseline = next(iter(losses))
+    tested = paired({loss: percent(of["test"]["P@5"]) for loss, of in losses.items()}, baseline)
+    for row in rows:
+        difference, p = tested.get(row[0], (None, None))
+        row += ["", ""] if difference is None else [f"{difference:+.2f}", f"{p:.2g}"]
+    return f"{conditions(record)}\n\n{table([*header, 'P@5 less the first', 'p'], rows)}"
+
+
+def shares_of_alpha(results: Path, name: str, figures_folder: Path) -> str | None:
+    """SS-LR's alpha against the number of classes."""
+    record = k_and_alpha.read(results / f"{name}.json")
+    return record and k_and_alpha.ss_lr_table(record)
+
+
+def pairs_of_k_and_alpha(results: Path, name: str, figures_folder: Path) -> str | None:
+    """HS-LR's k and alpha on one data set."""
+    record = k_and_alpha.read(results / "k-and-alpha.json")
+    return k_and_alpha.hs_lr_table(record["data"][name]) if record and name in record["data"] else None
+
+
 def over_training(of: dict) -> list[float]:
     """Of each seed, the mean over training of the easy share, in percent."""
     return [100 * sum(run) / len(run) for run in of["curves"]["easy share"]]
@@ -211,7 +238,8 @@ def classes_figure(results: Path, name: str, folder: Path) -> str | None:
 
 BLOCKS = {
     "results": result_table, "tuning": tuning_table, "many": many_table, "ways": ways_table,
-    "shares": shares_table, "mechanisms": mechanisms_table,
+    "shares": shares_table, "mechanisms": mechanisms_table, "extreme": extreme_table, "alphas": shares_of_alpha,
+    "pairs": pairs_of_k_and_alpha,
     "curves": curves_figure, "margins": margin_figure, "classes": classes_figure,
 }  # fmt: skip
 
