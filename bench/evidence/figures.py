@@ -13,13 +13,19 @@ COLOURS = {
     for number, name in enumerate(
         ("CE", "NLLR", "CRL", "LR", "HS-LR", "SS-LR", "CE, k hardest", "CRL, k hardest", "LR, k hardest",
          "SS-LR, k hardest", "CE, smoothing", "CosFace", "ArcFace", "CosFace, k hardest", "ArcFace, k hardest",
-         "LR, cosines", "HS-LR, cosines", "SS-LR, cosines", "CE, 10 % random")
+         "LR, cosines", "HS-LR, cosines", "SS-LR, cosines", "CE, 10 % random", "CE, cosines")
     )
 }  # fmt: skip
 
 
 def style(name: str) -> dict:
-    return {"color": COLOURS[name], "linestyle": "--" if "hardest" in name else "-", "label": name}
+    if "hardest" in name:
+        dashes = "--"
+    elif name.endswith(("cosines", "Face")):
+        dashes = ":"
+    else:
+        dashes = "-." if name in ("CE, smoothing", "CE, 10 % random") else "-"
+    return {"color": COLOURS[name], "linestyle": dashes, "label": name}
 
 
 def line(axes: Axes, name: str, x: list[float], of_points: list[list[float]]) -> None:
