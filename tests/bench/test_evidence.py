@@ -157,6 +157,14 @@ def test_the_easy_share_that_is_drawn_is_the_mean_over_training(tmp_path, monkey
     assert shares == [pytest.approx(expected)] * 2
 
 
+def test_one_change_at_a_time(tmp_path):
+    keep(tmp_path, "digits", {"CE": 0.5, "LR": 0.4, "HS-LR": 0.7})
+    text = render(block("against", "digits"), tmp_path, tmp_path)
+    (row,) = [line for line in text.splitlines() if line.startswith("| HS-LR")]
+    assert "| LR " in row and "+30.0" in row
+    assert text.count("\n| ") == 3  # the header, its line, and the only pair of which both took part
+
+
 def test_very_many_labels(tmp_path):
     def entry(shift: float) -> dict:
         scores = [0.4 + shift + 0.01 * seed + 0.001 * (seed * seed % 3) for seed in range(SEEDS)]
