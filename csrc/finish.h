@@ -137,11 +137,12 @@ class MultiHotRows {
 
 // --- of the batch
 
-// What a row counts in the loss: the weight of its class, 1 without weights, 0 if it is ignored.
+// Whether rows count the weight of their class, and not 1.
+inline bool has_class_weights(const Finish& door) { return door.weight != nullptr && !door.target.labels; }
+
+// What a row counts in the loss if it is not ignored: the weight of its class.
 template <class T>
-inline double count_of(const Finish& door, int64_t row) {
-  if (door.target.ignored(row, door.spec)) return 0;
-  if (door.weight == nullptr || door.target.labels) return 1;
+inline double weight_of(const Finish& door, int64_t row) {
   const int64_t y = door.target.label(row), last = door.spec.all_classes - 1;
   // The row of a target that is no class is NaN already: only never read outside.
   return static_cast<const T*>(door.weight)[(y < 0 ? 0 : y < last ? y : last) * door.weight_stride];
@@ -150,9 +151,16 @@ inline double count_of(const Finish& door, int64_t row) {
 template <class T>
 inline double divisor_of(const Finish& door) {
   if (door.reduction != Reduction::mean) return 1;
-  if ((door.weight == nullptr || door.target.labels) && (door.target.multi_hot || !door.spec.ignores))
-    return static_cast<double>(door.rows);
-  return sum_over_rows(door.rows, [&](int64_t row) { return count_of<T>(door, row); });
+  if (has_class_weights(door)) {
+    return sum_over_rows(door.rows, [&](int64_t row) {
+      return door.target.ignored(row, door.spec) ? 0 : weight_of<T>(door, row);
+    });
+  }
+  int64_t ignored = 0;
+  if (!door.target.multi_hot && door.spec.ignores) {
+    for (int64_t row = 0; row < door.rows; ++row) ignored += door.target.ignored(row, door.spec);
+  }
+  return static_cast<double>(door.rows - ignored);
 }
 
 template <class T, class Rows>
@@ -162,7 +170,8 @@ inline void finish_rows(const Finish& door, const Rows& rows) {
   const RowTable<T> coefficients(static_cast<T*>(door.coefficients), columns, door.target.places);
   T* loss = static_cast<T*>(door.loss);
   const bool summed = door.reduction != Reduction::none;
-  const double divisor = divisor_of<T>(door);
+  const bool weighted = has_class_weights(door);
+  const double divisor = divisor_of<T>(door), of_one = 1 / divisor;
 
   const double total = sum_over_blocks(door.rows, [&](int64_t begin, int64_t end) {
     CompensatedSum sum;
@@ -173,8 +182,9 @@ inline void finish_rows(const Finish& door, const Rows& rows) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t row = first + i;
         const bool ignored = door.target.ignored(row, door.spec);
-        const double count = count_of<T>(door, row), counted = ignored ? 0 : count * value[i];
-        const T share = static_cast<T>(count / divisor);  // of the row in the loss
+        const double weight = weighted && !ignored ? weight_of<T>(door, row) : 1;
+        const double counted = ignored ? 0 : weight * value[i];
+        const T share = static_cast<T>(weighted ? weight / divisor : of_one);  // of the row in the loss
         for (int64_t j = 0; j < columns; ++j) coefficients[row][j] = ignored ? T(0) : coefficients[row][j] * share;
         summed ? sum.add(counted) : void(loss[row] = static_cast<T>(counted));
       }

@@ -191,15 +191,18 @@ def rows_of(
         target = as_int64(target, ignore_index)
     if len(logits_shape) == 1:
         target = target.unsqueeze(0)
-    check_margin(options.margin, target.shape[0], device)
+    if options.margin is not None:
+        check_margin(options.margin, target.shape[0], device)
     k = _negatives_of(options, num_classes, multi_hot or (labels is not None and loss.family == "logistic"))
-    compact = ops.keeps_picks(device, logits_shape[-1], k, multi_hot)
+    compact = ops.keeps_picks(device, dtype, logits_shape[-1], k, multi_hot)
     # False, 0.0, (): the compiler would take the fields' defaults for numbers that change
     spec = LossSpec(
         loss.formula, loss.params, loss.weight_of_mean, k, ignore_index, 0, num_classes, compact, False, 0.0, ()
     )
-    # the CPU doors always look, but a shard without classes enters none
-    checked = options.shard is not None if device.type == "cpu" else options.check_targets
+    checked = False
+    if options.shard is not None or options.check_targets:
+        # the CPU doors always look, but a shard without classes enters none
+        checked = options.shard is not None if device.type == "cpu" else options.check_targets
     if labels is not None:
         ignored = -1 if loss.family == "softmax" else None
         spec = spec._replace(ignore_index=ignored, labels=True, label_smoothing=float(options.label_smoothing))
@@ -249,6 +252,8 @@ def _negatives_of(options: Options, num_classes: int, without_positives: bool) -
 
 
 def as_int64(target: Tensor, ignore_index: int | None) -> Tensor:
+    if target.dtype == torch.int64:
+        return target
     if target.dtype != torch.uint64:
         return target.long()
     target = target.long()  # what int64 cannot hold comes out negative, and is to stay no class, and not ignored
@@ -265,8 +270,9 @@ def check_target(loss: Loss, shape: torch.Size, device: torch.device, target: Te
         raise ValueError(f"expected class indices of shape {tuple(shape[:-1])}: {_shapes(shape, target)}")
     if target.shape != shape[:-1]:
         raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype == torch.bool:
-        raise TypeError(f"expected class indices of an integer dtype, got {target.dtype}; {_shapes(shape, target)}")
+    dtype = target.dtype
+    if dtype != torch.int64 and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
+        raise TypeError(f"expected class indices of an integer dtype, got {dtype}; {_shapes(shape, target)}")
 
 
 def _check_same_rank(loss: Loss, shape: torch.Size, target: Tensor) -> None:

@@ -131,16 +131,23 @@ def _overwriting(keys, grad, coefficients, logits, *others):
 _library.impl("backward_", _overwriting, "ADInplaceOrView", with_keyset=True)
 
 
-def keeps_picks(device: torch.device, num_classes: int, k: int, multi_hot: bool) -> bool:
+def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: int, multi_hot: bool) -> bool:
     """Whether the compact form serves: then backward needs no logits, and autograd keeps none alive.
 
-    On a CPU it was faster up to 15 % of the classes in float32 and 30 % in bfloat16, and holds less up to a third. With
-    multi-hot targets backward reads the positives' logits anyway: memory is then no reason, but up to an eighth of the
-    classes time is. On a GPU scattered stores cost more than reading the logits once more as soon as the picks are no
-    small share of the classes.
+    On a CPU it was faster up to an eighth of the classes in float32, a third in 16 bits and a quarter in float64, with
+    multi-hot targets, whose positives' logits backward reads anyway, up to an eighth. On a GPU scattered stores cost
+    more than reading the logits once more as soon as the picks are no small share of the classes.
     """
-    share = (8 if multi_hot else 4) if device.type == "cpu" else 32
-    return k > 0 and (device.type == "cpu" or not multi_hot) and always(k <= num_classes // share)
+    if k == 0:
+        return False
+    if device.type == "cpu":
+        share = 8 if multi_hot else _SHARE_ON_CPU[dtype.itemsize]
+    else:
+        share = 32
+    return (device.type == "cpu" or not multi_hot) and always(k <= num_classes // share)
+
+
+_SHARE_ON_CPU = {2: 3, 4: 8, 8: 4}  # by bytes of a logit
 
 
 def always(condition: bool) -> bool:

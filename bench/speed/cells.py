@@ -82,7 +82,7 @@ def kinds_of_rows(shape: Shape, dtype: str, k: int, most: float) -> Group:
 
 # On both sides of every number from which on the search goes another way, as shares of the classes: blocks of another
 # length, denser candidates, the other form of the picks, all candidates.
-BORDERS = (1 / 64, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 4, 1 / 2, 4 / 7)
+BORDERS = (1 / 64, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 4, 1 / 3, 1 / 2, 4 / 7)
 
 
 def numbers_of_picks(shape: Shape, dtype: str) -> Group:
@@ -149,7 +149,7 @@ def groups() -> Iterator[Group]:
     yield kinds_of_rows(Shape(16, 100000), "fp32", 1000, 1.3)
     yield numbers_of_picks(Shape(64, 21841), "fp32")
     yield numbers_of_picks(Shape(64, 21841), "bf16")
-    yield multi_hot(Shape(64, 1000), of_bce=0.6, lr=1.6, hs=1.6)
+    yield multi_hot(Shape(64, 1000), of_bce=0.8, lr=1.6, hs=1.6)
     yield multi_hot(Shape(64, 21841), of_bce=0.55, lr=1.7, hs=1.8)
-    yield double(Shape(64, 1000), {"CE": 0.85, "NLLR": 0.7, "CRL": 0.65, "LR": 0.6, "SS-LR": 0.45})
-    yield double(Shape(16, 21841), {"CE": 0.75, "NLLR": 0.6, "CRL": 0.55, "LR": 0.6, "SS-LR": 0.5})
+    yield double(Shape(64, 1000), {"CE": 1.0, "NLLR": 0.8, "CRL": 0.75, "LR": 0.72, "SS-LR": 0.65})
+    yield double(Shape(16, 21841), {"CE": 0.75, "NLLR": 0.75, "CRL": 0.72, "LR": 0.67, "SS-LR": 0.75})

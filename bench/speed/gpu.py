@@ -219,7 +219,7 @@ def hardest(shapes) -> Iterator[Contender]:
     for last in (False, True):
         for shape, share, inputs in itertools.product(shapes, cases.SHARES, cases.INPUTS):
             k = max(1, int(share * shape.classes))
-            kept = ops.keeps_picks(torch.device("cuda"), shape.classes, k, False)
+            kept = ops.keeps_picks(torch.device("cuda"), torch.bfloat16, shape.classes, k, False)
             for name, provider in cases.hardest_providers(k, inputs).items():
                 compact = kept if name == "ours" else "threshold" not in name
                 passes = KEPT_PASSES if compact else PASSES

@@ -47,7 +47,8 @@ class Cell:
 
     def spec(self) -> LossSpec:
         name, params = LOSSES[self.loss]
-        compact = self.k > 0 and ops.keeps_picks(torch.device("cuda"), self.shape.classes, self.k, False)
+        device, dtype = torch.device("cuda"), cases.DTYPES[self.dtype]
+        compact = ops.keeps_picks(device, dtype, self.shape.classes, self.k, False)
         return LossSpec(name, params, None, self.k, -100, 0, self.shape.classes, compact)
 
 
