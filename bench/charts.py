@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fused_losses as fl
 from bench.evidence import records
-from bench.evidence.k_and_alpha import best, titled
+from bench.evidence.k_and_alpha import best
 from bench.evidence.page import among_many, percent
 from bench.speed import linear
 from bench.speed.scale import Setup, amount
@@ -399,31 +399,33 @@ OURS_ALONE = ("CRL", "NLLR", "HS-LR", "SS-LR", "HS-LR, cosines", "SS-LR, cosines
 
 
 def k_and_alpha() -> Figure:
-    """What SS-LR's alpha and HS-LR's k must be among more and more classes."""
+    """What SS-LR's alpha must be among more and more classes, and HS-LR's k and alpha among 1,000."""
     sizes = json.loads((RESULTS / "k-and-alpha.json").read_text())["data"]
     made = figure(9, 3.9)
-    left, right = made.add_axes((0.075, 0.3, 0.39, 0.57)), made.add_axes((0.57, 0.3, 0.39, 0.57))
-    for number, of in enumerate(sizes.values()):
-        label, colour = titled(of), f"C{number}"
-        alphas = {
-            (1.0 if name == "alpha 1" else float(name.split()[1]) * (of["classes"] - 1)): best(of_rates)[0]
+    left, right = made.add_axes((0.075, 0.27, 0.39, 0.6)), made.add_axes((0.57, 0.27, 0.39, 0.6))
+    for of in sizes.values():
+        negatives = of["classes"] - 1
+        found = {
+            1 / negatives if name == "alpha 1" else float(name.split()[1]): best(of_rates)[0]
             for name, of_rates in of["scores"]["SS-LR"].items()
         }
-        x = sorted(alphas)
-        shares = [alpha / (of["classes"] - 1) for alpha in x]
-        left.plot(shares, [alphas[alpha] for alpha in x], marker="o", markersize=3, color=colour, label=label)
-        of_k: dict[int, float] = {}
-        for name, of_rates in of["scores"]["HS-LR"].items():
-            k = int(name.split()[1].rstrip(","))
-            of_k[k] = max(of_k.get(k, 0.0), best(of_rates)[0])
-        right.plot(list(of_k), list(of_k.values()), marker="o", markersize=3, color=colour, label=label)
-    left.set(xscale="log", xlabel="alpha / (C - 1)", ylabel="validation score, %")
-    left.set_title("SS-LR's alpha, best learning rate", loc="left")
-    right.set(xscale="log", xlabel="k")
-    right.set_title("HS-LR's k, best alpha and learning rate", loc="left")
-    made.legend(*left.get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.07), ncols=len(sizes),
-                fontsize=8, frameon=False)  # fmt: skip
-    note(made, "bench/results/k-and-alpha.json: accuracy of the digits, mAP of Omniglot; means of the tuning seeds")
+        shares = sorted(found)
+        left.plot(
+            shares, [found[share] for share in shares], marker="o", markersize=3, label=f"{negatives + 1:,} classes"
+        )
+    lines: dict[str, dict[int, float]] = {}
+    for name, of_rates in sizes["digits-1000"]["scores"]["HS-LR"].items():
+        k, alpha = name.removeprefix("k ").split(", ")
+        lines.setdefault(alpha, {})[int(k)] = best(of_rates)[0]
+    for alpha, line in lines.items():
+        right.plot(list(line), list(line.values()), marker="o", markersize=3, label=alpha)
+    left.set(xscale="log", ylim=(0, 104), xlabel="alpha / (C - 1)", ylabel="validation accuracy, %")
+    left.set_title("SS-LR: alpha", loc="left")
+    right.set(xscale="log", ylim=(0, 104), xlabel="k")
+    right.set_title("HS-LR among 1,000 classes: k and alpha", loc="left")
+    for axes in (left, right):
+        axes.legend(loc="lower right" if axes is left else "lower left", fontsize=8, frameon=False)
+    note(made, "bench/results/k-and-alpha.json: digits, best of three learning rates, means of two seeds")
     return made
 
 
