@@ -131,6 +131,9 @@ def _overwriting(keys, grad, coefficients, logits, *others):
 _library.impl("backward_", _overwriting, "ADInplaceOrView", with_keyset=True)
 
 
+_SHARE_ON_CPU = {2: 3, 4: 8, 8: 4}  # by bytes of a logit
+
+
 def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: int, multi_hot: bool) -> bool:
     """Whether the compact form serves: then backward needs no logits, and autograd keeps none alive.
 
@@ -145,9 +148,6 @@ def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: i
     else:
         share = 32
     return (device.type == "cpu" or not multi_hot) and always(k <= num_classes // share)
-
-
-_SHARE_ON_CPU = {2: 3, 4: 8, 8: 4}  # by bytes of a logit
 
 
 def always(condition: bool) -> bool:
