@@ -7,6 +7,7 @@ formulas of bench.speed.scale, gradients from the losses themselves. Nothing is 
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from torch import Tensor
 
 import fused_losses as fl
+from bench.evidence import records
+from bench.evidence.k_and_alpha import best
 from bench.evidence.page import among_many, percent
 from bench.speed import linear
 from bench.speed.scale import Setup, amount
@@ -137,11 +140,13 @@ def draw_accuracy(axes: Axes, names: list[str]) -> None:
     ends = {}
     for name in names:
         classes = list(found[name])
-        seeds = torch.tensor(list(found[name].values()), dtype=torch.float64)  # (sizes, seeds)
-        mean = seeds.mean(1)
+        seeds = list(found[name].values())  # of each size
+        mean = [statistics.mean(scores) for scores in seeds]
         axes.plot(classes, mean, marker="o", markersize=4, linewidth=2, color=COLOURS[name])
-        axes.fill_between(classes, seeds.amin(1), seeds.amax(1), color=COLOURS[name], alpha=0.12, linewidth=0)
-        ends[name] = mean[-1].item()
+        axes.fill_between(
+            classes, list(map(min, seeds)), list(map(max, seeds)), color=COLOURS[name], alpha=0.12, linewidth=0
+        )
+        ends[name] = mean[-1]
     last = 1000.0
     for name in sorted(ends, key=ends.get, reverse=True):  # labels at the ends of the lines, none over another
         place = min(ends[name], last - 6.5)
@@ -176,7 +181,7 @@ def overview() -> Figure:
     right.set_title("Memory of one step, 100,000 classes", loc="left")
     note(
         made,
-        "bench/results: digits-*-runs.json (mean of three seeds, band from the lowest to the highest), linear.json",
+        "bench/results: digits-*-runs.json (means over the seeds, bands from the lowest to the highest), linear.json",
     )
     return made
 
@@ -188,7 +193,7 @@ def accuracy() -> Figure:
     axes.set_title("Digits among more and more classes", loc="left")
     note(
         made,
-        "bench/results/digits-*-runs.json: tuned for each; mean of three seeds, band from lowest to highest",
+        "bench/results/digits-*-runs.json: tuned for each; means over the seeds, bands from lowest to highest",
     )
     return made
 
@@ -371,9 +376,63 @@ def sweep() -> Figure:
     return made
 
 
+def retrieval() -> Figure:
+    """Characters that training never saw, found by the cosine of their embeddings."""
+    losses = records.read(RESULTS / "omniglot-runs.json")["losses"]
+    found = {name: percent(of["test"]["mAP"]) for name, of in losses.items() if name != "CRL, k hardest"}
+    made = figure(8, 4.9)
+    plain = {name: scores for name, scores in found.items() if "scale" not in losses[name]["settings"]}
+    for place, (title, of_head) in enumerate(
+        (("a linear classifier", plain), ("cosines", {name: found[name] for name in found if name not in plain}))
+    ):
+        axes = made.add_axes((0.03 + 0.49 * place, 0.1, 0.46, 0.78))
+        best_first = sorted(of_head, key=lambda name: -statistics.mean(of_head[name]))
+        means = {name: statistics.mean(of_head[name]) for name in best_first}
+        bars(axes, means, lambda score: f"{score:.1f}", lambda name: name in OURS_ALONE or "hardest" in name)
+        axes.set_xlim(0, 80)
+        axes.set_title(f"mAP, %, with {title}", loc="left")
+    note(made, "bench/results/omniglot-runs.json: each tuned alike, means of five seeds; green: what this package adds")
+    return made
+
+
+OURS_ALONE = ("CRL", "NLLR", "HS-LR", "SS-LR", "HS-LR, cosines", "SS-LR, cosines")
+
+
+def k_and_alpha() -> Figure:
+    """What SS-LR's alpha must be among more and more classes, and HS-LR's k and alpha among 1,000."""
+    sizes = json.loads((RESULTS / "k-and-alpha.json").read_text())["data"]
+    made = figure(9, 3.9)
+    left, right = made.add_axes((0.075, 0.27, 0.39, 0.6)), made.add_axes((0.57, 0.27, 0.39, 0.6))
+    for of in sizes.values():
+        negatives = of["classes"] - 1
+        found = {
+            1 / negatives if name == "alpha 1" else float(name.split()[1]): best(of_rates)[0]
+            for name, of_rates in of["scores"]["SS-LR"].items()
+        }
+        shares = sorted(found)
+        left.plot(
+            shares, [found[share] for share in shares], marker="o", markersize=3, label=f"{negatives + 1:,} classes"
+        )
+    lines: dict[str, dict[int, float]] = {}
+    for name, of_rates in sizes["digits-1000"]["scores"]["HS-LR"].items():
+        k, alpha = name.removeprefix("k ").split(", ")
+        lines.setdefault(alpha, {})[int(k)] = best(of_rates)[0]
+    for alpha, line in lines.items():
+        right.plot(list(line), list(line.values()), marker="o", markersize=3, label=alpha)
+    left.set(xscale="log", ylim=(0, 104), xlabel="alpha / (C - 1)", ylabel="validation accuracy, %")
+    left.set_title("SS-LR: alpha", loc="left")
+    right.set(xscale="log", ylim=(0, 104), xlabel="k")
+    right.set_title("HS-LR among 1,000 classes: k and alpha", loc="left")
+    for axes in (left, right):
+        axes.legend(loc="lower right" if axes is left else "lower left", fontsize=8, frameon=False)
+    note(made, "bench/results/k-and-alpha.json: digits, best of three learning rates, means of two seeds")
+    return made
+
+
 PICTURES = {
     "overview": overview, "accuracy": accuracy, "linear": linear_cost, "hardest": hardest, "sharding": sharding,
     "steps": steps, "selection": selection, "sweep": sweep,
+    "retrieval": retrieval, "k_and_alpha": k_and_alpha,
 }  # fmt: skip
 
 

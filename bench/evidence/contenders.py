@@ -126,6 +126,7 @@ def cases(data: Dataset) -> list[Case]:
     return [
         *known,
         Case("CE, smoothing", fl.CrossEntropyLoss, {"label_smoothing": LogRange(0.01, 0.3)}),
+        Case("CE, cosines", fl.CrossEntropyLoss, scale=scale),
         Case("CosFace", fl.CrossEntropyLoss, scale=scale, margin=margin),
         Case("ArcFace", fl.CrossEntropyLoss, scale=scale, angle=angle),
         Case("CosFace, k hardest", fl.CrossEntropyLoss, {"k": k}, scale, margin=margin),

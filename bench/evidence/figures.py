@@ -1,6 +1,7 @@
 """The figures of the training runs, from their records (`records.py`). Lines are means over seeds, bands run from the
 lowest to the highest seed."""
 
+import statistics
 from pathlib import Path
 
 import torch
@@ -12,19 +13,29 @@ COLOURS = {
     for number, name in enumerate(
         ("CE", "NLLR", "CRL", "LR", "HS-LR", "SS-LR", "CE, k hardest", "CRL, k hardest", "LR, k hardest",
          "SS-LR, k hardest", "CE, smoothing", "CosFace", "ArcFace", "CosFace, k hardest", "ArcFace, k hardest",
-         "LR, cosines", "HS-LR, cosines", "SS-LR, cosines", "CE, 10 % random")
+         "LR, cosines", "HS-LR, cosines", "SS-LR, cosines", "CE, 10 % random", "CE, cosines")
     )
 }  # fmt: skip
 
 
 def style(name: str) -> dict:
-    return {"color": COLOURS[name], "linestyle": "--" if "hardest" in name else "-", "label": name}
+    if "hardest" in name:
+        dashes = "--"
+    elif name.endswith(("cosines", "Face")):
+        dashes = ":"
+    else:
+        dashes = "-." if name in ("CE, smoothing", "CE, 10 % random") else "-"
+    return {"color": COLOURS[name], "linestyle": dashes, "label": name}
 
 
-def line(axes: Axes, name: str, x: list[float], of_seeds: list[list[float]]) -> None:
-    values = torch.tensor(of_seeds, dtype=torch.float64)  # (seeds, points)
-    axes.plot(x, values.mean(0), **style(name))
-    axes.fill_between(x, values.amin(0), values.amax(0), color=COLOURS[name], alpha=0.1)
+def line(axes: Axes, name: str, x: list[float], of_points: list[list[float]]) -> None:
+    """of_points: at each x the values of the seeds."""
+    axes.plot(x, [statistics.mean(values) for values in of_points], **style(name))
+    axes.fill_between(x, list(map(min, of_points)), list(map(max, of_points)), color=COLOURS[name], alpha=0.1)
+
+
+def by_point(of_seeds: list[list[float]]) -> list[list[float]]:
+    return [list(values) for values in zip(*of_seeds, strict=True)]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -41,7 +52,7 @@ def curves(record: dict, path: Path) -> None:
         epochs = range(1, record["budget"]["epochs"] + 1)
         for axes in error_axes:
             error = [[100 - 100 * score for score in run] for run in entry["curves"]["validation"]]
-            line(axes, name, epochs, error)
+            line(axes, name, epochs, by_point(error))
         loss = torch.tensor(entry["curves"]["train_loss"], dtype=torch.float64).mean(0)
         loss_axes.plot(epochs, loss, **style(name))
     for axes in error_axes:
@@ -58,7 +69,8 @@ def margins(record: dict, path: Path) -> None:
     axes = figure.subplots()
     for name in ("CE", "NLLR", "CRL"):
         if name in record["losses"]:
-            line(axes, name, range(record["budget"]["epochs"] + 1), record["losses"][name]["curves"]["margin"])
+            margins = by_point(record["losses"][name]["curves"]["margin"])
+            line(axes, name, range(record["budget"]["epochs"] + 1), margins)
     axes.set(title=f"{record['data']}: p of the target minus the largest other p, mean", xlabel="epoch")
     axes.legend()
     save(figure, path)
@@ -75,10 +87,10 @@ def against_classes(records: dict[int, dict], path: Path) -> None:
     for name in names:
         entries = [record["losses"][name] for record in records.values()]
         metrics = [[100 * score for score in entry["test"][metric]] for entry in entries]  # (sizes, seeds)
-        line(metric_axes, name, list(records), torch.tensor(metrics).T.tolist())
+        line(metric_axes, name, list(records), metrics)
         if "easy share" in entries[0]["curves"]:
             shares = [[100 * sum(run) / len(run) for run in entry["curves"]["easy share"]] for entry in entries]
-            line(share_axes, name, list(records), torch.tensor(shares).T.tolist())
+            line(share_axes, name, list(records), shares)
     share_axes.set(title="gradient of the negatives from easy classes, % (mean over training)", ylim=(0, 100))
     metric_axes.set(title=f"test {metric}, %")
     for axes in (share_axes, metric_axes):

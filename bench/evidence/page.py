@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.evidence import figures, records
+from bench.evidence import extreme, figures, k_and_alpha, records
 from bench.evidence.fit import FIRST
 from bench.evidence.significance import paired
 from bench.evidence.tables import counted, spell, spread, table
@@ -17,6 +17,12 @@ from bench.evidence.tables import counted, spell, spread, table
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTHING = "*Not measured yet.*"
+AGAINST = (
+    ("HS-LR", "LR"), ("SS-LR", "LR"), ("CE, k hardest", "CE"), ("CE, k hardest", "CE, 10 % random"),
+    ("HS-LR", "CE, 10 % random"), ("CE, cosines", "CE"), ("CosFace", "CE, cosines"), ("ArcFace", "CE, cosines"),
+    ("CosFace, k hardest", "CosFace"), ("ArcFace, k hardest", "ArcFace"), ("HS-LR, cosines", "HS-LR"),
+    ("SS-LR", "CE, cosines"), ("HS-LR", "SS-LR"),
+)  # fmt: skip
 BASELINES = ("CE", "LR")  # what the others are compared with: the first of them that took part
 
 
@@ -74,6 +80,20 @@ def result_table(results: Path, name: str, figures_folder: Path) -> str | None:
     return f"{conditions(record)}\n\n{table(header, rows)}"
 
 
+def against_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """What one change gives, all else alike: pairs that differ in it."""
+    record = runs_of(results, name)
+    if record is None:
+        return None
+    scores = {loss: percent(next(iter(of["test"].values()))) for loss, of in record["losses"].items()}
+    pairs = [(one, other) for one, other in AGAINST if one in scores and other in scores]
+    differences = {pair: [a - b for a, b in zip(scores[pair[0]], scores[pair[1]], strict=True)] for pair in pairs}
+    tested = paired(differences | {"nothing": [0.0] * len(record["budget"]["seeds"])}, "nothing")
+    metric = next(iter(next(iter(record["losses"].values()))["test"]))
+    rows = [[one, other, f"{tested[one, other][0]:+.2f}", f"{tested[one, other][1]:.2g}"] for one, other in pairs]
+    return table(["loss", "against", f"difference in {metric}, %", "p"], rows)
+
+
 def tuning_table(results: Path, name: str, figures_folder: Path) -> str | None:
     """What was chosen, from what, with which budget."""
     record = records.read(results / f"{name}.json")
@@ -113,6 +133,33 @@ def many_table(results: Path, name: str, figures_folder: Path) -> str | None:
         rows.append(row)
     said = "\n".join(f"- {conditions(record)}" for record in sizes.values())
     return f"{said}\n\n{table(['loss', *(f'{number:,} classes' for number in sizes)], rows)}"
+
+
+def extreme_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """Precision on made rows with very many labels; what is tested is the precision at five."""
+    record = records.read(results / f"{name}.json")
+    losses = record["losses"]
+    if not losses:
+        return None
+    header, rows = extreme.result_rows(losses)
+    baseline = next(iter(losses))
+    tested = paired({loss: percent(of["test"]["P@5"]) for loss, of in losses.items()}, baseline)
+    for row in rows:
+        difference, p = tested.get(row[0], (None, None))
+        row += ["", ""] if difference is None else [f"{difference:+.2f}", f"{p:.2g}"]
+    return f"{conditions(record)}\n\n{table([*header, 'P@5 less the first', 'p'], rows)}"
+
+
+def shares_of_alpha(results: Path, name: str, figures_folder: Path) -> str | None:
+    """SS-LR's alpha against the number of classes."""
+    record = k_and_alpha.read(results / f"{name}.json")
+    return record and k_and_alpha.ss_lr_table(record)
+
+
+def pairs_of_k_and_alpha(results: Path, name: str, figures_folder: Path) -> str | None:
+    """HS-LR's k and alpha on one data set."""
+    record = k_and_alpha.read(results / "k-and-alpha.json")
+    return k_and_alpha.hs_lr_table(record["data"][name]) if record and name in record["data"] else None
 
 
 def over_training(of: dict) -> list[float]:
@@ -210,8 +257,9 @@ def classes_figure(results: Path, name: str, folder: Path) -> str | None:
 
 
 BLOCKS = {
-    "results": result_table, "tuning": tuning_table, "many": many_table, "ways": ways_table,
-    "shares": shares_table, "mechanisms": mechanisms_table,
+    "results": result_table, "against": against_table, "tuning": tuning_table, "many": many_table, "ways": ways_table,
+    "shares": shares_table, "mechanisms": mechanisms_table, "extreme": extreme_table, "alphas": shares_of_alpha,
+    "pairs": pairs_of_k_and_alpha,
     "curves": curves_figure, "margins": margin_figure, "classes": classes_figure,
 }  # fmt: skip
 

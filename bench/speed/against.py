@@ -131,7 +131,13 @@ def cells() -> Iterator[tuple[str, Callable[[], Call]]]:
             f"HS-LR step k = C/{share:g} 64 x 21841",
             lambda k=k: step(hardest(fl.hs_lr_loss, k), *draw(64, 21841, "fp32")),
         )
-    for name, loss in {"CE": fl.linear_cross_entropy, "HS-LR": lambda *of: fl.linear_hs_lr_loss(*of, k=100)}.items():
+
+    def linear_hs_lr(*of: Tensor) -> Tensor:
+        if hasattr(fl, "linear_hs_lr_loss"):  # as it was before 0.1.0
+            return fl.linear_hs_lr_loss(*of, k=100)
+        return fl.linear_loss(*of, loss=fl.HSLRLoss(k=100))
+
+    for name, loss in {"CE": fl.linear_cross_entropy, "HS-LR": linear_hs_lr}.items():
 
         def call(loss=loss) -> Call:
             generator = torch.Generator().manual_seed(0)

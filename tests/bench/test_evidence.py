@@ -153,8 +153,41 @@ def test_the_easy_share_that_is_drawn_is_the_mean_over_training(tmp_path, monkey
     assert len(drawn["CE"]) == 1  # it has a metric, and no easy share
     (x, _), (_, shares) = drawn["LR"]
     assert x == [100, 1000]
-    for seed in range(SEEDS):
-        assert shares[seed] == pytest.approx([100 * (0.9 + 0.5 + 0.25 + 0.1 * seed) / 4] * 2)
+    expected = [100 * (0.9 + 0.5 + 0.25 + 0.1 * seed) / 4 for seed in range(SEEDS)]
+    assert shares == [pytest.approx(expected)] * 2
+
+
+def test_one_change_at_a_time(tmp_path):
+    keep(tmp_path, "digits", {"CE": 0.5, "LR": 0.4, "HS-LR": 0.7})
+    text = render(block("against", "digits"), tmp_path, tmp_path)
+    (row,) = [line for line in text.splitlines() if line.startswith("| HS-LR")]
+    assert "| LR " in row and "+30.0" in row
+    assert text.count("\n| ") == 3  # the header, its line, and the only pair of which both took part
+
+
+def test_very_many_labels(tmp_path):
+    def entry(shift: float) -> dict:
+        scores = [0.4 + shift + 0.01 * seed + 0.001 * (seed * seed % 3) for seed in range(SEEDS)]
+        return {"settings": {"lr": 0.3}, "test": {"P@1": scores, "P@5": scores, "PSP@5": scores}, "step_ms": 35.4}
+
+    record = a_record("extreme-50", {}) | {"losses": {"LR": entry(0), "HS-LR": entry(0.1)}}
+    (tmp_path / "extreme-50.json").write_text(json.dumps(record))
+    text = render(block("extreme", "extreme-50"), tmp_path, tmp_path)
+    found = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| HS-LR")]
+    assert found[0][6:8] == ["35", "+10.00"] and float(found[0][8]) < 0.01
+
+
+def test_k_and_alpha(tmp_path):
+    scores = {
+        "HS-LR": {"k 3, alpha 1": {"0.1": [0.5, 0.7], "0.3": [0.8, 0.8]}},
+        "SS-LR": {"alpha 0.1 (C - 1)": {"0.1": [0.9], "0.3": [0.1]}},
+    }
+    of = {"name": "digits-20", "classes": 20, "scores": scores}
+    (tmp_path / "k-and-alpha.json").write_text(json.dumps({"data": {"digits-20": of}}))
+    pairs = render(block("pairs", "digits-20"), tmp_path, tmp_path)
+    assert "digits, 20 classes: k" in pairs and "80.0, lr 0.3" in pairs
+    assert NOTHING in render(block("pairs", "digits-30"), tmp_path, tmp_path)
+    assert "90.0, lr 0.1" in render(block("alphas", "k-and-alpha"), tmp_path, tmp_path)
 
 
 def test_an_unknown_block_is_named(tmp_path):

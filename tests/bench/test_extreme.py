@@ -33,6 +33,8 @@ def test_precision_counts_a_rare_label_for_more():
     scores[0] = 1.0
     found = torch.tensor([[0, 9, 10, 11, 12], [13, 5, 6, 14, 15]])
     assert precision(found, labels, scores) == pytest.approx({"P@1": 0.5, "P@5": 0.3, "PSP@5": 5 / 18})
+    nothing = torch.full_like(found, 20)  # what a model that is NaN names
+    assert precision(nothing, labels, scores) == {"P@1": 0.0, "P@5": 0.0, "PSP@5": 0.0}
     assert precision(labels, labels, scores) == pytest.approx({"P@1": 1.0, "P@5": 1.0, "PSP@5": 1.0})
     noted = propensity(torch.tensor([[0, 1], [0, 2], [0, 3], [0, 4]]), 6)
     assert noted[0] > noted[1] > noted[5] > 0
