@@ -152,9 +152,8 @@ template <class T>
 inline double divisor_of(const Finish& door) {
   if (door.reduction != Reduction::mean) return 1;
   if (has_class_weights(door)) {
-    return sum_over_rows(door.rows, [&](int64_t row) {
-      return door.target.ignored(row, door.spec) ? 0 : weight_of<T>(door, row);
-    });
+    return sum_over_rows(
+        door.rows, [&](int64_t row) { return door.target.ignored(row, door.spec) ? 0 : weight_of<T>(door, row); });
   }
   int64_t ignored = 0;
   if (!door.target.multi_hot && door.spec.ignores) {
