@@ -144,10 +144,8 @@ def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: i
     if k == 0:
         return False
     if device.type == "cpu":
-        share = 8 if multi_hot else _SHARE_ON_CPU[dtype.itemsize]
-    else:
-        share = 32
-    return (device.type == "cpu" or not multi_hot) and always(k <= num_classes // share)
+        return always(k <= num_classes // (8 if multi_hot else _SHARE_ON_CPU[dtype.itemsize]))
+    return not multi_hot and always(k <= num_classes // 32)
 
 
 def always(condition: bool) -> bool:

@@ -242,6 +242,17 @@ def saved_tensors(node):
     return held
 
 
+@pytest.mark.parametrize(
+    "dtype, most", [(torch.float16, 333), (torch.bfloat16, 333), (torch.float32, 125), (torch.float64, 250)], ids=str
+)
+def test_how_large_a_k_keeps_no_logits(dtype, most):
+    """A third of the classes, an eighth, a quarter: up to where it measured faster."""
+    logits, target = make_logits(2, 1000, dtype).requires_grad_(), make_index(2, 1000)
+    for k, keeps_logits in ((most, False), (most + 1, True)):
+        held = saved_tensors(fl.cross_entropy(logits, target, k=k).grad_fn)
+        assert any(t is not None and t.shape == logits.shape for t in held) == keeps_logits, k
+
+
 @pytest.mark.parametrize("k", [None, 600])
 @each((CE, CRL, LR, SS_LR))
 def test_the_other_forms_keep_the_logits_themselves_and_no_copy(loss, k):
