@@ -1,8 +1,9 @@
-"""The losses on one GPU: ``python -m bench.speed.gpu --part check|family|hardest|peers|linear --out DIR``.
+"""The losses on one GPU: ``python -m bench.speed.gpu --part check|family|hardest|options|peers|linear --out DIR``.
 
 check runs the GPU backend's tests on the device, with compute-sanitizer over a few of them, and a matrix of more than
 2^31 logits. family times every loss of the family over all negatives; hardest times HS-LR over the k hardest, on logits
-of several kinds; peers times cross-entropy beside other projects; linear times a linear layer with its loss.
+of several kinds; options times cross-entropy with smoothing, margins and soft labels; peers times it beside other
+projects; linear times a linear layer with its loss.
 Forward, backward and both: median, 20th and 80th percentile, with the caches flushed before every run and not, and both
 as a CUDA graph, which leaves out the processor's work; that alone, in microseconds, is "processor". GB/s by
 the bytes that must move (forward 1 U, backward 2 U, or 1 U where the picks were kept) and the share of a device copy's
@@ -206,6 +207,14 @@ def family(shapes) -> Iterator[Contender]:
                         yield Contender(loss, shape, name, provider, PASSES)
 
 
+def options(shapes) -> Iterator[Contender]:
+    everyone = {f"CE, {name}": provider for name, provider in cases.providers("cross_entropy").items()}
+    for shape in shapes:
+        for name, provider in (everyone | cases.with_options()).items():
+            loss, _, name = name.rpartition(", ")
+            yield Contender(loss, shape, name, provider, PASSES)
+
+
 def peers(shapes) -> Iterator[Contender]:
     everyone = cases.providers("cross_entropy") | cases.peers()
     for shape in shapes:
@@ -240,7 +249,7 @@ def linear_layers(shapes) -> Iterator[Contender]:
             yield Contender(f"linear hs_lr_loss, k {k}", shape, name, step, PASSES, features=features)
 
 
-PARTS = {"family": family, "hardest": hardest, "peers": peers, "linear": linear_layers}
+PARTS = {"family": family, "hardest": hardest, "options": options, "peers": peers, "linear": linear_layers}
 
 
 def rows_of(part: str, tiny: bool, only: str) -> list[tuple[str, Contender, torch.dtype]]:

@@ -1,8 +1,8 @@
 """Which launch table is the fastest on this GPU: ``python -m bench.speed.launch_tables --out FILE``.
 
-Every kernel of the k hardest and of all negatives with tiles of several sizes, beside the one that the tables of
-``fused_losses/gpu`` have: median milliseconds with the caches flushed, and the share of a device copy's speed. They are
-replayed as CUDA graphs: what the processor does is left out.
+Every kernel of the k hardest and of all negatives with tiles of several sizes, and the search for the k hardest with
+blocks of several widths, beside what the tables of ``fused_losses/gpu`` have: median milliseconds with the caches
+flushed, and the share of a device copy's speed. They are replayed as CUDA graphs: what the processor does is left out.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -24,13 +25,18 @@ from fused_losses.gpu import device, doors, hardest
 from fused_losses.gpu.device import Tile
 from fused_losses.losses import LossSpec
 
-TILES = (Tile(8, 4), Tile(4, 4), Tile(4, 8), Tile(8, 2), Tile(16, 2))
-SHORT_TILES = (Tile(1, 4), Tile(2, 2), Tile(2, 4), Tile(4, 1))
+TILES = (Tile(8, 4), Tile(4, 4), Tile(4, 8), Tile(8, 2))
+SHORT_TILES = (Tile(1, 4), Tile(2, 2))
+WIDTHS = (0, 8, 16, 32, 64)  # logits per block
 LOSSES = {"CE": ("cross_entropy", []), "LR": ("lr", []), "SS-LR": ("ss_lr", [2.0])}
-SHAPES = (cases.Shape(4096, 1000), cases.Shape(256, 21841), cases.Shape(512, 100003), cases.Shape(8192, 32768))
+SHAPES = (
+    cases.Shape(4096, 1000), cases.Shape(256, 21841), cases.Shape(4096, 21841), cases.Shape(512, 100003),
+    cases.Shape(2048, 100003), cases.Shape(8192, 32768),
+)  # fmt: skip
 PICKED = (
     (cases.Shape(4096, 1000), 10), (cases.Shape(4096, 1000), 100), (cases.Shape(256, 21841), 218),
-    (cases.Shape(256, 21841), 2184), (cases.Shape(512, 100003), 100), (cases.Shape(512, 100003), 1000),
+    (cases.Shape(256, 21841), 2184), (cases.Shape(4096, 21841), 218), (cases.Shape(4096, 21841), 2184),
+    (cases.Shape(512, 100003), 100), (cases.Shape(512, 100003), 1000), (cases.Shape(512, 100003), 10000),
     (cases.Shape(256, 1000000), 1000),
 )  # fmt: skip
 
@@ -63,14 +69,16 @@ def every_cell() -> Iterator[Cell]:
 
 
 @contextlib.contextmanager
-def tile_of_all(tile: Tile):
-    """Forward of the k hardest keeps its regime: where a row is held, its tile is the row."""
-    tables = device._TILES, hardest._LONG
-    device._TILES, hardest._LONG = ((None, tile),), replace(hardest._LONG, tile=tile)
-    try:
+def table_of(change: Tile | int | None):
+    """A tile for all, or a width of blocks, or the tables as they are. Where a row is held its tile is the row."""
+    names = (device, "_TILES"), (device, "_LONG"), (device, "_SMALL"), (hardest, "_FEW_ROWS"), (hardest, "_MANY_ROWS")
+    with contextlib.ExitStack() as stack:
+        if isinstance(change, Tile):
+            for module, name in names:
+                stack.enter_context(patch.object(module, name, () if name == "_TILES" else change))
+        elif change is not None:
+            stack.enter_context(patch.object(hardest, "block_width", lambda num_classes, k: change))
         yield
-    finally:
-        device._TILES, hardest._LONG = tables
 
 
 def runs(cell: Cell) -> Iterator[tuple[str, object]]:
@@ -84,8 +92,15 @@ def runs(cell: Cell) -> Iterator[tuple[str, object]]:
     yield "backward", lambda: doors.backward(grad, kept[1], given, target, *kept[2:], cell.shape.classes, *spec)
 
 
-def tiles_for(cell: Cell) -> tuple[Tile, ...]:
-    return SHORT_TILES if cell.shape.classes <= 2048 else TILES
+def changes_for(cell: Cell) -> dict[str, Tile | int | None]:
+    """By name, what is tried instead of the tables' own, which comes first."""
+    tiles = SHORT_TILES if cell.shape.classes <= 2048 else TILES
+    found = {"now": None} | {f"{tile.warps} x {tile.rows}": tile for tile in tiles}
+    if cell.k and cell.shape.classes > 2048:
+        own = hardest.block_width(cell.shape.classes, cell.k)
+        most = cell.shape.classes / cell.k  # wider blocks of the k winners would be the whole row
+        found |= {f"width {width}": width for width in WIDTHS if width != own and width <= most}
+    return found
 
 
 def measure(cells: list[Cell], out: Path) -> None:
@@ -93,21 +108,21 @@ def measure(cells: list[Cell], out: Path) -> None:
     found = gpu.header("cuda") | {"copy GB/s": copy, "rows": {}}
     for cell in cells:
         nbytes = cell.shape.nbytes(cases.DTYPES[cell.dtype])
-        for tile in (None, *tiles_for(cell)):
-            with tile_of_all(tile) if tile else contextlib.nullcontext():
+        for change, value in changes_for(cell).items():
+            with table_of(value):
                 for name, run in runs(cell):
+                    if name == "backward" and isinstance(value, int):
+                        continue
                     replay = gpu.replayed(run)
                     milliseconds = triton.testing.do_bench(replay, warmup=3, rep=20, return_mode="median")
-                    key = f"{cell} | {name}"
-                    of_cell = found["rows"].setdefault(key, {})
-                    of_cell["now" if tile is None else f"{tile.warps} x {tile.rows}"] = milliseconds
+                    found["rows"].setdefault(f"{cell} | {name}", {})[change] = milliseconds
         for name, passes in (("forward", 1), ("backward", 1 if cell.spec().compact else 2)):
             of_cell = found["rows"][f"{cell} | {name}"]
             best = min(of_cell, key=of_cell.get)
             share = passes * nbytes / of_cell["now"] / 1e6 / copy
             print(
                 f"{cell} | {name:8} {of_cell['now']:8.3f} ms {100 * share:4.0f} % of a copy; "
-                + " ".join(f"{tile} {ms / of_cell['now']:.2f}" for tile, ms in of_cell.items() if tile != "now")
+                + " ".join(f"{name} {ms / of_cell['now']:.2f}" for name, ms in of_cell.items() if name != "now")
                 + f"; {best}",
                 flush=True,
             )
@@ -115,9 +130,9 @@ def measure(cells: list[Cell], out: Path) -> None:
 
 
 def compile_share(cells: list[Cell], turn: int, turns: int) -> None:
-    everything = [(cell, tile) for cell in cells for tile in (None, *tiles_for(cell))]
-    for cell, tile in everything[turn::turns]:
-        with tile_of_all(tile) if tile else contextlib.nullcontext():
+    everything = [(cell, change) for cell in cells for change in changes_for(cell).values()]
+    for cell, change in everything[turn::turns]:
+        with table_of(change):
             for _, run in runs(cell):
                 run()
 

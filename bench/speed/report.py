@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 PARTS = {
     "family": "All negatives",
     "hardest": "The k hardest negatives",
+    "options": "Cross-entropy with options",
     "peers": "Cross-entropy beside other projects",
 }
 NOTED = ("of a copy's speed", "kernels", "memory, MB")
@@ -65,7 +66,7 @@ def gpu_record(part: str, found: dict, timing: Timing) -> Record:
     for key, row in found["rows"].items():
         loss, shape, dtype, provider = key.split(" | ")
         name, _, rest = loss.partition(", ")
-        case, loss = f"{shape} {dtype}", ", ".join(filter(None, (cases.NAMES[name], rest)))
+        case, loss = f"{shape} {dtype}", ", ".join(filter(None, (cases.NAMES.get(name, name), rest)))
         if "error" in row:
             record.add(case, loss, provider, float("nan"))
         elif field_of_row in row:

@@ -290,7 +290,8 @@ def forward(
     """outputs: loss and coefficients, unless another kernel fills these, and statistics."""
     num_rows, num_classes = logits.shape
     kind = device.kind_of(target, spec)
-    z, walk = device.as_matrix(logits), device.walk_of(logits, num_classes, halved=kind == "multi_hot")
+    z = device.as_matrix(logits)
+    walk = device.walk_of(logits, num_classes, small=device.are_many(logits), halved=kind == "multi_hot")
     labels = device.labels_beside(z, target, spec)
     of = _forward(spec, kind, outputs[0] is not None, walk)
     if walk.parts == 1:
@@ -320,7 +321,7 @@ def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec, in
     dlogits, dz = (logits, z) if in_place else device.empty_gradient(logits, z)
     if num_rows == 0:
         return dlogits
-    walk = device.walk_of(logits, num_classes)
+    walk = device.walk_of(logits, num_classes, small=False, merged=False)
     kernel, a, b = _backward(spec, device.kind_of(target, spec), walk, dlogits.element_size())
     labels = device.labels_beside(z, target, spec)
     device.launch(kernel, (num_rows, walk.parts), dz.base, dz.stride, *upstream, *z, num_classes, *labels, a, b)

@@ -1,7 +1,7 @@
 """The device: what it serves, its tiles, how matrices lie in its memory, and the one place that starts a kernel.
 
 Launch tables are fixed: no autotuning at run time. They were chosen from the compiled machine code (registers,
-instructions per logit), not from timings.
+instructions per logit) and from what ``bench.speed.launch_tables`` measured on an H200.
 """
 
 import functools
@@ -81,12 +81,19 @@ class Tile:
 
 
 # (largest row in bytes, tile), smallest first: one warp per row keeps many short rows in flight.
-_TILES = ((4096, Tile(1, 4)), (16384, Tile(4, 4)), (None, Tile(8, 4)))
+_TILES = ((4096, Tile(1, 4)), (16384, Tile(4, 4)))
+_LONG, _SMALL = Tile(8, 4), Tile(4, 4)  # of longer rows
 
 
-def tile_for(num_classes: int, itemsize: int) -> Tile:
+def tile_for(num_classes: int, itemsize: int, small: bool = False) -> Tile:
     size = num_classes * itemsize
-    return next(tile for limit, tile in _TILES if limit is None or size <= limit)
+    return next((tile for limit, tile in _TILES if size <= limit), _SMALL if small else _LONG)
+
+
+def are_many(rows: Tensor) -> bool:
+    """Whether a multiprocessor has so many rows to read, one after another, that small programs, which end at different
+    times, keep it busier than large ones."""
+    return rows.shape[0] > 16 * profile(rows.device).multiprocessors
 
 
 def parts_for(device: Device, num_rows: int, num_tiles: int) -> int:
@@ -108,16 +115,25 @@ class Walk(NamedTuple):
         return {"FAST": self.fast, "ROWS": self.rows, "LANES": self.lanes}
 
 
-def walk_of(rows: Tensor, num_classes: int, halved: bool = False) -> Walk:
-    """rows: a tensor of as many rows, of the logits' dtype and on their device. halved: for kernels that hold two
-    numbers per logit at a time."""
+def walk_of(rows: Tensor, num_classes: int, small: bool, halved: bool = False, merged: bool = True) -> Walk:
+    """rows: a tensor of as many rows, of the logits' dtype and on their device. small: programs of few warps for long
+    rows. halved: for kernels that hold two numbers per logit at a time. merged: another launch merges the parts of a
+    row; where none does, tiles are halved if that lets more programs share it."""
     device, itemsize = profile(rows.device), rows.element_size()
-    tile = tile_for(num_classes, itemsize)
+    tile = tile_for(num_classes, itemsize, small)
+
+    def walk(height: int) -> Walk:
+        lanes = tile.lanes(device, itemsize)
+        parts = parts_for(device, rows.shape[0], -(-num_classes // (height * lanes)))
+        return Walk(tile.warps, parts, device.nvidia, height, lanes)
+
     if halved:
-        tile = Tile(tile.warps, tile.rows // 2)
-    lanes = tile.lanes(device, itemsize)
-    parts = parts_for(device, rows.shape[0], -(-num_classes // (tile.rows * lanes)))
-    return Walk(tile.warps, parts, device.nvidia, tile.rows, lanes)
+        return walk(tile.rows // 2)
+    whole = walk(tile.rows)
+    if merged or tile.rows == 1:
+        return whole
+    finer = walk(tile.rows // 2)
+    return finer if finer.parts > whole.parts else whole
 
 
 def limited_registers(nvidia: bool, most: int = 128) -> dict[str, int]:

@@ -2,13 +2,13 @@
 
 The regime of a forward pass follows from classes and k: a short row is held in registers by one warp; a longer one is
 searched by reading it again from the caches, or, where k is a small share of the classes, through the maxima of its
-blocks, which reads it from memory once. Tables are fixed and were chosen from machine code and instruction counts, not
-from timings.
+blocks, which reads it from memory once. Tables are fixed and were chosen from machine code, instruction counts and what
+``bench.speed.launch_tables`` measured on an H200.
 """
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -73,21 +73,23 @@ class Plan:
     parts: int = 1  # programs that share the reading of a row
 
 
-_LONG = Plan(Tile(8, 4))
+# Of longer rows. Where each multiprocessor has several of them, the others fill the time for which one waits.
+_FEW_ROWS, _MANY_ROWS = Tile(8, 4), Tile(4, 8)
 
 
 def plan(on: Device, num_rows: int, num_classes: int, k: int, itemsize: int, multi_hot: bool) -> Plan:
     if num_classes <= _HELD_CLASSES:
         lanes = Tile(1, 1).lanes(on, itemsize)
         return Plan(Tile(1, max(1, triton.next_power_of_2(num_classes) // lanes)), held=True)
-    width = block_width(num_classes, k)
-    if multi_hot or width == 0:
-        return _LONG
-    tiles = num_classes // _LONG.tile.classes(on, itemsize)
+    tile = _MANY_ROWS if num_rows > 2 * on.multiprocessors else _FEW_ROWS
+    width = 0 if multi_hot else block_width(num_classes, k)
+    if width == 0:
+        return Plan(tile)
+    tiles = num_classes // tile.classes(on, itemsize)
     few = 2 * num_rows <= on.multiprocessors
     parts = min(triton.cdiv(2 * on.multiprocessors, num_rows), tiles // 2) if few else 1
-    each = triton.next_power_of_2(triton.cdiv(capacity_of(k), _LONG.tile.threads(on)))
-    return replace(_LONG, width=width, listed=min(max(2, each), 16 // itemsize), parts=max(1, parts))
+    each = triton.next_power_of_2(triton.cdiv(capacity_of(k), tile.threads(on)))
+    return Plan(tile, width=width, listed=min(max(2, each), 16 // itemsize), parts=max(1, parts))
 
 
 def capacity_of(k: int) -> int:
@@ -240,7 +242,8 @@ def backward(
     if num_rows == 0:
         return dlogits
 
-    walk = device.walk_of(pick_logit, num_classes)
+    small = spec.compact or device.are_many(pick_logit)
+    walk = device.walk_of(pick_logit, num_classes, small, merged=False)
     kernel, a, b = _backward(spec, device.kind_of(target, spec), walk, dlogits.element_size())
     labels = *z, num_classes, *device.labels_beside(z, target, spec), a, b
     grid = num_rows, walk.parts

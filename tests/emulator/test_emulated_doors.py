@@ -57,6 +57,16 @@ def test_long_rows(formula, dtype, backend):
     compare(formula, logits, target, backend=backend)
 
 
+@pytest.mark.usefixtures("whole_rows")
+@pytest.mark.parametrize(("formula", "dtype"), part(COMBINATIONS[1::3], 5), ids=str)
+def test_rows_as_where_they_are_many(formula, dtype, backend, monkeypatch):
+    """Their programs are small, in every pass."""
+    monkeypatch.setattr(gpu, "are_many", lambda rows: True)
+    logits, target = make(4, 21841, dtype)
+    for k, compact in ((0, False), (218, True), (2184, False)):
+        compare(formula, logits, target, k, compact, backend=backend)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("formula", [CRL, LR], ids=str)
 def test_one_row_of_a_million_classes(formula, backend):

@@ -121,7 +121,7 @@ def small_device(monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", create_inline_asm)
         monkeypatch.setattr(gpu, "profile", lambda _: gpu.Device(1, 4, nvidia=True))
-        monkeypatch.setattr(gpu, "tile_for", lambda classes, itemsize: gpu.Tile(1, itemsize))
+        monkeypatch.setattr(gpu, "tile_for", lambda classes, itemsize, small: gpu.Tile(1, itemsize))
 
 
 @pytest.fixture

@@ -271,12 +271,21 @@ def test_tables_are_tried_and_put_back():
     from bench.speed import launch_tables
     from fused_losses.gpu import device, hardest
 
-    before = device._TILES, hardest._LONG
+    def tables():
+        return device._TILES, device._LONG, device._SMALL, hardest._FEW_ROWS, hardest._MANY_ROWS, hardest.block_width
+
+    before = tables()
+    on = device.Device(132, 32, nvidia=True)
     cells = list(launch_tables.every_cell())
     for cell in cells:
-        for tile in launch_tables.tiles_for(cell):
-            with launch_tables.tile_of_all(tile):
-                on = device.Device(132, 32, nvidia=True)
+        tried = launch_tables.changes_for(cell)
+        assert next(iter(tried)) == "now" and len(tried) > 2
+        for change in tried.values():
+            with launch_tables.table_of(change):
                 plan = hardest.plan(on, cell.shape.rows, cell.shape.classes, max(1, cell.k), 2, multi_hot=False)
-                assert ((None, tile),) == device._TILES and (plan.held or plan.tile == tile)
-    assert before == (device._TILES, hardest._LONG) and len(set(map(str, cells))) == len(cells)
+                if isinstance(change, device.Tile):
+                    assert device._TILES == () and device._LONG == device._SMALL == change
+                    assert plan.held or plan.tile == change
+                elif change is not None:
+                    assert plan.width == change
+    assert before == tables() and len(set(map(str, cells))) == len(cells)

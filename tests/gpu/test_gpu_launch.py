@@ -47,6 +47,32 @@ def test_other_rows_are_whole(rows, tiles):
     assert gpu.parts_for(HOPPER, rows, tiles) == 1
 
 
+@pytest.mark.parametrize(
+    "rows, classes, small, merged, tile, parts",
+    [
+        (256, 21841, False, True, gpu.Tile(8, 4), 1),
+        (256, 21841, False, False, gpu.Tile(8, 2), 2),  # halved, so that two programs share a row
+        (300, 21841, False, False, gpu.Tile(8, 4), 1),
+        (256, 1_000_003, True, False, gpu.Tile(4, 4), 2),  # shared as it is
+        (4096, 21841, True, True, gpu.Tile(4, 4), 1),
+        (2, 1000, False, False, gpu.Tile(1, 4), 1),  # one tile: halves of it would be no parts
+    ],
+)
+def test_walks(rows, classes, small, merged, tile, parts, monkeypatch):
+    monkeypatch.setattr(gpu, "tile_for", tile_for)
+    monkeypatch.setattr(gpu, "profile", lambda device: HOPPER)
+    walk = gpu.walk_of(torch.empty((rows, 1), dtype=torch.bfloat16), classes, small, merged=merged)
+    assert (walk.warps, walk.rows, walk.parts) == (tile.warps, tile.rows, parts)
+    assert walk.lanes == 8 * 32 * tile.warps
+
+
+def test_many_rows_are_walked_by_small_programs(monkeypatch):
+    monkeypatch.setattr(gpu, "profile", lambda device: HOPPER)
+    found = [gpu.are_many(torch.empty(rows, 1)) for rows in (2048, 4096)]
+    tiles = [hardest.plan(HOPPER, rows, 21841, 218, 2, multi_hot=False).tile for rows in (264, 265)]
+    assert found == [False, True] and tiles == [gpu.Tile(8, 4), gpu.Tile(4, 8)]
+
+
 def test_gradient_rows():
     assert gradient_row_stride(21841, (21841, 1), 2) == 21841, "contiguous logits, contiguous gradient"
     assert gradient_row_stride(21841, (21848, 1), 2) == 21848
@@ -80,7 +106,7 @@ def test_the_default_exponent_has_its_own_formula():
 
 @pytest.mark.parametrize("tile", [gpu.Tile(8, 4), gpu.Tile(4, 2), gpu.Tile(8, 8)])
 def test_rows_are_shared_out_by_the_tiles_that_there_are(tile, monkeypatch):
-    monkeypatch.setattr(hardest, "_LONG", hardest.Plan(tile))
+    monkeypatch.setattr(hardest, "_FEW_ROWS", tile)
     found = hardest.plan(HOPPER, 1, 1_000_003, 1000, 2, multi_hot=False)
     assert found.parts == 1_000_003 // (tile.rows * tile.warps * 32 * 8) // 2 and found.tile is tile
 
