@@ -306,7 +306,7 @@ def forward(
 @functools.lru_cache
 def _backward(spec: LossSpec, kind: str, walk: Walk, itemsize: int) -> tuple[Kernel, float, float]:
     functions, a, b = of_negatives(spec, itemsize)
-    if (spec.loss, kind, itemsize) == ("ss_lr", "index", 2):
+    if (spec.loss, *spec.params, kind, itemsize) == ("ss_lr", 2.0, "index", 2):  # other exponents need more
         functions |= device.limited_registers(walk.fast, 64)
     kernel = Kernel(
         backward_kernel, walk.warps, TARGET=_TARGETS[kind], WRITE=_WRITES[kind], **functions, **walk.constants()
