@@ -79,15 +79,19 @@ class Case:
         return shared | self.space | {name: axis for name, axis in axes.items() if axis is not None}
 
 
+def sampled_classes(num_classes: int, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes of the batch and random others, a tenth of all together; and the place of each among them."""
+    order = torch.rand(num_classes).index_fill_(0, target, 2.0)  # those of the batch first
+    sampled = order.topk(max(1, num_classes // 10, len(target.unique()))).indices
+    return sampled, torch.empty_like(order, dtype=torch.int64).scatter_(0, sampled, torch.arange(len(sampled)))
+
+
 class SampledCrossEntropy(nn.Module):
-    """Cross-entropy over the classes of the batch and random others, a tenth of all together: Partial FC's arithmetic
-    (An et al., CVPR 2022, arXiv 2203.15565, section 3.3)."""
+    """Cross-entropy over sampled classes: Partial FC's arithmetic (An et al., CVPR 2022, arXiv 2203.15565,
+    section 3.3)."""
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        number = max(1, logits.shape[1] // 10)
-        order = torch.rand(logits.shape[1]).index_fill_(0, target, 2.0)  # those of the batch first
-        sampled = order.topk(max(number, len(target.unique()))).indices
-        place = torch.empty_like(order, dtype=torch.int64).scatter_(0, sampled, torch.arange(len(sampled)))
+        sampled, place = sampled_classes(logits.shape[1], target)
         return F.cross_entropy(logits[:, sampled], place[target])
 
 

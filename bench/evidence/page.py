@@ -6,6 +6,7 @@ stands between is rewritten from bench/results. Where nothing was recorded it sa
 
 import argparse
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bench.evidence import extreme, figures, k_and_alpha, records
 from bench.evidence.fit import FIRST
 from bench.evidence.significance import paired
 from bench.evidence.tables import counted, spell, spread, table
+from bench.speed.linear import MIB
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 BLOCK = re.compile(r"(<!-- (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,6 +25,7 @@ AGAINST = (
     ("CosFace, k hardest", "CosFace"), ("ArcFace, k hardest", "ArcFace"), ("HS-LR, cosines", "HS-LR"),
     ("SS-LR", "CE, cosines"), ("HS-LR", "SS-LR"),
 )  # fmt: skip
+REACHED = 0.95
 BASELINES = ("CE", "LR")  # what the others are compared with: the first of them that took part
 
 
@@ -133,6 +136,35 @@ def many_table(results: Path, name: str, figures_folder: Path) -> str | None:
         rows.append(row)
     said = "\n".join(f"- {conditions(record)}" for record in sizes.values())
     return f"{said}\n\n{table(['loss', *(f'{number:,} classes' for number in sizes)], rows)}"
+
+
+def epochs_until(of: dict, score: float) -> list[int | None]:
+    """Of each seed, the first epoch behind which the validation split is scored so, or None."""
+    return [
+        next((epoch for epoch, found in enumerate(run, 1) if found >= score), None)
+        for run in of["curves"]["validation"]
+    ]
+
+
+def costs_table(results: Path, name: str, figures_folder: Path) -> str | None:
+    """Accuracy per step, per second of the classifier and its loss, and per byte."""
+    record, costs = runs_of(results, name), records.read(results / f"{name}-costs.json")
+    if record is None or not costs["losses"]:
+        return None
+    rows = []
+    for loss, of in record["losses"].items():
+        cost, epochs = costs["losses"][loss], epochs_until(of, REACHED)
+        there = [epoch for epoch in epochs if epoch is not None]
+        steps = costs["steps_per_epoch"] * statistics.median(there) if len(there) == len(epochs) else None
+        partly = f"{len(there)} of {len(epochs)} runs"
+        rows.append([
+            loss, spread(percent(next(iter(of["test"].values())))), f"{cost['ms']:.0f}", f"{cost['bytes'] / MIB:.0f}",
+            *((partly, "") if steps is None else (f"{steps:.0f}", f"{steps * cost['ms'] / 1000:.1f}")),
+        ])  # fmt: skip
+    said = f"`{costs['command']}`: {costs['shape']}, float32, one thread; torch {costs['versions']['torch']}."
+    reached = f"{100 * REACHED:.0f} % on the validation split"
+    header = ["loss", "accuracy, %", "ms a step", "MiB", f"steps until {reached} (median)", "seconds of these"]
+    return f"{said}\n\n{table(header, rows)}"
 
 
 def extreme_table(results: Path, name: str, figures_folder: Path) -> str | None:
@@ -259,7 +291,7 @@ def classes_figure(results: Path, name: str, folder: Path) -> str | None:
 BLOCKS = {
     "results": result_table, "against": against_table, "tuning": tuning_table, "many": many_table, "ways": ways_table,
     "shares": shares_table, "mechanisms": mechanisms_table, "extreme": extreme_table, "alphas": shares_of_alpha,
-    "pairs": pairs_of_k_and_alpha,
+    "pairs": pairs_of_k_and_alpha, "costs": costs_table,
     "curves": curves_figure, "margins": margin_figure, "classes": classes_figure,
 }  # fmt: skip
 

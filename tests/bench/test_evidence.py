@@ -222,3 +222,17 @@ def test_every_kind_of_work_has_its_place_on_the_page():
     for name in (*train.DATA, *train.FOLDERS):
         for kind in ("tuning", "results", "curves"):
             assert f"<!-- {kind} {name} -->\n" in page
+
+
+def test_costs(tmp_path):
+    """Where every run got there: the steps until then, and their seconds."""
+    record = keep(tmp_path, "many-50", {"CE": 0.9, "LR": 0.5})
+    record["losses"]["CE"]["curves"]["validation"] = [[0.5, 0.96, 0.9], [0.96, 0.97, 0.98], [0.1, 0.95, 0.2]]
+    record["losses"]["LR"]["curves"]["validation"] = [[0.5, 0.6, 0.94], [0.96, 0.97, 0.98], [0.1, 0.95, 0.2]]
+    (tmp_path / "many-50-runs.json").write_text(json.dumps(record))
+    assert NOTHING in render(block("costs", "many-50"), tmp_path, tmp_path)
+    cost = {"ms": 50.0, "bytes": 3 * 2**20}
+    costs = {"command": "a", "shape": "b", "versions": {"torch": "2"}, "steps_per_epoch": 12}
+    (tmp_path / "many-50-costs.json").write_text(json.dumps(costs | {"losses": {"CE": cost, "LR": cost}}))
+    text = render(block("costs", "many-50"), tmp_path, tmp_path)
+    assert "| 50        | 3   | 24 " in text and "| 1.2 " in text and "2 of 3 runs" in text
