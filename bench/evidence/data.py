@@ -39,6 +39,7 @@ class Dataset:
     tuning_seeds: int = 5  # runs per setting tried
     learning_rates: tuple[float, float] = (1e-3, 1.0)  # the range that is searched
     open_set: bool = False  # the test's classes are none of training's
+    settings_of: str | None = None  # another set, on which the hyper-parameters were chosen
 
     @property
     def multi_hot(self) -> bool:

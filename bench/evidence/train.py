@@ -1,7 +1,8 @@
 """Train the same small network with each loss on the same schedule, and print what comes of it.
 
     python -m bench.evidence.train                              digits: table and curves, with the recorded settings
-    python -m bench.evidence.train --data omniglot --root DIR   unseen characters; corel5k: photographs with keywords
+    python -m bench.evidence.train --data omniglot --root DIR   unseen characters; corel5k: photographs with keywords;
+                                                                omniglot-swapped: the other alphabets unseen
     python -m bench.evidence.train --many-classes               digits among 1,000 to 100,000 classes, most distractors
     python -m bench.evidence.train ... --tune                   choose the settings on the validation split, record them
     python -m bench.evidence.train ... --record                 keep what the runs gave, for python -m bench.evidence
@@ -30,13 +31,13 @@ from bench.evidence.data import DataError, Dataset, padded
 from bench.evidence.digits import digits
 from bench.evidence.fit import Run, fit
 from bench.evidence.mechanisms import probe_of
-from bench.evidence.omniglot import omniglot
+from bench.evidence.omniglot import omniglot, omniglot_swapped
 from bench.evidence.records import RecordError
 from bench.evidence.tables import counted, spell, spread, table
 from bench.evidence.tuning import TUNING_SEEDS, tune
 
 DATA = {"digits": digits}
-FOLDERS = {"omniglot": omniglot, "corel5k": corel5k}  # these need --root
+FOLDERS = {"omniglot": omniglot, "omniglot-swapped": omniglot_swapped, "corel5k": corel5k}  # these need --root
 MANY_CLASSES = (1_000, 10_000, 100_000)
 AMONG_MANY = ("CE", "CRL", "LR", "HS-LR", "SS-LR", "CE, k hardest", "CE, 10 % random")  # the losses of --many-classes
 
@@ -92,7 +93,8 @@ def entry(runs: list[Run], scores: list[dict[str, float]], settings: dict) -> di
 
 def report(data: Dataset, chosen: list[Case], options: argparse.Namespace, command: str) -> None:
     """Trains with the recorded settings, prints the table, draws the curves."""
-    all_settings = records.settings_of(options.results / f"{data.name}.json", [case.name for case in chosen])
+    chosen_on = options.results / f"{data.settings_of or data.name}.json"
+    all_settings = records.settings_of(chosen_on, [case.name for case in chosen])
     seeds, epochs = options.seeds or data.seeds, options.epochs or data.epochs
     shard = fl.ClassShard.split(data.num_classes) if options.class_parallel else None
     name = data.name + ("-class-parallel" if shard else "-linear" if options.linear else "")
@@ -181,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
             variants = [padded(data, number) for number in options.many_classes or MANY_CLASSES]
     except (DataError, ValueError) as error:
         parser.error(str(error))
+    if options.tune and data.settings_of is not None:
+        parser.error(f"argument --tune: {data.name} takes the settings of {data.settings_of}")
     for data in variants:
         known = {case.name: case for case in cases(data)}
         for name in options.losses or ():

@@ -51,7 +51,7 @@ def write_zip(path, contents: dict[str, bytes]):
 @pytest.fixture(scope="module")
 def omniglot_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("omniglot")
-    for path, alphabets in ((root / omniglot.TRAIN, SMALL1), (root / omniglot.TEST, SMALL2)):
+    for path, alphabets in ((root / omniglot.SMALL1.name, SMALL1), (root / omniglot.SMALL2.name, SMALL2)):
         write_zip(path, entries(path.stem, alphabets))
     return root
 
@@ -119,6 +119,14 @@ def test_a_link_in_the_zip_is_refused(tmp_path):
         archive.writestr(link, "/etc/passwd")
     with pytest.raises(DataError, match="outside of its folder"):
         omniglot.read_drawings(path, 1)
+
+
+def test_omniglot_swapped_tests_on_what_only_the_first_file_has(omniglot_root):
+    first, swapped = omniglot.omniglot(omniglot_root, False), omniglot.omniglot_swapped(omniglot_root, False)
+    assert (swapped.name, swapped.settings_of, swapped.num_classes) == ("omniglot-swapped", "omniglot", 624)
+    assert swapped.test.target.bincount().tolist() == [20] * 86
+    assert len(omniglot.omniglot_swapped(omniglot_root, True).validation.target) == 24 * 20
+    assert first.settings_of is None
 
 
 def test_omniglot_files_that_are_missing_or_not_zip_files(tmp_path):

@@ -347,6 +347,18 @@ def test_many_classes_are_tuned_and_trained_apart(tmp_path, capsys):
     assert "digits-200: 2 seeds" in capsys.readouterr().out
 
 
+def test_settings_of_another_set(tmp_path, monkeypatch, capsys):
+    data = dataclasses.replace(digits(), name="digits-swapped", settings_of="digits", epochs=1)
+    monkeypatch.setitem(train.DATA, "digits", lambda: data)
+    write_settings(tmp_path, digits(), 0.05)
+    folders = ["--results", str(tmp_path), "--output", str(tmp_path)]
+    train.main(["--losses", "CE", "--seeds", "1", "--record", *folders])
+    assert json.loads((tmp_path / "digits-swapped-runs.json").read_text())["losses"]["CE"]["settings"]["lr"] == 0.05
+    with pytest.raises(SystemExit):
+        train.main(["--tune", *folders])
+    assert "--tune: digits-swapped takes the settings of digits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
