@@ -86,6 +86,7 @@ class Launched:
     arguments: tuple
     constexprs: dict
     options: dict  # of the compiler
+    grid: tuple[int, ...]
 
     def source(self) -> ASTSource:
         """What Triton's JIT would compile for these arguments."""
@@ -203,7 +204,7 @@ def record(
         constexprs = {name: value for name, value in constants.items() if name in function.arg_names}
         options = {name: value for name, value in constants.items() if name not in function.arg_names}
         arguments = tuple(x.new_empty(0) if isinstance(x, torch.Tensor) else x for x in arguments)  # not gigabytes
-        launches.append(Launched(function, kernel.warps, arguments, constexprs, options))
+        launches.append(Launched(function, kernel.warps, arguments, constexprs, options, grid))
 
     logits = torch.empty(shape, dtype=dtype)
     num_labels, smoothing = LABELS.get(target, (0, 0.0))

@@ -33,6 +33,25 @@ def compiled(tmp_path_factory):
     return done.stdout, json.loads(path.read_text())["reports"]
 
 
+def test_roofline():
+    """Over a long row what a launch executes is its loop; what a step must take is at least what its bytes take."""
+    code = (
+        "import torch; from bench.speed import cases, roofline; from bench.speed.machine_code import TARGETS, record\n"
+        "shape = cases.Shape(512, 100003)\n"
+        "launches = record(TARGETS['sm_90'][1], (512, 100003), torch.bfloat16, 'cross_entropy', 'index', 'mean')\n"
+        "found = [32 * roofline.executed(one, 100003, 'sm_90') / 512 / 100003 for one in launches]\n"
+        "assert len(found) == 3 and found[1] == 0, found\n"
+        "assert 7.5 < found[0] < 11 and 8 < found[2] < 12, found\n"
+        "bytes_alone = 3 * 512 * 100003 * 2 / (0.879 * 4.8e12)\n"
+        "assert abs(roofline.GPUS['H200'].seconds(6 * 512 * 100003, 0)[0] / bytes_alone - 1) < 1e-3\n"
+        "row = roofline.estimates(cases.Shape(4096, 1000), 'cross_entropy')\n"
+        "assert row[0] == '4096 x 1000 bf16' and len(row) == 3 + len(roofline.GPUS), row\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_gates(compiled):
     """No spills in loops, 16-byte accesses for every class count, int64 row bases, instructions per logit."""
     assert ", 0 gates broken" in compiled[0]

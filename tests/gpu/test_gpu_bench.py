@@ -172,7 +172,7 @@ def test_report_of_several_gpus(tmp_path, capsys, report, drawn):
 
 
 def test_report_of_what_was_recorded(tmp_path, capsys, report, drawn):
-    """Every row in bench/results is in a table, and docs/gpu.md quotes these tables."""
+    """Every row in bench/results is in a table, and docs/gpu.md quotes these tables, and what was counted."""
     report.main(["--charts", str(tmp_path)])
     printed = capsys.readouterr().out
     for path in report.RESULTS.rglob("family.json"):
@@ -187,7 +187,8 @@ def test_report_of_what_was_recorded(tmp_path, capsys, report, drawn):
     assert drawn
     page = (report.RESULTS.parents[1] / "docs" / "gpu.md").read_text()
     quoted = [line for line in page.splitlines() if line.startswith("|")]
-    assert len(quoted) > 10 and set(quoted) <= set(printed.splitlines())
+    counted = [(report.RESULTS / f"{name}.md").read_text() for name in ("roofline", "peers-machine-code")]
+    assert len(quoted) > 10 and set(quoted) <= set("\n".join([printed, *counted]).splitlines())
 
 
 def test_the_page_quotes_the_report_of_the_cpu(tmp_path, capsys, report, drawn):
