@@ -112,7 +112,7 @@ def _check_smoothing(loss: Loss, label_smoothing: float, weight: Tensor | None) 
 
 def as_integer(name: str, value: int) -> int:
     """value, an int or what converts to one without loss (a NumPy integer); neither a bool nor a float."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+    if type(value) is int or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)):
         return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")

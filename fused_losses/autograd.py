@@ -56,7 +56,9 @@ class LossFromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, weight, reduction, spec):
-        loss, coefficients, statistics, pick_index, pick_logit = ops.forward(logits, target, weight, reduction, *spec)
+        loss, coefficients, statistics, pick_index, pick_logit = ops.forward(
+            logits, target, weight, reduction, *spec.given()
+        )
         kept = None if spec.compact and not spec.multi_hot(target) else logits
         ctx.save_for_backward(coefficients, kept, target, statistics, pick_index, pick_logit)
         ctx.num_classes, ctx.spec = logits.shape[1], spec
@@ -69,7 +71,7 @@ class LossFromLogits(torch.autograd.Function):
             return (None,) * 5
         coefficients, kept, target, statistics, pick_index, pick_logit = ctx.saved_tensors
         dlogits = ops.backward(
-            grad, coefficients, kept, target, statistics, pick_index, pick_logit, ctx.num_classes, *ctx.spec
+            grad, coefficients, kept, target, statistics, pick_index, pick_logit, ctx.num_classes, *ctx.spec.given()
         )  # fmt: skip
         return once(dlogits, statistics, grad), *(None,) * 4
 

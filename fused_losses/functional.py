@@ -545,7 +545,7 @@ def apply(loss: Loss, logits: Tensor, target: Tensor | Labels, options: Options)
         if is_differentiated(rows):
             result, _ = LossFromLogits.apply(rows, target, weight, reduction, spec)
         else:
-            result, *_ = ops.forward(rows, target, weight, reduction, *spec)
+            result, *_ = ops.forward(rows, target, weight, reduction, *spec.given())
     else:
         statistics = StatisticsFromLogits.apply(rows, target, spec.of_statistics(), options.shard)
         result = finished(loss, statistics, taken, margin)
