@@ -46,7 +46,7 @@ def save(figure: Figure, path: Path) -> None:
 def curves(record: dict, path: Path) -> None:
     """Training loss against epochs, and the validation error where there is a validation split."""
     validated = all("validation" in entry["curves"] for entry in record["losses"].values())
-    figure = Figure(figsize=(12 if validated else 7, 5), layout="constrained")
+    figure = Figure(figsize=(13.5 if validated else 8.5, 5), layout="constrained")
     *error_axes, loss_axes = figure.subplots(1, 1 + validated, squeeze=False)[0]
     for name, entry in record["losses"].items():
         epochs = range(1, record["budget"]["epochs"] + 1)
@@ -59,7 +59,7 @@ def curves(record: dict, path: Path) -> None:
         axes.set(title=f"{record['data']}: validation error, %", xlabel="epoch", yscale="log")
     loss_axes.set(title=f"{record['data']}: training loss, each in its own unit", xlabel="epoch")
     loss_axes.set_yscale("symlog", linthresh=0.1)
-    loss_axes.legend()
+    figure.legend(*loss_axes.get_legend_handles_labels(), loc="outside right center")
     save(figure, path)
 
 

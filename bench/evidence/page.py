@@ -22,7 +22,9 @@ NOTHING = "*Not measured yet.*"
 AGAINST = (
     ("HS-LR", "LR"), ("SS-LR", "LR"), ("CE, k hardest", "CE"), ("CE, k hardest", "CE, 10 % random"),
     ("HS-LR", "CE, 10 % random"), ("CE, cosines", "CE"), ("CosFace", "CE, cosines"), ("ArcFace", "CE, cosines"),
-    ("CosFace, k hardest", "CosFace"), ("ArcFace, k hardest", "ArcFace"), ("HS-LR, cosines", "HS-LR"),
+    ("CosFace, k hardest", "CosFace"), ("ArcFace, k hardest", "ArcFace"), ("LR, cosines", "LR"),
+    ("HS-LR, cosines", "HS-LR"), ("SS-LR, cosines", "SS-LR"), ("LR, cosines", "CE, cosines"),
+    ("LR, cosines", "ArcFace"),
     ("SS-LR", "CE, cosines"), ("HS-LR", "SS-LR"),
 )  # fmt: skip
 REACHED = 0.95
