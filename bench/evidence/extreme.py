@@ -104,7 +104,7 @@ def asymmetric_loss(logits: Tensor, index: Tensor) -> Tensor:
 
 
 class Asymmetric(fl.LinearLoss):
-    """ASL of all logits, which it holds as a whole; compiled where they are many, a quarter of the eager loss's time."""
+    """ASL of all logits, all held; compiled where they are many, which takes a quarter of the time."""
 
     def forward(self, input: Tensor, target: fl.Labels) -> Tensor:
         loss = compiled_asymmetric_loss if len(self.weight) > 10_000 else asymmetric_loss
