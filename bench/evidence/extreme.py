@@ -1,7 +1,7 @@
 """Extreme multi-label classification on made rows: frequencies of labels after Zipf, topics, five labels a row.
 
     python -m bench.evidence.extreme                     50,000 labels: table
-    python -m bench.evidence.extreme --labels 500000
+    python -m bench.evidence.extreme --labels 500000 --rates-of 50000    with the learning rates chosen there
     python -m bench.evidence.extreme --record            keep what the runs gave, for python -m bench.evidence
 
 Public sets of this kind are no files that one may pass on; this one is made from a seed. Topic t has the weight
@@ -172,12 +172,21 @@ def evaluate(network: nn.Module, head: fl.LinearLoss, rows: Rows, scores: Tensor
     return precision(head.topk(network(rows.inputs), LABELS_OF_A_ROW).indices, rows.labels, scores)
 
 
-def run(num_labels: int, names: list[str], seeds: int, epochs: int, keep: Callable[[str, dict], None]) -> dict:
+def run(
+    num_labels: int,
+    names: list[str],
+    seeds: int,
+    epochs: int,
+    rates: dict[str, float],
+    keep: Callable[[str, dict], None],
+) -> dict:
+    """rates: by loss, those that were chosen elsewhere; else each chooses its own."""
     data = make(num_labels)
     scores = propensity(data["train"].labels, num_labels)
     found = {}
     steps = epochs * math.ceil(len(data["train"].labels) / BATCH)
-    with tqdm(total=len(names) * (len(LEARNING_RATES) + seeds) * steps, unit="step") as progress:
+    trials = 0 if rates else len(LEARNING_RATES)
+    with tqdm(total=len(names) * (trials + seeds) * steps, unit="step") as progress:
         for name in names:
             progress.set_description(name)
 
@@ -186,9 +195,9 @@ def run(num_labels: int, names: list[str], seeds: int, epochs: int, keep: Callab
 
             tried = {
                 rate: evaluate(*at(rate, TUNING_SEEDS[0])[:2], data["validation"], scores)["P@5"]
-                for rate in rates_of(name)
+                for rate in ([] if rates else rates_of(name))
             }
-            best = max(tried, key=tried.__getitem__)
+            best = rates.get(name) or max(tried, key=tried.__getitem__)
             tested, milliseconds = [], []
             for seed in range(seeds):
                 network, head, step_ms = at(best, seed)
@@ -218,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", type=int, default=50_000)
     parser.add_argument("--losses", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--rates-of", type=int, metavar="LABELS", help="take the rates recorded for so many labels")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -226,10 +236,15 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     path = options.results / f"extreme-{options.labels}.json"
+    elsewhere, rates = "", {}
+    if options.rates_of is not None:
+        elsewhere = f" --rates-of {options.rates_of}"
+        settings = records.settings_of(options.results / f"extreme-{options.rates_of}.json", options.losses)
+        rates = {name: of["lr"] for name, of in settings.items()}
     budget = {"seeds": list(range(options.seeds)), "epochs": options.epochs, "device": "cpu"}
     head = {
         "data": f"extreme-{options.labels}",
-        "command": f"python -m bench.evidence.extreme --labels {options.labels} --record",
+        "command": f"python -m bench.evidence.extreme --labels {options.labels}{elsewhere} --record",
         "versions": records.versions(),
         "threads": options.threads,
         "budget": budget,
@@ -241,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.record:
             records.write(path, head, name, entry, list(CONTENDERS))
 
-    found = run(options.labels, options.losses, options.seeds, options.epochs, keep)
+    found = run(options.labels, options.losses, options.seeds, options.epochs, rates, keep)
     print(f"\n{options.labels:,} labels, {options.seeds} seeds, {options.epochs} epochs\n")
     print(table(*result_rows(found)))
 

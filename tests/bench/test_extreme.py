@@ -65,3 +65,26 @@ def test_a_run_is_recorded(monkeypatch, tmp_path):
         best = max(of["validation"], key=of["validation"].get)
         assert of["settings"]["lr"] == float(best)
         assert len(of["test"]["PSP@5"]) == 2
+
+
+def test_rates_that_were_chosen_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(extreme, "make", lambda num_labels: make(num_labels, FEW))
+    chosen = {"HS-LR": {"settings": {"lr": 0.02}}}
+    (tmp_path / "extreme-50.json").write_text(json.dumps({"losses": chosen}))
+    arguments = [
+        "--labels",
+        "1000",
+        "--rates-of",
+        "50",
+        "--losses",
+        "HS-LR",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--record",
+    ]
+    extreme.main([*arguments, "--results", str(tmp_path)])
+    record = json.loads((tmp_path / "extreme-1000.json").read_text())
+    assert record["command"].endswith("--labels 1000 --rates-of 50 --record")
+    assert record["losses"]["HS-LR"]["settings"] == {"lr": 0.02} and record["losses"]["HS-LR"]["validation"] == {}
