@@ -64,10 +64,12 @@ LOSSES = {  # family, hyper-parameters, weight of the mean over the negatives
     "ss_lr": ("logistic", [2.0], 1.0),
     "ss_lr, gamma 1.5": ("logistic", [1.5], 1.0),
 }
-# Rows, classes, k, compact: registers; the row read again; blocks of 8, 16 and 32; a row split over programs.
+# Rows, classes, k, compact: registers; the row read again; blocks of 8, 16 and 32; a row split over programs. Few and
+# many rows have programs of their own.
 HARDEST = (
-    (4096, 751, 75, False), (4096, 2048, 20, True), (256, 21841, 2184, False), (256, 21841, 218, True),
-    (512, 100003, 1000, True), (512, 100003, 100, False), (8, 1000003, 1000, True),
+    (4096, 751, 75, False), (4096, 2048, 20, True), (256, 21841, 2184, False), (4096, 21841, 2184, False),
+    (256, 21841, 218, True), (4096, 21841, 218, True), (512, 100003, 1000, True), (512, 100003, 100, False),
+    (8, 1000003, 1000, True),
 )  # fmt: skip
 READ_BUDGET = 3.8  # of block maxima, 16-bit logits
 _TRITON_TYPES = {
