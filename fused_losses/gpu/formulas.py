@@ -186,7 +186,8 @@ def _soft_selection_value(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
 @triton.jit
 def _soft_selection_slope(z, gamma, FAST: tl.constexpr, POWER: tl.constexpr):
     sigma, opposite, log1p = _selected(z, FAST)
-    return _slope(POWER(z, sigma, log1p, gamma, FAST), sigma, gamma, opposite * _finite_softplus(z, log1p))
+    finite = _finite_softplus(z, log1p, _LARGEST)
+    return _slope(POWER(z, sigma, log1p, gamma, FAST), sigma, gamma, opposite * finite)
 
 
 @triton.jit
@@ -196,9 +197,9 @@ def _slope(power, sigma, gamma, opposite_share):
 
 
 @triton.jit
-def _finite_softplus(z, log1p):
+def _finite_softplus(z, log1p, MOST: tl.constexpr):
     """sigma(-z) softplus(z) tends to 0 at z = +inf, and must not become 0 * inf."""
-    return tl.minimum(tl.maximum(z, 0.0), _LARGEST) + log1p
+    return tl.minimum(tl.maximum(z, 0.0), MOST) + log1p
 
 
 @triton.jit
@@ -223,9 +224,10 @@ def ss_lr_square_phi_slope(z, gamma, b, FAST: tl.constexpr):
 
 @triton.jit
 def ss_lr_square_phi_slope_16(z, gamma, b, FAST: tl.constexpr):
-    """The same for a gradient of 16 bits."""
+    """The same for a gradient of 16 bits. sigma(-z) as 1 - sigma is off by a unit of sigma, which a large z would
+    multiply: beyond 32, where the product is below 1e-12, it counts as 32."""
     sigma, _, _ = _selected(z, FAST)
-    finite = _finite_softplus(z, rough_log1p_of_unit(exp(-tl.abs(z), FAST)))
+    finite = _finite_softplus(z, rough_log1p_of_unit(exp(-tl.abs(z), FAST)), 32.0)
     return _slope(sigma * sigma, sigma, 2.0, finite - sigma * finite)
 
 

@@ -14,9 +14,16 @@ LENGTHS = (3, 40, 300, 751, 1500, 2048, 2049, 4097, 9001)
 FORMULAS = {torch.float32: (CE, LR), torch.bfloat16: (CRL, SS_LR), torch.float16: (CE, SS_LR)}
 
 
-@pytest.mark.slow
+FAILED_ONCE = (719, 1139)  # SS-LR in float16 at z of thousands, with a reciprocal of 1 that is not 1
+
+
 @pytest.mark.parametrize(
-    ("device", "seed"), [(list(DEVICES)[seed % len(DEVICES)], seed) for seed in range(CASES)], indirect=["device"]
+    ("device", "seed"),
+    [
+        pytest.param(list(DEVICES)[seed % len(DEVICES)], seed, marks=() if seed in FAILED_ONCE else pytest.mark.slow)
+        for seed in range(CASES)
+    ],
+    indirect=["device"],
 )
 def test_fuzz(seed, backend):
     draw = torch.Generator().manual_seed(seed)
