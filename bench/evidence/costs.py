@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     data = padded(digits(), options.classes)
     everyone = steps(data, options.results)
+    if not everyone:
+        parser.error(f"no runs of {data.name} in {options.results}: bench.evidence.train --many-classes ... --record")
     if options.memory:
         print(json.dumps(memory(data, everyone[options.memory])))
         return

@@ -15,6 +15,7 @@ split (sums over the labels among five that are a tenth of the others'), and its
 """
 
 import argparse
+import functools
 import math
 import statistics
 import time
@@ -107,11 +108,14 @@ class Asymmetric(fl.LinearLoss):
     """ASL of all logits, all held; compiled where they are many, which takes a quarter of the time."""
 
     def forward(self, input: Tensor, target: fl.Labels) -> Tensor:
-        loss = compiled_asymmetric_loss if len(self.weight) > 10_000 else asymmetric_loss
+        loss = compiled_asymmetric_loss() if len(self.weight) > 10_000 else asymmetric_loss
         return loss(F.linear(input, self.weight, self.bias), target.index)
 
 
-compiled_asymmetric_loss = torch.compile(asymmetric_loss, dynamic=False)
+@functools.cache
+def compiled_asymmetric_loss() -> Callable[[Tensor, Tensor], Tensor]:
+    """Made when it is needed: the compiler takes a second to import."""
+    return torch.compile(asymmetric_loss, dynamic=False)
 
 
 def ours(loss: Callable[[], nn.Module]) -> Callable[[int], fl.LinearLoss]:
@@ -239,7 +243,10 @@ def main(argv: list[str] | None = None) -> None:
     elsewhere, rates = "", {}
     if options.rates_of is not None:
         elsewhere = f" --rates-of {options.rates_of}"
-        settings = records.settings_of(options.results / f"extreme-{options.rates_of}.json", options.losses)
+        try:
+            settings = records.settings_of(options.results / f"extreme-{options.rates_of}.json", options.losses)
+        except records.RecordError as error:
+            parser.error(f"argument --rates-of: {error}")
         rates = {name: of["lr"] for name, of in settings.items()}
     budget = {"seeds": list(range(options.seeds)), "epochs": options.epochs, "device": "cpu"}
     head = {

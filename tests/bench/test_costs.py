@@ -45,3 +45,9 @@ def test_what_is_recorded(results, capsys):
     assert list(record["losses"]) == list(SETTINGS) and record["steps_per_epoch"] == 12
     assert all(of["ms"] > 0 for of in record["losses"].values())
     assert "64 rows, 128 features, 2,000 classes" in capsys.readouterr().out
+
+
+def test_without_runs(results, capsys):
+    with pytest.raises(SystemExit):
+        costs.main(["--classes", "3000", "--results", str(results)])
+    assert "no runs of digits-3000" in capsys.readouterr().err

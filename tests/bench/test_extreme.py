@@ -88,3 +88,5 @@ def test_rates_that_were_chosen_elsewhere(monkeypatch, tmp_path):
     record = json.loads((tmp_path / "extreme-1000.json").read_text())
     assert record["command"].endswith("--labels 1000 --rates-of 50 --record")
     assert record["losses"]["HS-LR"]["settings"] == {"lr": 0.02} and record["losses"]["HS-LR"]["validation"] == {}
+    with pytest.raises(SystemExit):
+        extreme.main([*arguments, "--rates-of", "60", "--results", str(tmp_path)])

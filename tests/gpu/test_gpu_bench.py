@@ -256,6 +256,17 @@ def test_peers(tmp_path, monkeypatch):
     }
 
 
+def test_options(tmp_path, capsys, report, drawn):
+    """Named as they are on the CPU, ours beside the usual calls; the report prints them."""
+    arguments = ["--part", "options", "--tiny", "--milliseconds", "1", "--only", "2 x 40.*bf16.*(ours|eager)"]
+    assert gpu.main([*arguments, "--out", str(tmp_path / "here")]) == 0
+    rows = json.loads((tmp_path / "here" / "options.json").read_text())["rows"]
+    assert {f"CE{option} | 2 x 40 | bf16 | ours" for option in ("", " smoothed", " of a mixed pair")} <= rows.keys()
+    assert not [key for key, row in rows.items() if "error" in row]
+    report.main(["--results", str(tmp_path), "--charts", str(tmp_path / "charts")])
+    assert "| 2 x 40 bf16 | CE smoothed | " in capsys.readouterr().out
+
+
 def test_check(tmp_path):
     assert gpu.main(["--part", "check", "--tiny", "--out", str(tmp_path)]) == 0
     assert "passed" in (tmp_path / "check_tests.log").read_text()
