@@ -178,6 +178,7 @@ inline void finish_rows(const Finish& door, const Rows& rows) {
     for (int64_t first = begin; first < end; first += V::lanes) {
       const int64_t n = end - first < V::lanes ? end - first : V::lanes;
       rows(first, n, value, coefficients);
+      double of_rows[V::lanes] = {};  // each in the loss, added up in halves
       for (int64_t i = 0; i < n; ++i) {
         const int64_t row = first + i;
         const bool ignored = door.target.ignored(row, door.spec);
@@ -185,8 +186,13 @@ inline void finish_rows(const Finish& door, const Rows& rows) {
         const double counted = ignored ? 0 : weight * value[i];
         const T share = static_cast<T>(weighted ? weight / divisor : of_one);  // of the row in the loss
         for (int64_t j = 0; j < columns; ++j) coefficients[row][j] = ignored ? T(0) : coefficients[row][j] * share;
-        summed ? sum.add(counted) : void(loss[row] = static_cast<T>(counted));
+        of_rows[i] = counted;
+        if (!summed) loss[row] = static_cast<T>(counted);
       }
+      for (int half = V::lanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) of_rows[i] += of_rows[i + half];
+      }
+      sum.add(of_rows[0]);
     }
     return sum;
   });

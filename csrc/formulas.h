@@ -51,9 +51,14 @@ FUSED_LOSSES_INLINE V total(const SumOfSoftplus<V>& sum) {
   return sum.of_positive + log1p_of_product(sum.product);
 }
 
+template <class S, class V>
+FUSED_LOSSES_INLINE V sigmoid_stored_as(V z) {
+  return Sigmoid<V>(z, StoredAs<S>::exp_nonpositive(minus_abs(z))).plus;
+}
+
 template <class V>
 FUSED_LOSSES_INLINE V sigmoid(V z) {
-  return Sigmoid<V>(z, exp_minus_abs(z)).plus;
+  return sigmoid_stored_as<typename V::Scalar>(z);
 }
 
 // log(e^a + e^b)
@@ -105,13 +110,17 @@ struct CRL {
   }
 };
 
-// The logistic family: phi and phi' of a vector of negative logits. A term is phi, or what stands for it in a sum.
+// The logistic family: phi and phi' of a vector of negative logits. A term is phi, or what stands for it in a sum. A
+// slope is for a gradient that is stored as S.
 
 template <class V>
 struct Logistic {
   explicit Logistic(const double*) {}
   FUSED_LOSSES_INLINE SumOfSoftplus<V> term(V z) const { return SumOfSoftplus<V>(z); }
-  FUSED_LOSSES_INLINE V slope(V z) const { return sigmoid(z); }
+  template <class S>
+  FUSED_LOSSES_INLINE V slope(V z) const {
+    return sigmoid_stored_as<S>(z);
+  }
 };
 
 // sigma(z)^gamma softplus(z). kGamma is 1 or 2, or 0 for a gamma known only at run time (gamma = 0 itself is Logistic).
@@ -125,9 +134,12 @@ struct SoftSelection {
     return weight(z, e, tail) * (max(V(0), z) + tail);
   }
 
+  template <class S>
   FUSED_LOSSES_INLINE V slope(V z) const {
+    // A large gamma would multiply what a short logarithm is wrong by.
+    using Stored = StoredAs<std::conditional_t<kGamma == 0, typename V::Scalar, S>>;
     // Beyond 1000 sigma(-z) softplus(z) is 0; without the bound it would be 0 * inf at z = inf.
-    const V bounded = min(V(1000), z), e = exp_minus_abs(bounded), tail = log1p(e);
+    const V bounded = min(V(1000), z), e = Stored::exp_nonpositive(minus_abs(bounded)), tail = Stored::log1p(e);
     const Sigmoid<V> sigma(bounded, e);
     return weight(bounded, e, tail) * fma(gamma * sigma.minus, max(V(0), bounded) + tail, sigma.plus);
   }

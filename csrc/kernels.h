@@ -171,7 +171,8 @@ struct Kernels {
   void (*forward)(DType, Forward&);
   void (*finish)(DType, const Finish&);
   void (*backward)(DType, Backward&);
-  // "exp", "log1p" and "log1p_of_product" of float32 or float64, for the tests
+  // "exp", "log1p" and "log1p_of_product" of float32 or float64, "exp_nonpositive_16" and "log1p_16" of float32, for
+  // the tests
   void (*elementary)(DType, const char* name, const void* x, void* y, int64_t n);
 };
 

@@ -101,11 +101,19 @@ static void finish(DType dtype, const Finish& door) {
 template <class T>
 inline void elementary_in(const char* name, const T* x, T* y, int64_t n) {
   using V = VecOf<T>;
-  const bool is_exp = std::strcmp(name, "exp") == 0, is_log1p = std::strcmp(name, "log1p") == 0;
-  for (int64_t i = 0; i < n; i += V::lanes) {
-    const int64_t part = n - i < V::lanes ? n - i : V::lanes;
-    const V v = load_first<V>(x + i, part, 0);
-    store_first(y + i, is_exp ? exp(v) : is_log1p ? log1p(v) : log1p_of_product(v), part);
+  const auto is = [&](const char* other) { return std::strcmp(name, other) == 0; };
+  const auto map = [&](const auto& f) {
+    for (int64_t i = 0; i < n; i += V::lanes) {
+      const int64_t part = n - i < V::lanes ? n - i : V::lanes;
+      store_first(y + i, f(load_first<V>(x + i, part, 0)), part);
+    }
+  };
+  if (is("exp")) map([](V v) { return exp(v); });
+  if (is("log1p")) map([](V v) { return log1p(v); });
+  if (is("log1p_of_product")) map([](V v) { return log1p_of_product(v); });
+  if constexpr (std::is_same_v<T, float>) {
+    if (is("exp_nonpositive_16")) map([](V v) { return exp_nonpositive_16(v); });
+    if (is("log1p_16")) map([](V v) { return log1p_16(v); });
   }
 }
 

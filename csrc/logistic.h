@@ -67,6 +67,8 @@ class LogisticForward {
     if (of_many_ != nullptr) of_many_[row].num_positives = T(positives.count);
   }
 
+  void flush() const {}
+
  private:
   static double positive_sum(const S* logits, Positives positives) {
     using V = VecOf<S>;
@@ -96,8 +98,8 @@ class LogisticBackward {
     V of_negatives, of_smoothing, of_positives;
     const Phi& phi;
 
-    FUSED_LOSSES_INLINE V negative(V z) const { return fma(of_negatives, phi.slope(z), of_smoothing); }
-    FUSED_LOSSES_INLINE V positive(V z) const { return of_positives * sigmoid(V(0) - z); }
+    FUSED_LOSSES_INLINE V negative(V z) const { return fma(of_negatives, phi.template slope<S>(z), of_smoothing); }
+    FUSED_LOSSES_INLINE V positive(V z) const { return of_positives * sigmoid_stored_as<S>(V(0) - z); }
   };
 
   LogisticBackward(const Backward&, Phi phi) : phi_(phi) {}

@@ -403,11 +403,14 @@ std::string cpu_isa(const std::string& name) {
   return std::string(chosen().name);
 }
 
-// The kernels' own exp, log1p or log1p_of_product of every element.
+// The kernels' own function of this name (kernels.h) of every element.
 Tensor cpu_elementary(const std::string& name, const Tensor& x) {
-  check(name == "exp" || name == "log1p" || name == "log1p_of_product", "expected exp, log1p or log1p_of_product");
+  const bool of_16_bits = name == "exp_nonpositive_16" || name == "log1p_16";
+  check(of_16_bits || name == "exp" || name == "log1p" || name == "log1p_of_product",
+        "expected exp, log1p, log1p_of_product, exp_nonpositive_16 or log1p_16");
   check_tensor(x, 1, "x");
   const DType dtype = dtype_of(x, "x");
+  check(!of_16_bits || dtype == DType::float32, "expected float32");
   check((dtype == DType::float32 || dtype == DType::float64) && x.is_contiguous(),
         "expected a contiguous float32 or float64 tensor");
   Tensor y = torch::stable::empty_like(x);

@@ -52,6 +52,7 @@ class StatisticsWriter {
     }
   }
 
+  void add_of_negatives(int64_t row, T l) const { table_[row][1] += l; }
   void ignore(int64_t row) const { table_.fill(row, 0); }
   void spoil(int64_t row) const { table_.fill(row, kNaN<T>); }
 

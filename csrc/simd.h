@@ -101,7 +101,29 @@ FUSED_LOSSES_INLINE FloatVec log1p(FloatVec e) {
   return e * fma(q, e, FloatVec(1.0f));
 }
 
-// The same three in double. exp_nonpositive is right up to 709.
+// exp_nonpositive and log1p within 2^-16, for results of 16 bits.
+
+FUSED_LOSSES_INLINE FloatVec exp_nonpositive_16(FloatVec v) {
+  const FloatVec x = max(FloatVec(-105.0f), v) * FloatVec(1.44269504088896341f), n = round(x), r = x - n;
+  // (2^r - 1) / r, weighted minimax
+  FloatVec q = FloatVec(0.00958285315972765f);
+  q = fma(q, r, FloatVec(0.05590642497257184f));
+  q = fma(q, r, FloatVec(0.24024098611035416f));
+  q = fma(q, r, FloatVec(0.6931241933751289f));
+  return scale(fma(q, r, FloatVec(1.0f)), n);
+}
+
+FUSED_LOSSES_INLINE FloatVec log1p_16(FloatVec e) {
+  // log(1 + e) / e, weighted minimax
+  FloatVec q = FloatVec(-0.02386913306379368f);
+  q = fma(q, e, FloatVec(0.10122223680887804f));
+  q = fma(q, e, FloatVec(-0.21004864520985133f));
+  q = fma(q, e, FloatVec(0.32520666209082794f));
+  q = fma(q, e, FloatVec(-0.4993613617207495f));
+  return e * fma(q, e, FloatVec(0.9999915980302249f));
+}
+
+// exp, exp_nonpositive and log1p in double. exp_nonpositive is right up to 709.
 
 FUSED_LOSSES_INLINE DoubleVec exp_nonpositive(DoubleVec v) {
   v = max(DoubleVec(-746.0), v);
@@ -141,7 +163,7 @@ FUSED_LOSSES_INLINE DoubleVec log1p(DoubleVec e) {
   return fma(twice, q * u, twice);
 }
 
-// log(1 + p) for p in [0, 2^20], small p at full precision; NaN for NaN.
+// log(1 + p) for p in [0, 2^20], in double 2^31, small p at full precision; NaN for NaN.
 template <class V>
 FUSED_LOSSES_INLINE V log1p_of_product(V p) {
   // 1 + p = 2^n (1 + r). The terms of r have no more bits than p: it is exact.
@@ -149,6 +171,21 @@ FUSED_LOSSES_INLINE V log1p_of_product(V p) {
   const V r = scale(p, shift) + (scale(V(1), shift) - V(1));
   return fma(n, V(static_cast<typename V::Scalar>(0.6931471805599453)), log1p(r));
 }
+
+// What a result that is stored as S is made of: 16 bits tell no more.
+template <class S>
+struct StoredAs {
+  template <class V>
+  static FUSED_LOSSES_INLINE V exp_nonpositive(V v) {
+    if constexpr (sizeof(S) == 2) return exp_nonpositive_16(v);
+    return FUSED_LOSSES_ISA::exp_nonpositive(v);
+  }
+  template <class V>
+  static FUSED_LOSSES_INLINE V log1p(V e) {
+    if constexpr (sizeof(S) == 2) return log1p_16(e);
+    return FUSED_LOSSES_ISA::log1p(e);
+  }
+};
 
 template <class V>
 FUSED_LOSSES_INLINE double sum_lanes(V v) {

@@ -50,9 +50,10 @@ struct Float16 {
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const {
     const __m512i b = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 odd = _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000));
     const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+    __m512i up = _mm512_add_epi32(b, _mm512_set1_epi32(0x7fff));
+    up = _mm512_mask_add_epi32(up, odd, b, _mm512_set1_epi32(0x8000));
     const __m512i s = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, up, 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(s));
   }

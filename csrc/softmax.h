@@ -58,14 +58,27 @@ class SoftmaxForward {
     return a;
   }
 
-  void write(int64_t row, const S* logits, Positives positives, const Partial& partial) const {
+  void write(int64_t row, const S* logits, Positives positives, const Partial& partial) {
     const double sum = partial.sum.total();
-    T max = partial.max, log_sum = T(std::log(sum));
+    T max = partial.max;
     if (max == -kInfinity<T> && sum == 0) max = 0;
-    if (sum != sum) max = log_sum = kNaN<T>;
+    if (sum != sum) max = kNaN<T>;
     T below = 0;
     if constexpr (kSmoothed) below = T(partial.below.sum.total());
-    statistics_.write(row, logits, positives, max, log_sum, below);
+    statistics_.write(row, logits, positives, max, sum == 0 ? -kInfinity<T> : T(0), below);
+    if (sum == 0) return;
+    row_[pending_] = row;
+    above_1_[pending_++] = sum - 1;  // the largest of S counts 1
+    if (pending_ == DoubleVec::lanes) flush();
+  }
+
+  // The logarithms of many sums at a time: one by one, each would cost as much as 40 logits.
+  void flush() {
+    if (pending_ == 0) return;
+    double log[DoubleVec::lanes];
+    log1p_of_product(load_first<DoubleVec>(above_1_, pending_, 0)).store(log);
+    for (int i = 0; i < pending_; ++i) statistics_.add_of_negatives(row_[i], T(log[i]));
+    pending_ = 0;
   }
 
   void ignore(int64_t row) const { statistics_.ignore(row); }
@@ -73,6 +86,9 @@ class SoftmaxForward {
 
  private:
   StatisticsWriter<S> statistics_;
+  int pending_ = 0;  // rows whose log-sum is to be written yet
+  int64_t row_[DoubleVec::lanes];
+  double above_1_[DoubleVec::lanes];  // the sum of exp(z - max), less 1
 };
 
 template <class S>
@@ -86,7 +102,7 @@ class SoftmaxBackward {
     V of_negatives, of_smoothing, max, log_sum;
 
     FUSED_LOSSES_INLINE V negative(V z) const {
-      return fma(of_negatives, exp_nonpositive((z - max) - log_sum), of_smoothing);
+      return fma(of_negatives, StoredAs<S>::exp_nonpositive((z - max) - log_sum), of_smoothing);
     }
   };
 

@@ -132,6 +132,7 @@ inline void lower(std::atomic<int64_t>& least, int64_t value) {
 //          static Partial merge(Partial, Partial)
 //          write(row, const S* logits, positives, Partial)    writes the row's statistics
 //          ignore(row), spoil(row, positives)                 the same for an ignored row, for a row with a NaN
+//          flush()                                            writes what is left: a thread has a copy of its own
 template <class S, class Family>
 class ForwardWalk {
  public:
@@ -143,33 +144,35 @@ class ForwardWalk {
 
   void run() {
     const int64_t alone = rows_alone(problem_.rows, problem_.classes);
-    parallel(alone, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) {
-      TargetReader targets(problem_);
-      Selector<S> selector(problem_, false);
-      for (int64_t row = begin; row < end; ++row) visit<false>(row, targets, selector);
-    });
-    if (alone == problem_.rows) return;
-    TargetReader targets(problem_);
-    Selector<S> selector(problem_, true);
-    for (int64_t row = alone; row < problem_.rows; ++row) visit<true>(row, targets, selector);
+    parallel(alone, 1 + kGrain / problem_.classes, [&](int64_t begin, int64_t end) { visit<false>(begin, end); });
+    if (alone < problem_.rows) visit<true>(alone, problem_.rows);
   }
 
  private:
   template <bool kSplitRow>
-  void visit(int64_t row, TargetReader& targets, Selector<S>& selector) {
+  void visit(int64_t first, int64_t last) {
+    TargetReader targets(problem_);
+    Selector<S> selector(problem_, kSplitRow);
+    Family family = family_;
+    for (int64_t row = first; row < last; ++row) visit<kSplitRow>(row, targets, selector, family);
+    family.flush();
+  }
+
+  template <bool kSplitRow>
+  void visit(int64_t row, TargetReader& targets, Selector<S>& selector, Family& family) {
     const S* logits = static_cast<const S*>(problem_.logits) + row * problem_.logits_stride;
     Positives positives;
     Candidates<T> picks{nullptr, nullptr, 0};
     if (!targets.read(row, &positives)) return report(row, positives);
     if (targets.ignored(row)) {
-      family_.ignore(row);
+      family.ignore(row);
     } else if (spec_.k == 0) {
-      family_.write(row, logits, positives, over_all<kSplitRow>(logits, positives));
+      family.write(row, logits, positives, over_all<kSplitRow>(logits, positives));
     } else if (kSplitRow ? selector.select_split(logits, positives, &picks)
                          : selector.select(logits, positives, &picks)) {
-      family_.write(row, logits, positives, over_pieces(picks.logit, picks.count, Positives{nullptr, 0}));
+      family.write(row, logits, positives, over_pieces(picks.logit, picks.count, Positives{nullptr, 0}));
     } else {
-      family_.spoil(row, positives);
+      family.spoil(row, positives);
     }
     write_picks(row, picks);
   }
@@ -227,7 +230,7 @@ class ForwardWalk {
   Forward& door_;
   const Problem& problem_;
   const Spec& spec_;
-  Family family_;
+  const Family family_;
 };
 
 // --------------------------------------------------------------------------------------------------------- backward

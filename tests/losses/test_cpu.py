@@ -171,16 +171,29 @@ def test_log1p_of_a_product_within_four_ulp_over_its_range(isa):
     torch.testing.assert_close(got, special, rtol=0, atol=0, equal_nan=True)
 
 
+def test_elementary_functions_of_16_bits(isa):
+    """Within 2^-16, wherever that is more than the last bit of a subnormal number."""
+    x = torch.linspace(-87, 0, 3_000_001)
+    assert ((cpp._cpu_elementary("exp_nonpositive_16", x) / x.double().exp()) - 1).abs().max() <= 2**-16
+    e = torch.arange(0x00800000, 0x3F800001, 53, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    assert ((cpp._cpu_elementary("log1p_16", e) / e.double().log1p()) - 1).abs().max() <= 2**-16
+    special = torch.tensor([-math.inf, 0.0, -0.0, math.nan, -1e30])
+    got = cpp._cpu_elementary("exp_nonpositive_16", special)
+    torch.testing.assert_close(got, torch.tensor([0.0, 1.0, 1.0, math.nan, 0.0]), rtol=0, atol=1e-44, equal_nan=True)
+    got = cpp._cpu_elementary("log1p_16", torch.tensor([0.0, math.nan]))
+    torch.testing.assert_close(got, torch.tensor([0.0, math.nan]), rtol=0, atol=0, equal_nan=True)
+
+
 def test_elementary_functions_in_double(isa):
     """Against torch's own, which is within one unit itself."""
     generator = torch.Generator().manual_seed(0)
     small = torch.exp(-745 * torch.rand(1_000_000, generator=generator, dtype=torch.float64))  # 0 to 1, log-uniform
     even = torch.rand(1_000_000, generator=generator, dtype=torch.float64)
-    powers = 2.0 ** torch.arange(21, dtype=torch.float64)
+    powers = 2.0 ** torch.arange(32, dtype=torch.float64)
     inputs = {
         "exp": (-745.2 * even, 709.7 * even, -small),
         "log1p": (small, even, powers[:1]),
-        "log1p_of_product": (small, 2**20 * small, 255 * even, powers, torch.nextafter(powers, 0 * powers)),
+        "log1p_of_product": (small, 2**31 * small, 255 * even, powers, torch.nextafter(powers, 0 * powers)),
     }
     for name, numbers in inputs.items():
         for x in numbers:
