@@ -128,16 +128,17 @@ def check_logits(logits: Tensor, shard: ClassShard | None) -> int:
             f"expected floating-point logits (float16, bfloat16, float32 or float64), got {logits.dtype}; the logits "
             "come first, then the target"
         )
-    if logits.dim() not in (1, 2):
+    shape = logits.shape
+    if len(shape) not in (1, 2):
         hint = ""
-        if logits.dim() > 2:
+        if len(shape) > 2:
             hint = ": move the classes last and flatten the rest, logits.movedim(1, -1).flatten(0, -2)"
-        raise ValueError(f"expected logits of shape (N, C) or (C,), got {tuple(logits.shape)}{hint}")
+        raise ValueError(f"expected logits of shape (N, C) or (C,), got {tuple(shape)}{hint}")
     if shard is not None:
-        return width_of_shard(shard, "logits", logits.shape, logits.shape[-1])
-    if logits.shape[-1] == 0:
-        raise ValueError(f"expected at least one class, got logits of shape {tuple(logits.shape)}")
-    return logits.shape[-1]
+        return width_of_shard(shard, "logits", shape, shape[-1])
+    if shape[-1] == 0:
+        raise ValueError(f"expected at least one class, got logits of shape {tuple(shape)}")
+    return shape[-1]
 
 
 def check_kind(name: str, tensor: Tensor) -> None:
@@ -173,11 +174,11 @@ def rows_of(
             'jacrev, jvp): for the gradients of single rows take reduction="none" and torch.autograd.grad(..., '
             "is_grads_batched=True)"
         )
-    labels = given if isinstance(given, Labels) else None
-    target = given.index if isinstance(given, Labels) else given
-    if labels is not None:
+    if isinstance(given, Labels):
+        labels, target = given, given.index
         check_labels(loss, logits_shape, device, labels, options)
     else:
+        labels, target = None, given
         check_target(loss, logits_shape, device, target)
     multi_hot = labels is None and target.dim() == len(logits_shape)
     weight, ignore_index = options.weight, options.ignore_index
@@ -264,11 +265,12 @@ def check_target(loss: Loss, shape: torch.Size, device: torch.device, target: Te
     if type(target) is not Tensor or target.layout is not torch.strided:
         check_kind("target", target)
     check_device("target", target, device)
-    if target.dim() == len(shape):
+    dimensions = target.dim()
+    if dimensions == len(shape):
         return _check_same_rank(loss, shape, target)
-    if target.dim() != len(shape) - 1:
+    if dimensions != len(shape) - 1:
         raise ValueError(f"expected class indices of shape {tuple(shape[:-1])}: {_shapes(shape, target)}")
-    if target.shape != shape[:-1]:
+    if dimensions == 1 and target.shape[0] != shape[0]:
         raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
     dtype = target.dtype
     if dtype != torch.int64 and (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):

@@ -56,12 +56,11 @@ class LossFromLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, weight, reduction, spec):
-        loss, coefficients, statistics, pick_index, pick_logit = ops.forward(
-            logits, target, weight, reduction, *spec.given()
-        )
+        given = spec.given()
+        loss, coefficients, statistics, pick_index, pick_logit = ops.forward(logits, target, weight, reduction, *given)
         kept = None if spec.compact and not spec.multi_hot(target) else logits
         ctx.save_for_backward(coefficients, kept, target, statistics, pick_index, pick_logit)
-        ctx.num_classes, ctx.spec = logits.shape[1], spec
+        ctx.last_arguments = logits.shape[1], *given
         ctx.set_materialize_grads(False)  # the statistics have none
         return loss, statistics
 
@@ -71,9 +70,9 @@ class LossFromLogits(torch.autograd.Function):
             return (None,) * 5
         coefficients, kept, target, statistics, pick_index, pick_logit = ctx.saved_tensors
         dlogits = ops.backward(
-            grad, coefficients, kept, target, statistics, pick_index, pick_logit, ctx.num_classes, *ctx.spec.given()
-        )  # fmt: skip
-        return once(dlogits, statistics, grad), *(None,) * 4
+            grad, coefficients, kept, target, statistics, pick_index, pick_logit, *ctx.last_arguments
+        )
+        return once(dlogits, statistics, grad), None, None, None, None
 
 
 class StatisticsFromLogits(torch.autograd.Function):
