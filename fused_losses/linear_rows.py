@@ -259,8 +259,7 @@ def linear_at_once(
     statistics = reference.empty_statistics(input, target, spec)
     for rows, x, z in layer.chunks(input, chunk_elements_of(input, weight, chunk_bytes, False)):
         weights = None if label_weight is None else label_weight[rows]
-        values[rows], coefficients, statistics[rows], *picks = ops.forward(z, target[rows], weights, "none", *spec)
-        ops.backward_(share[rows], coefficients, z, target[rows], statistics[rows], *picks, *spec)
+        values[rows], statistics[rows] = ops.at_once_(share[rows], z, target[rows], weights, *spec)
         gradients.add(rows, x, z)
     return values, statistics, *gradients.result()
 

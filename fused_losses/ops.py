@@ -131,7 +131,7 @@ def _overwriting(keys, grad, coefficients, logits, *others):
 _library.impl("backward_", _overwriting, "ADInplaceOrView", with_keyset=True)
 
 
-_SHARE_ON_CPU = {2: 3, 4: 8, 8: 4}  # by bytes of a logit: classes for each pick
+_SHARE_ON_CPU = {torch.float16: 3, torch.bfloat16: 3, torch.float32: 8, torch.float64: 4}  # classes for each pick
 
 
 def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: int, multi_hot: bool) -> bool:
@@ -144,7 +144,7 @@ def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: i
     if k == 0:
         return False
     if device.type == "cpu":
-        return always(k <= num_classes // (8 if multi_hot else _SHARE_ON_CPU[dtype.itemsize]))
+        return always(k <= num_classes // (8 if multi_hot else _SHARE_ON_CPU[dtype]))
     return not multi_hot and always(k <= num_classes // 32)
 
 
@@ -272,6 +272,16 @@ def backward(grad, coefficients, logits, target, statistics, pick_index, pick_lo
     return (_backward if door is None else door.backward)(
         grad, coefficients, logits, target, statistics, pick_index, pick_logit, num_classes, *spec
     )
+
+
+def at_once_(grad, logits, target, weight, *spec):
+    """forward without a reduction, and backward_ for the upstream gradient (rows,): loss (rows,) and statistics."""
+    door = _unseen_triton(logits, logits.shape[1]) if _is_cuda(logits) else None
+    if door is not None:
+        return door.at_once_(grad, logits, target, weight, *spec)
+    loss, coefficients, statistics, *picks = forward(logits, target, weight, "none", *spec)
+    backward_(grad, coefficients, logits, target, statistics, *picks, *spec)
+    return loss, statistics
 
 
 def _unseen_triton(tensor: Tensor, num_classes: int) -> ModuleType | None:

@@ -1,8 +1,9 @@
 """Which launch table is the fastest on this GPU: ``python -m bench.speed.launch_tables --out FILE``.
 
-Every kernel of the k hardest and of all negatives with tiles of several sizes, and the search for the k hardest with
-blocks of several widths, beside what the tables of ``fused_losses/gpu`` have: median milliseconds with the caches
-flushed, and the share of a device copy's speed. They are replayed as CUDA graphs: what the processor does is left out.
+Every kernel of the k hardest and of all negatives with tiles of several sizes, forward and gradient in one launch, and
+the search for the k hardest with blocks of several widths, beside what the tables of ``fused_losses/gpu`` have: median
+milliseconds with the caches flushed, and the share of a device copy's speed. They are replayed as CUDA graphs: what the
+processor does is left out.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from fused_losses.gpu import device, doors, hardest
 from fused_losses.gpu.device import Tile
 from fused_losses.losses import LossSpec
 
-TILES = (Tile(8, 4), Tile(4, 4), Tile(4, 8), Tile(8, 2))
+TILES = (Tile(8, 4), Tile(4, 4), Tile(4, 8), Tile(8, 2), Tile(16, 2))
 SHORT_TILES = (Tile(1, 4), Tile(2, 2))
 WIDTHS = (0, 8, 16, 32, 64)  # logits per block
 LOSSES = {"CE": ("cross_entropy", []), "LR": ("lr", []), "SS-LR": ("ss_lr", [2.0])}
@@ -82,7 +83,7 @@ def table_of(change: Tile | int | None):
 
 
 def runs(cell: Cell) -> Iterator[tuple[str, object]]:
-    """forward and backward, by name."""
+    """forward and backward, and both at once, by name."""
     logits, target = cases.make(cell.shape, cases.DTYPES[cell.dtype], "cuda")
     logits, spec = logits.detach(), cell.spec()
     kept = doors.forward(logits, target, None, "mean", *spec)
@@ -90,6 +91,9 @@ def runs(cell: Cell) -> Iterator[tuple[str, object]]:
     given = None if spec.compact else logits
     yield "forward", lambda: doors.forward(logits, target, None, "mean", *spec)
     yield "backward", lambda: doors.backward(grad, kept[1], given, target, *kept[2:], cell.shape.classes, *spec)
+    if spec.k == 0:
+        grads, over = torch.ones(cell.shape.rows, device="cuda"), logits.clone()
+        yield "at once", lambda: doors.at_once_(grads, over, target, None, *spec)
 
 
 def changes_for(cell: Cell) -> dict[str, Tile | int | None]:
@@ -111,13 +115,15 @@ def measure(cells: list[Cell], out: Path) -> None:
         for change, value in changes_for(cell).items():
             with table_of(value):
                 for name, run in runs(cell):
-                    if name == "backward" and isinstance(value, int):
+                    if name != "forward" and isinstance(value, int):
                         continue
                     replay = gpu.replayed(run)
                     milliseconds = triton.testing.do_bench(replay, warmup=3, rep=20, return_mode="median")
                     found["rows"].setdefault(f"{cell} | {name}", {})[change] = milliseconds
-        for name, passes in (("forward", 1), ("backward", 1 if cell.spec().compact else 2)):
-            of_cell = found["rows"][f"{cell} | {name}"]
+        for name, passes in (("forward", 1), ("backward", 1 if cell.spec().compact else 2), ("at once", 3)):
+            of_cell = found["rows"].get(f"{cell} | {name}")
+            if of_cell is None:
+                continue
             best = min(of_cell, key=of_cell.get)
             share = passes * nbytes / of_cell["now"] / 1e6 / copy
             print(

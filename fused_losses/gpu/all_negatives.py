@@ -1,4 +1,5 @@
-"""The losses over all negatives: one pass over the logits that gives the statistics, one more that writes the gradient.
+"""The losses over all negatives: one pass over the logits that gives the statistics, one more that writes the gradient,
+in a launch of its own or, where the upstream gradient is known, in the same one.
 
 What differs between families and kinds of targets stands in jitted functions, which the kernels take as constexpr:
 
@@ -215,11 +216,47 @@ def backward_kernel(
     scale = SCALE(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, num_labels, a, b, PARAMETERS)
     row = open_row(logits_ptr, phase, number, row_stride, num_classes)
     drow = same_classes(open_row(dlogits_ptr, phase, number, dlogits_stride, num_classes), row)
+    _write_row(drow, row, target, scale, NEGATIVE, WRITE, FAST, ROWS, LANES)
+
+
+@triton.jit
+def _write_row(
+    drow, row, target, scale, NEGATIVE: tl.constexpr, WRITE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
     value, filled = fill_of_row(target, scale)
     if filled:
         fill(drow, value, ROWS, LANES)
     else:
         WRITE(drow, row, target, scale, NEGATIVE, FAST, ROWS, LANES)
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def at_once_kernel(
+    loss_ptr, coefficients_ptr, statistics_ptr,  # see Outputs
+    grad_ptr, grad_stride,  # (rows,)
+    logits_ptr, phase, row_stride, num_classes,  # (rows, classes), and the gradient afterwards
+    target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels,  # see Labels
+    a, b, p, q,
+    TARGET: tl.constexpr, WALK: tl.constexpr, STATISTICS: tl.constexpr, SUM: tl.constexpr, FINISH: tl.constexpr,
+    VALUE: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr, PARAMETERS: tl.constexpr, NEGATIVE: tl.constexpr,
+    WRITE: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One program, one row: what is read again of it may still be in the second cache."""
+    VECTOR: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    number = tl.program_id(0).to(tl.int64)
+    labels = Labels(target_ptr, target_phase, target_stride, ignore_index, first_class, all_classes, num_labels)
+    target = TARGET(labels, number, num_classes, VECTOR)
+    row = open_row(logits_ptr, phase, number, row_stride, num_classes)
+    seen = WALK(only_if(~(target.ignored | target.bad), row), target, a, b, SUM, FAST, ROWS, LANES)
+    outputs = Outputs(loss_ptr, coefficients_ptr, statistics_ptr, num_labels)
+    end_row(outputs, number, target, STATISTICS(*seen), p, q, FINISH, VALUE, SLOPE)
+    tl.debug_barrier()  # the row's numbers are written before they are read, and its logits read before written over
+    scale = SCALE(grad_ptr, grad_stride, coefficients_ptr, statistics_ptr, number, num_labels, a, b, PARAMETERS)
+    _write_row(row, row, target, scale, NEGATIVE, WRITE, FAST, ROWS, LANES)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -260,17 +297,23 @@ class Forward(NamedTuple):
     q: float
 
 
-@functools.lru_cache  # hyper-parameters may change at every step
-def _forward(spec: LossSpec, kind: str, finished: bool, walk: Walk) -> Forward:
+def _reading(spec: LossSpec, kind: str, walk: Walk) -> tuple[dict[str, object], float, float]:
+    """What the walk over a row takes, a and b."""
     total, a, b = None, 0.0, 0.0
     if spec.family == "logistic":
         _, _, a, b = formulas(spec.loss, spec.params)
         total = sum_of_phi(spec.loss, spec.params)
     smoothed = ", smoothed" if spec.label_smoothing else ""
     walked = {
-        "TARGET": _TARGETS[kind], "WALK": _WALKS[spec.family, kind + smoothed], "SUM": total,
-        "LOGIT": _LOGITS[spec.family] if spec.labels else None, **walk.constants(),
+        "TARGET": _TARGETS[kind], "WALK": _WALKS[spec.family, kind + smoothed], "SUM": total, **walk.constants(),
     }  # fmt: skip
+    return walked, a, b
+
+
+@functools.lru_cache  # hyper-parameters may change at every step
+def _forward(spec: LossSpec, kind: str, finished: bool, walk: Walk) -> Forward:
+    walked, a, b = _reading(spec, kind, walk)
+    walked["LOGIT"] = _LOGITS[spec.family] if spec.labels else None
     most = _REGISTERS.get((spec.loss, kind), _REGISTERS.get((spec.family, kind)))
     if most is not None:
         walked |= device.limited_registers(walk.fast, most)
@@ -303,15 +346,18 @@ def forward(
     device.launch(of.merge, (num_rows,), *outputs, parts, walk.parts, num_classes, *labels, of.p, of.q)
 
 
+def _writing(spec: LossSpec, kind: str, walk: Walk, itemsize: int) -> tuple[dict[str, object], float, float]:
+    """What the writing of a gradient row takes, a and b."""
+    functions, a, b = of_negatives(spec, itemsize)
+    return {"TARGET": _TARGETS[kind], "WRITE": _WRITES[kind], **functions, **walk.constants()}, a, b
+
+
 @functools.lru_cache
 def _backward(spec: LossSpec, kind: str, walk: Walk, itemsize: int) -> tuple[Kernel, float, float]:
-    functions, a, b = of_negatives(spec, itemsize)
+    written, a, b = _writing(spec, kind, walk, itemsize)
     if (spec.loss, *spec.params, kind, itemsize) == ("ss_lr", 2.0, "index", 2):  # other exponents need more
-        functions |= device.limited_registers(walk.fast, 64)
-    kernel = Kernel(
-        backward_kernel, walk.warps, TARGET=_TARGETS[kind], WRITE=_WRITES[kind], **functions, **walk.constants()
-    )
-    return kernel, a, b
+        written |= device.limited_registers(walk.fast, 64)
+    return Kernel(backward_kernel, walk.warps, **written), a, b
 
 
 def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec, in_place: bool) -> Tensor:
@@ -326,3 +372,33 @@ def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec, in
     labels = device.labels_beside(z, target, spec)
     device.launch(kernel, (num_rows, walk.parts), dz.base, dz.stride, *upstream, *z, num_classes, *labels, a, b)
     return dlogits
+
+
+@functools.lru_cache
+def _at_once(spec: LossSpec, walk: Walk, itemsize: int) -> tuple[Kernel, tuple[float, ...]]:
+    """No limit of registers: two loops need more, and of fewer rows under way more stay in the cache."""
+    read, a, b = _reading(spec, "index", walk)
+    written, _, _ = _writing(spec, "index", walk, itemsize)
+    ending = finish.ending(spec, False, finished=True)
+    return Kernel(at_once_kernel, walk.warps, **read | written | ending.functions), (a, b, ending.p, ending.q)
+
+
+def _walk_at_once(logits: Tensor) -> Walk:
+    return device.walk_of(logits, logits.shape[1], small=False)
+
+
+def are_whole(logits: Tensor) -> bool:
+    """Whether each row is one program's: there are enough to fill the device."""
+    return logits.shape[0] > 0 and _walk_at_once(logits).parts == 1
+
+
+def at_once_(
+    grad: Tensor, logits: Tensor, target: Tensor, spec: LossSpec, outputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Class indices, whole rows: fills outputs, loss, coefficients and statistics, and writes over the logits the
+    gradient for these upstream gradients (rows,)."""
+    num_rows, num_classes = logits.shape
+    z = device.as_matrix(logits)
+    kernel, numbers = _at_once(spec, _walk_at_once(logits), logits.element_size())
+    labels = device.labels_beside(z, target, spec)
+    device.launch(kernel, (num_rows,), *outputs, grad, grad.stride(0), *z, num_classes, *labels, *numbers)

@@ -10,7 +10,7 @@ from . import finish as finishing
 from . import finish_labels as finishing_labels
 from .device import unserved
 
-__all__ = ["backward", "backward_", "finish", "forward", "statistics", "unserved"]
+__all__ = ["at_once_", "backward", "backward_", "finish", "forward", "statistics", "unserved"]
 
 
 def forward(
@@ -119,3 +119,19 @@ def _backward(
         if spec.k > 0:
             return hardest.backward(rows, logits, target, (pick_index, pick_logit), num_classes, spec, in_place)
         return all_negatives.backward(rows, logits, target, spec, in_place)
+
+
+def at_once_(grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, *spec) -> tuple[Tensor, Tensor]:
+    """forward without a reduction and backward_ for the upstream gradient (rows,), in one launch where that can be:
+    loss (rows,) and statistics (rows, 3 | 4 | 3 + P), and the gradient over the logits."""
+    of = LossSpec.of_op(*spec)
+    plain = of.k == 0 and not of.margin and device.kind_of(target, of) == "index" and weight is None
+    if plain and device.lies_as_matrix(logits) and all_negatives.are_whole(logits):
+        loss, coefficients = finishing.empty(logits, "none")
+        statistics = logits.new_empty((logits.shape[0], 3), dtype=torch.float32)
+        with torch.cuda.device_of(logits):
+            all_negatives.at_once_(grad, logits, target, of, (loss, coefficients, statistics))
+    else:
+        loss, coefficients, statistics, *picks = forward(logits, target, weight, "none", *spec)
+        backward_(grad, coefficients, logits, target, statistics, *picks, *spec)
+    return loss, statistics

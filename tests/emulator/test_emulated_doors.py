@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from gpu_doors import DTYPES, FORMULAS, IGNORED, compare, make
+from gpu_doors import DTYPES, FORMULAS, IGNORED, compare, compare_at_once, make
 from gpu_rows import rows_of_every_kind, special_rows, targets_for
 from shapes import ONE_MULTIPROCESSOR, part
 
@@ -65,6 +65,28 @@ def test_rows_as_where_they_are_many(formula, dtype, backend, monkeypatch):
     logits, target = make(4, 21841, dtype)
     for k, compact in ((0, False), (218, True), (2184, False)):
         compare(formula, logits, target, k, compact, backend=backend)
+
+
+@pytest.mark.usefixtures("whole_rows")
+@pytest.mark.parametrize(
+    ("formula", "dtype", "rows", "classes"),
+    part([(*combination, *SHAPES[place % 3]) for place, combination in enumerate(COMBINATIONS)], 5),
+    ids=str,
+)
+def test_at_once(formula, dtype, rows, classes, backend):
+    logits, target = make(rows, classes, dtype)
+    target[0] = IGNORED
+    logits[1, 7] = math.nan
+    compare_at_once(formula, logits, target, backend=backend)
+    special, target = special_rows(dtype, min(classes, 9001))
+    compare_at_once(formula, special, target, backend=backend)
+    assert backend.device.launches["at_once_kernel"] > 0
+
+
+@pytest.mark.parametrize(("classes", "k", "compact"), part([(100003, 0, False), (751, 9, True), (751, 9, False)], 3))
+def test_at_once_in_two_launches(classes, k, compact, backend):
+    """Rows that are split, and the k hardest."""
+    compare_at_once(CRL, *make(2, classes, BF16), k, compact, backend=backend)
 
 
 @pytest.mark.slow

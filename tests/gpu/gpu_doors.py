@@ -105,6 +105,21 @@ def assert_same_in_place(dlogits: Tensor, backend, formula, logits, target, k, c
     assert torch.equal(bits(left), bits(around))
 
 
+def compare_at_once(
+    formula: Formula, logits: Tensor, target: Tensor, k: int = 0, compact: bool = False, *, backend=gpu_backend
+) -> None:
+    """Forward and backward in one call, held against the reference's two as ``compare`` holds them."""
+    options = {"k": k, "compact": compact, "grad": grad_like(logits).float()}
+    over = logits.clone(memory_format=torch.preserve_format)
+    spec = formula.spec(logits.shape[1], k, compact, IGNORED)
+    loss, statistics = backend.at_once_(options["grad"], over, target, None, *spec)
+    theirs, same = step(Unchecked(), formula, logits, target, **options)
+    truth, exact = step(Unchecked(), formula, logits.double(), target, **options)
+    assert_as_accurate(loss, theirs.loss, truth.loss, f"{formula}: loss")
+    assert_as_accurate(*(map(poisoned, (statistics, theirs.statistics, truth.statistics))), f"{formula}: statistics")
+    assert_as_accurate(over, same, exact, f"{formula}: dlogits")
+
+
 class InPlace:
     """A backend whose backward overwrites the logits."""
 

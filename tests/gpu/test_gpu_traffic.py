@@ -89,6 +89,19 @@ def test_bytes_and_launches(formula, multi_hot, dtype, split, traffic, request):
 
 @interpreted
 @pytest.mark.parametrize("formula", [CRL, LR], ids=str)
+def test_at_once_is_one_launch(formula, traffic):
+    """The logits are read twice, the second time where they may still be cached, and written once."""
+    launches, moved = traffic
+    logits, target = make(ROWS, CLASSES, torch.bfloat16)
+    one_pass = logits.numel() * logits.element_size()
+    gpu_backend.at_once_(torch.ones(ROWS), logits, target, None, *formula.spec(CLASSES, 0, False, IGNORED))
+    assert launches == {"at_once_kernel": 1}
+    assert moved["logits_ptr", "read"] == 2 * one_pass + ROWS * logits.element_size()
+    assert moved["logits_ptr", "written"] == one_pass
+
+
+@interpreted
+@pytest.mark.parametrize("formula", [CRL, LR], ids=str)
 def test_ignored_rows_are_not_read(formula, traffic):
     logits, _ = make(ROWS, CLASSES, torch.bfloat16)
     target = torch.full((ROWS,), IGNORED)
@@ -170,6 +183,18 @@ def test_what_a_finish_by_itself_is_for(options, multi_hot, kernels, served, mon
     value = fl.ss_lr_loss(logits.requires_grad_(), target, reduction="none", **options)
     value.backward(torch.ones(4))
     assert [kernel.name for kernel in served] == kernels
+
+
+@interpreted
+def test_launches_of_a_linear_layer(served, monkeypatch):
+    """One for each chunk of rows, whose loss and gradient are made while its logits are there."""
+    monkeypatch.setattr(ops, "_is_cuda", lambda _: True)
+    monkeypatch.setattr(ops, "_unseen_triton", lambda *_: gpu_backend)
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    options = fl.LinearLossOptions(chunk_bytes=4 * 50 * 4)
+    loss = fl.linear_cross_entropy(x, weight, torch.arange(8), options=options)
+    loss.backward()
+    assert [kernel.name for kernel in served] == ["at_once_kernel"] * 2
 
 
 def mean_step(formula, k, compact):
