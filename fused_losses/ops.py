@@ -131,15 +131,16 @@ def _overwriting(keys, grad, coefficients, logits, *others):
 _library.impl("backward_", _overwriting, "ADInplaceOrView", with_keyset=True)
 
 
-_SHARE_ON_CPU = {torch.float16: 3, torch.bfloat16: 3, torch.float32: 8, torch.float64: 4}  # classes for each pick
+_SHARE_ON_CPU = {torch.float16: 3, torch.bfloat16: 3, torch.float32: 6, torch.float64: 4}  # classes for each pick
 
 
 def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: int, multi_hot: bool) -> bool:
     """Whether the compact form serves: then backward needs no logits, and autograd keeps none alive.
 
-    On a CPU it was faster up to an eighth of the classes in float32, a third in 16 bits and a quarter in float64, with
-    multi-hot targets, whose positives' logits backward reads anyway, up to an eighth. On a GPU scattered stores cost
-    more than reading the logits once more as soon as the picks are no small share of the classes.
+    On a CPU it was faster up to a third of the classes in 16 bits, a quarter in float64, a fifth in float32 (an eighth
+    of batches beyond the caches) and, with multi-hot targets, whose positives' logits backward reads anyway, up to an
+    eighth. On a GPU scattered stores cost more than reading the logits once more as soon as the picks are no
+    small share of the classes.
     """
     if k == 0:
         return False

@@ -82,7 +82,7 @@ def kinds_of_rows(shape: Shape, dtype: str, k: int, most: float) -> Group:
 
 # On both sides of every number from which on the search goes another way, as shares of the classes: blocks of another
 # length, denser candidates, the other form of the picks, all candidates.
-BORDERS = (1 / 64, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 4, 1 / 3, 1 / 2, 4 / 7)
+BORDERS = (1 / 64, 1 / 24, 1 / 16, 1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 4 / 7)
 
 
 def numbers_of_picks(shape: Shape, dtype: str) -> Group:
