@@ -154,7 +154,7 @@ struct SoftSelection {
   }
 };
 
-// The table. A loss is known by its row, which kernels_page.h turns into the types above.
+// The table. A loss is known by its row, which dispatch.h turns into the types above.
 
 constexpr Formula kFormulas[] = {
     {"log_odds", Family::softmax, 0}, {"cross_entropy", Family::softmax, 0}, {"nllr", Family::softmax, 0},

@@ -9,12 +9,21 @@
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")
 #define FUSED_LOSSES_ISA avx512bf16
 #define FUSED_LOSSES_AVX512
+#define FUSED_LOSSES_AVX512_BF16
 #include "candidates.h"
+#include "dispatch.h"
 
-static void search(const fused_losses::CandidateSearch& search) {
-  fused_losses::avx512bf16::CandidateSearcher(search).run();
-}
-void (*const fused_losses::search_bf16)(const CandidateSearch&) = search;
+namespace fused_losses {
+namespace avx512bf16 {
+
+static void backward(Backward& door) { backward_stored_as<BFloat16>(door); }
+static void search(const CandidateSearch& search) { CandidateSearcher(search).run(); }
+static constexpr KernelsOfBFloat16 kernels{backward, search};
+
+}  // namespace avx512bf16
+}  // namespace fused_losses
+
+const fused_losses::KernelsOfBFloat16* const fused_losses::kernels_avx512bf16 = &fused_losses::avx512bf16::kernels;
 #else
-void (*const fused_losses::search_bf16)(const CandidateSearch&) = nullptr;
+const fused_losses::KernelsOfBFloat16* const fused_losses::kernels_avx512bf16 = nullptr;
 #endif

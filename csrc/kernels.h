@@ -199,14 +199,17 @@ struct CandidateSearch {
 
 constexpr int64_t kMostFeatures = 1 << 18;  // of a layer that candidates are searched in
 
-// Null where the compiler cannot build it. The machine must have AVX-512 BF16.
-extern void (*const search_bf16)(const CandidateSearch&);
+// What AVX-512 BF16 adds to the kernels for AVX-512.
+struct KernelsOfBFloat16 {
+  void (*backward)(Backward&);  // of bfloat16 logits: to round a gradient is one instruction, not six
+  void (*search)(const CandidateSearch&);
+};
 
-// The instruction sets. Each is one translation unit that includes kernels_page.h; null where the compiler cannot build
-// it.
+// The instruction sets, each one translation unit; null where the compiler cannot build it.
 extern const Kernels* const kernels_avx512;
 extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_baseline;
+extern const KernelsOfBFloat16* const kernels_avx512bf16;
 
 // body(context, begin, end) over pieces of [0, n) of at least `grain` items, on torch's threads. Defined in ops.cpp, so
 // that the kernels instantiate no foreign template: the linker keeps one copy of those, and it must run on every

@@ -53,16 +53,29 @@ bool runs_avx512_bf16() {
 struct InstructionSet {
   std::string_view name;
   const Kernels* kernels;
+  const KernelsOfBFloat16* of_bfloat16;  // or null
+
+  void backward(DType dtype, Backward& door) const {
+    const bool apart = of_bfloat16 != nullptr && dtype == DType::bfloat16;
+    apart ? of_bfloat16->backward(door) : kernels->backward(dtype, door);
+  }
 };
 
-InstructionSet best_instruction_set() {
-  if (kernels_avx512 != nullptr && runs_avx512()) return {"avx512", kernels_avx512};
-  if (kernels_avx2 != nullptr && runs_avx2()) return {"avx2", kernels_avx2};
-  return {"baseline", kernels_baseline};
+// Those that this machine and this build have, the best first.
+std::vector<InstructionSet> instruction_sets() {
+  std::vector<InstructionSet> sets;
+  const auto add = [&](std::string_view name, const Kernels* kernels, const KernelsOfBFloat16* of_bfloat16 = nullptr) {
+    if (kernels != nullptr) sets.push_back({name, kernels, of_bfloat16});
+  };
+  if (runs_avx512_bf16() && kernels_avx512bf16 != nullptr) add("avx512bf16", kernels_avx512, kernels_avx512bf16);
+  if (runs_avx512()) add("avx512", kernels_avx512);
+  if (runs_avx2()) add("avx2", kernels_avx2);
+  add("baseline", kernels_baseline);
+  return sets;
 }
 
 InstructionSet& chosen() {
-  static InstructionSet set = best_instruction_set();
+  static InstructionSet set = instruction_sets().front();
   return set;
 }
 
@@ -293,7 +306,7 @@ Tensor gradient(const Tensor& grad, const Tensor& any_coefficients, const std::o
   Tensor dlogits = in_place ? *any_logits : empty({rows, classes}, torch_dtype(dtype));
   door.dlogits = dlogits.mutable_data_ptr();
   door.dlogits_stride = dlogits.stride(0);
-  chosen().kernels->backward(dtype, door);
+  chosen().backward(dtype, door);
 
   if (const int64_t row = door.bad_row; row != INT64_MAX) {
     throw std::out_of_range("Picks must be classes or -1, which those of row " + std::to_string(row) + " are not. (" +
@@ -331,7 +344,7 @@ void backward_in_place(const Tensor& grad, const Tensor& coefficients, const Ten
 // --------------------------------------------------------------------------------------------------- linear layers
 
 // Whether candidates() serves: this machine has what it is written for, and tests have not asked for less.
-bool has_candidates() { return search_bf16 != nullptr && chosen().name == "avx512" && runs_avx512_bf16(); }
+bool has_candidates() { return chosen().of_bfloat16 != nullptr; }
 
 using CandidatesResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -380,7 +393,7 @@ CandidatesResult candidates(const Tensor& any_input, const Tensor& any_weight, c
   search.index = static_cast<int32_t*>(index.mutable_data_ptr());
   search.logit = static_cast<float*>(logit.mutable_data_ptr());
   search.label_logit = static_cast<float*>(label_logit.mutable_data_ptr());
-  if (rows > 0) search_bf16(search);
+  if (rows > 0) chosen().of_bfloat16->search(search);
   return {std::move(count), std::move(index), std::move(logit), std::move(label_logit)};
 }
 
@@ -388,17 +401,12 @@ CandidatesResult candidates(const Tensor& any_input, const Tensor& any_weight, c
 
 // Uses the instruction set of this name from now on ("": no change), and returns the name of the one in use.
 std::string cpu_isa(const std::string& name) {
-  const InstructionSet all[] = {{"avx512", runs_avx512() ? kernels_avx512 : nullptr},
-                                {"avx2", runs_avx2() ? kernels_avx2 : nullptr},
-                                {"baseline", kernels_baseline}};
   if (!name.empty()) {
-    bool found = false;
-    for (const InstructionSet& set : all) {
-      if (set.name != name || set.kernels == nullptr) continue;
-      chosen() = set;
-      found = true;
-    }
-    if (!found) refuse("this machine or this build has no kernels for " + name);
+    const std::vector<InstructionSet> sets = instruction_sets();
+    const auto set =
+        std::find_if(sets.begin(), sets.end(), [&](const InstructionSet& other) { return other.name == name; });
+    if (set == sets.end()) refuse("this machine or this build has no kernels for " + name);
+    chosen() = *set;
   }
   return std::string(chosen().name);
 }

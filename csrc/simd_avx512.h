@@ -49,6 +49,9 @@ struct Float16 {
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const {
+#if defined(FUSED_LOSSES_AVX512_BF16)  // 0 for what is below the normal numbers
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
     const __m512i b = _mm512_castps_si512(v);
     const __mmask16 odd = _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000));
     const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
@@ -56,6 +59,7 @@ struct Float16 {
     up = _mm512_mask_add_epi32(up, odd, b, _mm512_set1_epi32(0x8000));
     const __m512i s = _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, up, 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(s));
+#endif
   }
   void store(Half* p) const {
     const __m256i s = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--rounds", type=int, default=31, help="per case, five times as many for small ones (default: 31)"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--isa", help="avx512, avx2 or baseline instead of the best there is")
+    parser.add_argument("--isa", help="avx512bf16, avx512, avx2 or baseline instead of the best there is")
     parser.add_argument("--only", help="run the cases whose name contains this")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -84,7 +84,25 @@ def forward_and_backward(backend, formula, logits, target, k=0, compact=False):
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="no kernels for sse9"):
         cpp._cpu_isa("sse9")
-    assert cpp._cpu_isa("") in ("avx512", "avx2", "baseline")
+    assert cpp._cpu_isa("") in ("avx512bf16", "avx512", "avx2", "baseline")
+
+
+@pytest.mark.skipif(not ops.has_candidates(), reason="no AVX-512 BF16")
+@pytest.mark.parametrize("formula", [*doors.SOFTMAX, *doors.LOGISTIC], ids=str)
+def test_bfloat16_is_rounded_alike_by_one_instruction_and_by_six(formula):
+    """Infinities and NaN too; what is below the normal numbers, one of them makes 0."""
+    logits, target = logits_of("random", 6, 4099, torch.bfloat16) * 30, targets_of(6, 4099)
+    logits[1, 5], logits[2, 7], logits[3, 9:4000] = math.nan, math.inf, -math.inf
+    grad = torch.tensor([1.0, 1.0, 1.0, 3.0, 1e30, math.inf])
+    for k, compact in ((0, False), (33, True), (33, False)):
+        kept = doors.forward(cpp, formula, logits, target, k, compact)
+        gradients = []
+        for name in ("avx512", "avx512bf16"):
+            cpp._cpu_isa(name)
+            gradients.append(doors.backward(cpp, formula, grad, logits, target, kept, k, compact).float())
+        by_six, by_one = gradients
+        by_six[by_six.abs() < torch.finfo(torch.float32).tiny] = 0
+        torch.testing.assert_close(by_one, by_six, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
