@@ -376,11 +376,14 @@ def backward(upstream: tuple, logits: Tensor, target: Tensor, spec: LossSpec, in
 
 @functools.lru_cache
 def _at_once(spec: LossSpec, walk: Walk, itemsize: int) -> tuple[Kernel, tuple[float, ...]]:
-    """No limit of registers: two loops need more, and of fewer rows under way more stay in the cache."""
+    """Two loops need more registers than one, and of fewer rows under way more stay in the cache."""
     read, a, b = _reading(spec, "index", walk)
     written, _, _ = _writing(spec, "index", walk, itemsize)
     ending = finish.ending(spec, False, finished=True)
-    return Kernel(at_once_kernel, walk.warps, **read | written | ending.functions), (a, b, ending.p, ending.q)
+    functions = read | written | ending.functions
+    if spec.loss == "ss_lr":  # the assembler would take a few more, and leave room for one program of eight warps
+        functions |= device.limited_registers(walk.fast)
+    return Kernel(at_once_kernel, walk.warps, **functions), (a, b, ending.p, ending.q)
 
 
 def _walk_at_once(logits: Tensor) -> Walk:
