@@ -87,8 +87,8 @@ class SoftmaxForward {
  private:
   StatisticsWriter<S> statistics_;
   int pending_ = 0;  // rows whose log-sum is to be written yet
-  int64_t row_[DoubleVec::lanes];
-  double above_1_[DoubleVec::lanes];  // the sum of exp(z - max), less 1
+  int64_t row_[DoubleVec::lanes] = {};
+  double above_1_[DoubleVec::lanes] = {};  // the sum of exp(z - max), less 1
 };
 
 template <class S>
