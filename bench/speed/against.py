@@ -4,9 +4,10 @@
     python -m bench.speed.against ../before
     python -m bench.speed.against ../before --only "HS-LR .* 21841"
 
-Each checkout has a process of its own; they take turns cell by cell, one thread, and only their own processor time
-counts. A cell's time is the 20th percentile of its calls, the ratio the median over the turns. A cell that the other
-checkout cannot run is named and left out.
+Each checkout has a process of its own; they go through the cells side by side, one thread, and only their own processor
+time counts. A cell's time is the 20th percentile of its calls, the ratio the median over the turns. Every turn has new
+processes: where the pages of one happen to lie is worth 10 % of a large cell. A cell that the other checkout cannot run
+is named and left out.
 """
 
 import argparse
@@ -206,6 +207,19 @@ def ask(process: subprocess.Popen, cell: str) -> float | str:
     return json.loads(process.stdout.readline())
 
 
+def one_turn(before: Path, names: list[str]) -> dict[str, list[float | str]]:
+    """By cell, the time of each checkout, or what went wrong."""
+    processes = [process_of(before), process_of(OURS)]
+    times = {}
+    for name in names:
+        times[name] = [ask(process, name) for process in processes]
+        print(name, *times[name], file=sys.stderr, flush=True)
+    for process in processes:
+        process.stdin.close()
+        process.wait()
+    return times
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="the other checkout, with its extension built")
@@ -215,28 +229,23 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     from bench.evidence.tables import table
 
-    processes = [process_of(options.before.resolve()), process_of(OURS)]
+    names = [name for name, _ in (*peers(), *cells()) if options.only.search(name)]
+    turns = [one_turn(options.before.resolve(), names) for _ in range(options.turns)]
     rows = []
     of_peer: dict[str, float] = {}
-    for cell, _ in (*peers(), *cells()):
-        if not options.only.search(cell):
-            continue
-        turns = [[ask(process, cell) for process in processes] for _ in range(options.turns)]
-        failed = next((answer for turn in turns for answer in turn if isinstance(answer, str)), None)
+    for cell in names:
+        answers = [turn[cell] for turn in turns]
+        failed = next((answer for pair in answers for answer in pair if isinstance(answer, str)), None)
         if failed:
             print(f"{cell}: {failed}", file=sys.stderr)
             continue
-        old, new = (statistics.median(times) for times in zip(*turns, strict=True))
-        ratio = statistics.median(after / before for before, after in turns)
+        old, new = (statistics.median(times) for times in zip(*answers, strict=True))
+        ratio = statistics.median(after / before for before, after in answers)
         if cell.startswith("F.cross_entropy"):
             of_peer[cell.removeprefix("F.cross_entropy ")] = new
             continue
         peer = of_peer.get(cell.partition(" ")[2])
         rows.append([cell, f"{old:.1f}", f"{new:.1f}", f"{ratio:.2f}", f"{new / peer:.2f}" if peer else ""])
-        print("  ".join(rows[-1]), flush=True)
-    for process in processes:
-        process.stdin.close()
-        process.wait()
     text = table(["cell", "before, us", "after, us", "after / before", "after / F.cross_entropy"], rows)
     if options.write:
         options.write.parent.mkdir(parents=True, exist_ok=True)
