@@ -143,10 +143,10 @@ def double(shape: Shape, most: dict[str, float]) -> Group:
 
 
 def groups() -> Iterator[Group]:
-    yield kinds_of_rows(Shape(64, 21841), "fp32", 218, 1.3)
-    yield kinds_of_rows(Shape(64, 21841), "bf16", 218, 1.3)
-    yield kinds_of_rows(Shape(256, 1000), "fp32", 100, 1.3)
-    yield kinds_of_rows(Shape(16, 100000), "fp32", 1000, 1.3)
+    yield kinds_of_rows(Shape(64, 21841), "fp32", 218, 1.2)
+    yield kinds_of_rows(Shape(64, 21841), "bf16", 218, 1.2)
+    yield kinds_of_rows(Shape(256, 1000), "fp32", 100, 1.2)
+    yield kinds_of_rows(Shape(16, 100000), "fp32", 1000, 1.2)
     yield numbers_of_picks(Shape(64, 21841), "fp32")
     yield numbers_of_picks(Shape(64, 21841), "bf16")
     yield multi_hot(Shape(64, 1000), of_bce=0.8, lr=1.6, hs=1.6)
