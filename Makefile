@@ -49,7 +49,7 @@ test-gpu: $(INSTALLED) ## of these, the GPU kernels alone, in Triton's interpret
 test-emulator: $(INSTALLED) ## and as compiled, on an emulator
 	$(BIN)/python -m pytest tests/emulator $(ARGS)
 
-gpu-proof: $(INSTALLED) ## run the GPU kernels as compiled, on an emulator: every case, every target, 2,000 random ones (tens of minutes)
+gpu-proof: $(INSTALLED) ## run the GPU kernels as compiled, on an emulator: every case, every target, 2,000 random ones (an hour)
 	$(BIN)/python -m pytest tests/emulator -m "" $(ARGS)
 
 machine-code: $(INSTALLED) ## compile every GPU kernel for every target, without a GPU: registers, spills, widths, instructions
