@@ -125,7 +125,7 @@ class LRLoss(RowLoss):''',
     ],
 }
 # The same two lines of mathematics in Triton and in C++, for which this test has no device and no compiler.
-KERNELS = {"fused_losses/gpu/formulas.py", "csrc/formulas.h", "csrc/kernels_page.h"}
+KERNELS = {"fused_losses/gpu/formulas.py", "csrc/formulas.h", "csrc/dispatch.h"}
 
 USE = """
 from pathlib import Path
