@@ -139,8 +139,8 @@ def keeps_picks(device: torch.device, dtype: torch.dtype, num_classes: int, k: i
 
     On a CPU it was faster up to a third of the classes in 16 bits, a quarter in float64, a fifth in float32 (an eighth
     of batches beyond the caches) and, with multi-hot targets, whose positives' logits backward reads anyway, up to an
-    eighth. On a GPU scattered stores cost more than reading the logits once more as soon as the picks are no
-    small share of the classes.
+    eighth. On a GPU scattered stores cost more than reading the logits once more as soon as the picks are no small
+    share of the classes.
     """
     if k == 0:
         return False

@@ -74,13 +74,15 @@ def test_rows_as_where_they_are_many(formula, dtype, backend, monkeypatch):
     ids=str,
 )
 def test_at_once(formula, dtype, rows, classes, backend):
+    launches = backend.device.launches
+    before = launches["at_once_kernel"], launches.total()
     logits, target = make(rows, classes, dtype)
     target[0] = IGNORED
     logits[1, 7] = math.nan
     compare_at_once(formula, logits, target, backend=backend)
     special, target = special_rows(dtype, min(classes, 9001))
     compare_at_once(formula, special, target, backend=backend)
-    assert backend.device.launches["at_once_kernel"] > 0
+    assert (launches["at_once_kernel"], launches.total()) == (before[0] + 2, before[1] + 2)
 
 
 @pytest.mark.parametrize(("classes", "k", "compact"), part([(100003, 0, False), (751, 9, True), (751, 9, False)], 3))
